@@ -1,0 +1,108 @@
+"""Networks: images (B, C, H, W) to features (B, feat_dim) and logits (B, num_classes).
+
+`create(name, ...)` builds one of MODELS; each ends in an embedding of feat_dim dimensions, small enough to plot at 2,
+and a linear classifier on it.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+
+class ModelError(Exception):
+    """The network cannot be built as asked; the message is one line for the user."""
+
+
+POOL, POOL3 = "pool 2x2", "pool 3x3 by 2"
+LENETPP = (32, 32, POOL, 64, 64, POOL, 128, 128)
+
+
+@dataclass(frozen=True)
+class Design:
+    """What sets a network apart. `stages` are channels of a 5x5 convolution, or a pool."""
+
+    stages: Sequence[int | str]
+    batch_norm: bool = False  # convolution without bias + BatchNorm + ReLU, in place of convolution + PReLU
+    prelu_per_channel: bool = False  # in place of one slope a layer
+    classifier_bias: bool = True  # without it the class centers spread on a circle, with it on rays to one side
+
+
+MODELS = {
+    "cnn": Design((*LENETPP, POOL)),  # LeNet++ as in zhou2018
+    "cnn-wen2016": Design((*LENETPP, POOL3), prelu_per_channel=True, classifier_bias=False),  # LeNet++ as in the paper
+    "bn-deep": Design((32, 64, POOL, 128, 256, POOL, 512, 512, POOL, 256, 128, 64, POOL), batch_norm=True),
+    "bn-shallow": Design((32, 64, POOL, 128, 256, POOL, 512, 512, POOL), batch_norm=True),
+}
+
+
+class ConvNet(nn.Module):
+    """Convolutions, an embedding and a linear classifier on it."""
+
+    def __init__(self, design: Design, num_classes: int, in_channels: int, image_size: int, feat_dim: int):
+        super().__init__()
+        layers, channels, size = [], in_channels, image_size
+        for stage in design.stages:
+            if stage in (POOL, POOL3):
+                layers.append(nn.MaxPool2d(3 if stage == POOL3 else 2, stride=2))
+                size = (size - layers[-1].kernel_size) // 2 + 1
+                if size < 1:
+                    pools = sum(isinstance(each, str) for each in design.stages)
+                    raise ValueError(
+                        f"this network pools {pools} times, for which images of {image_size} pixels are too small"
+                    )
+                continue
+            layers.append(nn.Conv2d(channels, stage, 5, padding=2, bias=not design.batch_norm))
+            layers += self._activation(design, stage)
+            channels = stage
+        self.body = nn.Sequential(*layers)
+        embedding = nn.Linear(channels * size**2, feat_dim)
+        self.embedding = (
+            embedding if design.batch_norm else nn.Sequential(embedding, *self._activation(design, feat_dim))
+        )
+        self.classifier = nn.Linear(feat_dim, num_classes, bias=design.classifier_bias)
+
+    @staticmethod
+    def _activation(design: Design, channels: int) -> list[nn.Module]:
+        if design.batch_norm:
+            return [nn.BatchNorm2d(channels), nn.ReLU()]
+        return [nn.PReLU(channels if design.prelu_per_channel else 1)]
+
+    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        features = self.embedding(self.body(images).flatten(1))
+        return features, self.classifier(features)
+
+
+def keep_(parameter: torch.Tensor) -> torch.Tensor:
+    """As PyTorch's layers have drawn themselves."""
+    return parameter
+
+
+def xavier_(parameter: torch.Tensor) -> torch.Tensor:
+    """Caffe's "xavier" (wen2016): weights uniform within sqrt(3 / fan_in), biases zero."""
+    if parameter.ndim == 1:
+        return nn.init.zeros_(parameter)
+    bound = math.sqrt(3 / parameter[0].numel())
+    return nn.init.uniform_(parameter, -bound, bound)
+
+
+INITS = {"default": keep_, "xavier": xavier_}
+
+
+def create(
+    name: str,
+    num_classes: int = 10,
+    in_channels: int = 1,
+    image_size: int = 28,
+    feat_dim: int = 2,
+    init: str = "default",
+) -> ConvNet:
+    """Builds MODELS[name] and starts it by INITS[init]. Raises ModelError where the images are too small for it."""
+    model = ConvNet(MODELS[name], num_classes, in_channels, image_size, feat_dim)
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            for parameter in module.parameters():
+                INITS[init](parameter)
+    return model

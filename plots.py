@@ -1,0 +1,169 @@
+"""Drawing: the points of an epoch, films of them, curves and confusion matrices.
+
+All that imports matplotlib stands here, and nothing here imports torch: main.py hands over arrays.
+"""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+
+def plane(features: np.ndarray) -> tuple[Callable[[np.ndarray], np.ndarray], tuple[str, str]]:
+    """A map of features (N, D) to points (N, 2), and the names of its axes.
+
+    D = 2 is shown as it is; D > 2 by the first two principal components, fitted on `features`; D = 1 along a line.
+    """
+    if features.shape[1] == 2:
+        return (lambda x: x), ("feature 1", "feature 2")
+    if features.shape[1] == 1:
+        return (lambda x: np.pad(x, ((0, 0), (0, 1)))), ("feature 1", "")
+    mean = features.mean(0, dtype=np.float64)
+    variances, components = np.linalg.eigh(np.cov((features - mean).T))  # ascending
+    shares, components = 100 * variances[:-3:-1] / max(variances.sum(), 1e-30), components[:, :-3:-1]  # (D, 2)
+    largest = np.abs(components).argmax(0)
+    components = components * np.sign(components[largest, [0, 1]])  # else their sign, which means nothing, may flip
+    names = tuple(f"principal component {i} ({share:.0f} % of the variance)" for i, share in enumerate(shares, 1))
+    return (lambda x: (x - mean) @ components), names
+
+
+def limits(*clouds: np.ndarray) -> np.ndarray:
+    """Axis limits [[x0, x1], [y0, y1]] around all finite points, neither side shorter than half of the other."""
+    points = np.concatenate(clouds)
+    points = points[np.isfinite(points).all(1)]
+    middle, half = (points.max(0) + points.min(0)) / 2, np.ptp(points, axis=0) / 2
+    half = 1.05 * np.maximum(half, max(half.max() / 2, 1e-6))
+    return np.stack([middle - half, middle + half], axis=1)
+
+
+def save_points(features: np.ndarray, labels: np.ndarray, centers: np.ndarray, classes: Sequence[str],
+                project: Callable, axes: Sequence[str], title: str, part: Path) -> None:  # fmt: skip
+    """What one picture shows, as .npz: pictures are drawn elsewhere, and a film once all its epochs are known."""
+    with open(part, "wb") as file:
+        np.savez(file, points=project(features).astype(np.float32), labels=labels.astype(np.int32), title=title,
+                 centers=project(centers).astype(np.float32), classes=list(classes), axes=list(axes))  # fmt: skip
+
+
+class Scatter:
+    """A figure of points coloured by class, with centers; `show` draws into it, again and again for a film."""
+
+    def __init__(self, shown: dict, axis_limits: np.ndarray, dpi: int):
+        from matplotlib import colormaps
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+
+        classes, axis_names = shown["classes"], shown["axes"]
+        count = len(classes)
+        if count <= 20:
+            colors = colormaps["tab10" if count <= 10 else "tab20"](range(count))
+        else:
+            colors = colormaps["turbo"](np.linspace(0, 1, count))
+        self.figure = Figure(figsize=(6.4, 5.2), dpi=dpi)
+        FigureCanvasAgg(self.figure)
+        with_legend = count <= 25  # more do not fit beside the points
+        self.axes = self.figure.add_axes((0.11, 0.1, 0.68 if with_legend else 0.85, 0.82))
+        self.axes.set(xlabel=axis_names[0], ylabel=axis_names[1], xlim=axis_limits[0], ylim=axis_limits[1])
+        self.axes.set(aspect="equal", axisbelow=True)
+        self.axes.grid(color="0.92")
+        size = float(np.clip(250 / max(len(shown["points"]), 1) ** 0.5, 1.0, 5.0))
+        style = dict(markersize=size, markeredgewidth=0)
+        self.points = [self.axes.plot([], [], ".", color=color, **style)[0] for color in colors]
+        self.centers = self.axes.scatter(np.zeros(count), np.zeros(count), c=colors, s=30 if with_legend else 12,
+                                         edgecolors="black", linewidths=0.8, zorder=3)  # fmt: skip
+        if with_legend:
+            marks = [self.axes.plot([], [], "o", color=color, markersize=5)[0] for color in colors]
+            marks += self.axes.plot([], [], "o", markerfacecolor="white", markeredgecolor="black")
+            names = [name if len(name) <= 14 else name[:13] + "…" for name in (*classes, "center")]
+            self.axes.legend(marks, names, loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False,
+                             fontsize=9 if count <= 20 else 7, handletextpad=0.2)  # fmt: skip
+
+    def show(self, shown: dict) -> None:
+        points, labels = shown["points"], shown["labels"]
+        for label, line in enumerate(self.points):
+            line.set_data(*points[labels == label].T)
+        self.centers.set_offsets(shown["centers"])
+        self.axes.set_title(str(shown["title"]), fontsize=11)
+
+
+def draw_points(part: Path, source: Path) -> None:
+    """Draws what save_points has written, every point of it, as PNG."""
+    shown = dict(np.load(source))
+    scatter = Scatter(shown, limits(shown["points"], shown["centers"]), dpi=150)
+    scatter.show(shown)
+    scatter.figure.savefig(part, format="png")
+
+
+def draw_film(part: Path, directory: Path) -> None:
+    """Draws all epochs that save_points has written to `directory` as a GIF with one pair of axes, frame by frame."""
+    from PIL import Image
+    from PIL.GifImagePlugin import getdata, getheader
+
+    sources = sorted(directory.glob("epoch_*.npz"), key=lambda path: int(path.stem.partition("_")[2]))
+    corners = []
+    for source in sources:
+        shown = dict(np.load(source))
+        corners.append(limits(shown["points"], shown["centers"]).T)
+    axis_limits = np.stack([np.min(corners, axis=(0, 1)), np.max(corners, axis=(0, 1))], axis=1)
+    scatter = Scatter(shown, axis_limits, dpi=80)
+    palette = None
+    with open(part, "wb") as file:
+        for source in sources:
+            scatter.show(dict(np.load(source)))
+            scatter.figure.canvas.draw()
+            frame = Image.fromarray(np.asarray(scatter.figure.canvas.buffer_rgba())).convert("RGB")
+            if palette is None:  # the first frame has all the colours: points, legend, black on white
+                palette = frame.quantize(64, dither=Image.Dither.NONE)
+                file.writelines(getheader(palette, info={"loop": 0})[0])
+            milliseconds = 3000 if source == sources[-1] else min(max(12000 // len(sources), 100), 400)
+            file.writelines(getdata(frame.quantize(palette=palette, dither=Image.Dither.NONE), duration=milliseconds))
+        file.write(b";")
+
+
+def draw_curves(part: Path, history: Sequence[dict]) -> None:
+    """Draws losses and accuracies over the epochs, from the rows of metrics.csv, as PNG."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.6), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    losses, accuracies = figure.subplots(1, 2)
+    for axes, column, name, style in (
+        (losses, "train_loss", "training: total", "-"),
+        (losses, "train_xent", "training: cross-entropy", "--"),
+        (losses, "train_center", "training: λ · center loss", ":"),
+        (losses, "test_xent", "test: cross-entropy", "-o"),
+        (accuracies, "train_accuracy", "training: softmax", "-"),
+        (accuracies, "test_accuracy", "test: softmax", "-o"),
+        (accuracies, "nearest_center_accuracy", "test: nearest center", "--s"),
+    ):
+        measured = [(row["epoch"], row[column]) for row in history if row[column] is not None]
+        if any(value > 0 for _, value in measured):  # the center loss of a run without it is left out
+            axes.plot(*zip(*measured, strict=True), style, label=name, markersize=3)
+    losses.set(xlabel="epoch", ylabel="loss", yscale="log")
+    accuracies.set(xlabel="epoch", ylabel="accuracy (%)")
+    for axes in (losses, accuracies):
+        axes.grid(color="0.92")
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.legend(fontsize=8)
+    figure.savefig(part, format="png")
+
+
+def draw_confusion(part: Path, counts: np.ndarray, classes: Sequence[str], title: str) -> None:
+    """Draws a confusion matrix, counts (true class, predicted class), as PNG."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.4, 5.6), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    shares = 100 * counts / np.maximum(counts.sum(1, keepdims=True), 1)
+    image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=100)
+    figure.colorbar(image, label="share of the true class (%)")
+    axes.set(xlabel="predicted class", ylabel="true class", title=title)
+    if len(classes) <= 25:
+        axes.set_xticks(range(len(classes)), classes, rotation=90 if max(map(len, classes)) > 2 else 0)
+        axes.set_yticks(range(len(classes)), classes)
+        for row, column in zip(*counts.nonzero(), strict=True):
+            color = "white" if shares[row, column] > 50 else "black"
+            axes.text(column, row, counts[row, column], ha="center", va="center", color=color, fontsize=7)
+    figure.savefig(part, format="png")
