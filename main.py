@@ -402,16 +402,18 @@ def main(args: argparse.Namespace) -> None:
         return log(f"The run in {args.save_dir} is finished: {run['epoch']} epochs; go on with a larger --max-epoch")
 
     save_dir = Path(args.save_dir)
-    lock = utils.claim(save_dir)  # noqa: F841  (held until the process ends)
-    if args.resume:
-        log(f"Resuming after epoch {run['epoch']}")
-    elif utils.clear(save_dir):
-        log(f"Replacing the earlier run in {save_dir}")
-    log.open(save_dir / f"log_{args.dataset}.txt", run["log_bytes"])
-    utils.write_json(save_dir / "args.json", vars(args))
     plotter = utils.Plotter()
+    with utils.claim(save_dir), utils.StopRequest() as stop:
+        if args.resume:
+            log(f"Resuming after epoch {run['epoch']}")
+            for points in save_dir.glob("t*/epoch_*.npz"):
+                if args.plot and not points.with_suffix(".png").exists():  # a killed run's drawers end with it
+                    plotter(points.with_suffix(".png"), plots.draw_points, points)
+        elif utils.clear(save_dir):
+            log(f"Replacing the earlier run in {save_dir}")
+        log.open(save_dir / f"log_{args.dataset}.txt", run["log_bytes"])
+        utils.write_json(save_dir / "args.json", vars(args))
 
-    with utils.StopRequest() as stop:
         while run["epoch"] < args.max_epoch and not stop.signal:
             epoch, partial = run["epoch"] + 1, run["partial"]
             run["rng"] = torch.get_rng_state()
@@ -443,18 +445,19 @@ def main(args: argparse.Namespace) -> None:
             states = {name: module.state_dict() for name, module in modules.items()}
             utils.save_checkpoint(save_dir / "checkpoint.pt", dict(args=vars(args), **run, **states))
 
-    if args.plot and run["history"]:
-        plotter(save_dir / "curves.png", plots.draw_curves, run["history"])
-        for split in ("train", "test"):
-            if any((save_dir / split).glob("epoch_*.npz")):
-                plotter(save_dir / f"{split}.gif", plots.draw_film, save_dir / split)
-        for error in plotter.finish():
-            log(f"A picture could not be drawn: {error}")
-    if stop.signal:
-        done = f"epoch {run['epoch']}" + (f" and {run['partial']['batches']} batches" if run["partial"] else "")
-        raise utils.Stopped(stop.signal, f"stopped by {signal.Signals(stop.signal).name}; {save_dir} holds everything "
-                            f"up to {done}; to go on: python main.py --resume --save-dir {save_dir}")
-    log(f"Finished. Total elapsed time (h:m:s): {timedelta(seconds=round(time.monotonic() - start))}")
+        if args.plot and run["history"]:
+            plotter(save_dir / "curves.png", plots.draw_curves, run["history"])
+            for split in ("train", "test"):
+                if any((save_dir / split).glob("epoch_*.npz")):
+                    plotter(save_dir / f"{split}.gif", plots.draw_film, save_dir / split)
+            for error in plotter.finish():
+                log(f"A picture could not be drawn: {error}")
+        if run["epoch"] < args.max_epoch:
+            done = f"epoch {run['epoch']}" + (f" and {run['partial']['batches']} batches" if run["partial"] else "")
+            name = signal.Signals(stop.signal).name
+            raise utils.Stopped(stop.signal, f"stopped by {name}; {save_dir} holds all up to {done}; to go on: "
+                                f"python main.py --resume --save-dir {save_dir}")
+        log(f"Finished. Total elapsed time (h:m:s): {timedelta(seconds=round(time.monotonic() - start))}")
 
 
 def cli(argv: list[str] | None = None) -> int:
@@ -470,7 +473,7 @@ def cli(argv: list[str] | None = None) -> int:
     except utils.RunError as error:
         status, message = error.status, f"error: {error}"
     except (datasets.DatasetError, models.ModelError) as error:
-        status, message = 2, f"error: {error}"
+        status, message = 2, f"error: {str(error).strip().splitlines()[-1]}"  # a worker's has its traceback before it
     except OSError as error:
         status, message = 1, f"error: {error}; {kept}"
     print(f"main.py: {message}", file=sys.stderr)

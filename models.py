@@ -50,7 +50,7 @@ class ConvNet(nn.Module):
                 size = (size - layers[-1].kernel_size) // 2 + 1
                 if size < 1:
                     pools = sum(isinstance(each, str) for each in design.stages)
-                    raise ValueError(
+                    raise ModelError(
                         f"this network pools {pools} times, for which images of {image_size} pixels are too small"
                     )
                 continue

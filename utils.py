@@ -11,7 +11,7 @@ import signal
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from multiprocessing import get_context, parent_process
 from pathlib import Path
 
@@ -141,8 +141,9 @@ def check_save_dir(path: str) -> None:
         raise RunError(f"--save-dir must be writable, got {path}: {nearest} is not")
 
 
-def claim(save_dir: Path) -> int | None:
-    """Creates the directory and locks it for as long as this process lives; RunError where another run has it."""
+@contextlib.contextmanager
+def claim(save_dir: Path) -> Iterator[None]:
+    """Creates the directory and, in its context, keeps other runs out of it; RunError where one is in it."""
     try:
         save_dir.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=save_dir).close()
@@ -151,14 +152,18 @@ def claim(save_dir: Path) -> int | None:
     try:
         import fcntl
     except ImportError:  # Windows
-        return None
-    lock = os.open(save_dir, os.O_RDONLY)
+        yield
+        return
+    directory = os.open(save_dir, os.O_RDONLY)
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        os.close(lock)
-        raise RunError(f"--save-dir {save_dir} is in use by another run; give this one its own") from error
-    return lock
+        fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(directory)
+        raise RunError(f"--save-dir {save_dir} is in use by another run; give this one its own") from None
+    try:
+        yield
+    finally:
+        os.close(directory)
 
 
 def clear(save_dir: Path) -> bool:

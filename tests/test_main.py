@@ -1,0 +1,288 @@
+"""The whole program on tiny data: its lines, its files, its figures against plain loops, and its refusals."""
+
+import csv
+import json
+import os
+import re
+import signal
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import PYTHON, SHARED_DATA, make_folder
+
+import datasets
+import main
+import models
+
+MAIN = Path(main.__file__)
+FIGURE = r"-?\d+\.\d{6}"
+BATCH_LINE = re.compile(
+    rf"Batch \d+/3\t Loss {FIGURE} \({FIGURE}\) XentLoss {FIGURE} \({FIGURE}\) CenterLoss {FIGURE} \({FIGURE}\)"
+)
+
+
+def metrics(directory="log"):
+    with open(Path(directory, "metrics.csv")) as file:
+        return list(csv.DictReader(file))
+
+
+def test_a_run_prints_zhou2018s_lines_and_writes_its_files(run):
+    status, out, err = run("--save-dir", "log/one")
+    lines = out.splitlines()
+    assert status == 0 and err == ""
+    assert lines[:4] == ["Currently using CPU", "Creating dataset: folder", "Creating model: cnn", "==> Epoch 1/2"]
+    assert all(BATCH_LINE.fullmatch(line) for line in lines[4:7])
+    assert lines[7] == "==> Test"
+    assert re.fullmatch(r"Accuracy \(%\): \d+\.\d\d\t Error rate \(%\): \d+\.\d\d", lines[8])
+    assert lines[9].startswith("Nearest-center accuracy (%): ")
+    assert re.fullmatch(r"Finished\. Total elapsed time \(h:m:s\): 0:00:\d\d", lines[-1])
+    assert Path("log/one/log_folder.txt").read_text() == out
+    assert sorted(os.listdir("log/one")) == ["args.json", "checkpoint.pt", "log_folder.txt", "metrics.csv"]
+    assert json.loads(Path("log/one/args.json").read_text())["batch_size"] == 10
+    assert [row["epoch"] for row in metrics("log/one")] == ["1", "2"]
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.3])
+def test_training_takes_the_steps_of_a_plain_loop(weight, run, folder):
+    """Oracle: the loop as references.md describes zhou2018's, with the loss written out."""
+    assert run("--weight-cent", weight, "--lr-model", "0.05")[0] == 0
+    data = datasets.create("folder", folder, 10, image_size=8)
+    torch.manual_seed(1)
+    model = models.create("cnn", 3, 1, 8)
+    centers = torch.randn(3, 2)
+    sgd = torch.optim.SGD(model.parameters(), 0.05, momentum=0.9, weight_decay=5e-4)
+    sums, rows = [], metrics()
+    for row in rows:
+        sums, right = torch.zeros(2), 0
+        for images, labels in data.train:
+            features, logits = model(images)
+            xent, center = F.cross_entropy(logits, labels), weight * (features - centers[labels]).pow(2).sum(1).mean()
+            sgd.zero_grad()
+            (xent + center).backward()
+            sums += torch.stack([xent, center]).detach() * len(labels)
+            right += (logits.argmax(1) == labels).sum().item()
+            if weight:
+                for label in range(3):
+                    own = features.detach()[labels == label]
+                    centers[label] -= 0.5 * 2 * (centers[label] - own).sum(0) / len(labels)
+            sgd.step()
+        assert [float(row["train_xent"]), float(row["train_center"])] == pytest.approx((sums / 24).tolist(), abs=1e-5)
+        assert float(row["train_accuracy"]) == pytest.approx(100 * right / 24)
+    checkpoint = torch.load("log/checkpoint.pt", weights_only=True)
+    for name, value in model.state_dict().items():
+        assert torch.allclose(checkpoint["model"][name], value, atol=1e-5)
+    assert torch.allclose(checkpoint["center_loss"]["centers"], centers, atol=1e-5)
+
+
+def test_test_figures_are_those_of_slow_loops(run, folder):
+    assert run("--lr-model", "0.05")[0] == 0
+    checkpoint, row = torch.load("log/checkpoint.pt", weights_only=True), metrics()[-1]
+    model, centers = models.create("cnn", 3, 1, 8), checkpoint["center_loss"]["centers"]
+    model.load_state_dict(checkpoint["model"])
+    right = nearest = 0
+    distances = []
+    for images, labels in datasets.create("folder", folder, 1, image_size=8).test:
+        features, logits = model(images)
+        right += logits.argmax().item() == labels.item()
+        to_centers = [(features[0] - center).norm().item() for center in centers]
+        nearest += to_centers.index(min(to_centers)) == labels.item()
+        distances.append(to_centers[labels.item()])
+    inter = min((centers[i] - centers[j]).norm().item() for i in range(3) for j in range(i))
+    assert float(row["test_accuracy"]) == pytest.approx(100 * right / 12)
+    assert float(row["nearest_center_accuracy"]) == pytest.approx(100 * nearest / 12)
+    assert float(row["intra_distance"]) == pytest.approx(np.mean(distances), rel=1e-5)
+    assert float(row["inter_distance"]) == pytest.approx(inter, rel=1e-5)
+
+
+def test_softmax_only_leaves_the_centers_alone_and_shows_class_means(run):
+    assert run("--weight-cent", "0", "--save-features", "--max-epoch", "1")[0] == 0
+    checkpoint = torch.load("log/checkpoint.pt", weights_only=True)
+    torch.manual_seed(1)
+    models.create("cnn", 3, 1, 8)
+    assert torch.equal(checkpoint["center_loss"]["centers"], torch.randn(3, 2))
+    saved = np.load("log/features/epoch_1.npz")
+    means = np.stack([saved["train_features"][saved["train_labels"] == label].mean(0) for label in range(3)])
+    assert saved["centers"] == pytest.approx(means, abs=1e-6)
+    assert {name: saved[name].shape for name in saved} == {
+        "centers": (3, 2), "train_features": (24, 2), "train_labels": (24,), "train_predictions": (24,),
+        "test_features": (12, 2), "test_labels": (12,), "test_predictions": (12,)}  # fmt: skip
+    assert metrics()[0]["train_center"] == "0.0"
+
+
+@pytest.mark.parametrize("flags", [["--weight-cent", "0"], ["--feat-dim", "5"]])
+def test_plots_of_a_run(flags, run):
+    status, out, err = run("--plot", "--eval-freq", "2", "--max-epoch", "3", *flags)
+    assert (status, err) == (0, "") and "picture" not in out
+    assert sorted(path.name for path in Path("log/train").iterdir()) == [
+        f"epoch_{epoch}.{ending}" for epoch in (1, 2, 3) for ending in ("npz", "png")]  # fmt: skip
+    assert sorted(path.stem for path in Path("log/test").glob("*.png")) == ["epoch_2", "epoch_3"]
+    assert all(Path("log", name).stat().st_size > 2000 for name in ("train.gif", "test.gif", "curves.png"))
+    shown = np.load("log/test/epoch_2.npz")
+    assert len(shown["points"]) == 12 and len(shown["centers"]) == 3
+    assert shown["axes"][0].startswith("principal component 1 (" if "--feat-dim" in flags else "feature 1")
+    assert str(shown["title"]) == f"test, epoch 2: accuracy {float(metrics()[1]['test_accuracy']):.2f} %"
+
+
+def test_a_new_run_replaces_the_old_one_and_says_so(run):
+    run("--plot", "--max-epoch", "3")
+    Path("log/notes.txt").touch()
+    status, out, _ = run("--plot", "--max-epoch", "1")
+    assert status == 0 and "Replacing the earlier run in log" in out.splitlines()
+    assert len(metrics()) == 1 and Path("log/notes.txt").exists()
+    assert sorted(path.name for path in Path("log/train").iterdir()) == ["epoch_1.npz", "epoch_1.png"]
+
+
+def test_how_often_one_tests_changes_nothing_in_the_training(run):
+    rows = []
+    for frequency in ("1", "0"):
+        assert run("--eval-freq", frequency, "--max-epoch", "3")[0] == 0
+        rows.append([{name: value for name, value in row.items() if name.startswith("train")} for row in metrics()])
+    assert rows[0] == rows[1]
+    assert [row["test_accuracy"] != "" for row in metrics()] == [False, False, True]
+
+
+@pytest.mark.parametrize("name", sorted(models.MODELS))
+@pytest.mark.parametrize("mode, size", [("L", 28), ("RGB", 32)])
+def test_every_network_trains_on_grey_and_colour(name, mode, size, run, tmp_path):
+    make_folder(tmp_path / "data", train=3, test=1, size=(size, size), mode=mode)
+    flags = ["--data-root", tmp_path / "data", "--image-size", size, "--model", name, "--batch-size", "5"]
+    assert run(*flags, "--max-epoch", "1")[0] == 0
+
+
+def test_max_iter_ends_within_an_epoch(run):
+    status, out, _ = run("--max-iter", "4")
+    assert status == 0 and "==> Epoch 2/2" in out and out.count("Batch ") == 4
+    assert len(metrics()) == 2
+
+
+def test_recipes_set_defaults_and_flags_win():
+    args = main.parse_args(["--recipe", "wen2016", "--lr-model", "0.5"])
+    assert (args.weight_cent, args.center_update, args.lr_model, args.max_iter) == (0.01, "paper", 0.5, 10000)
+    assert main.parse_args([]).lr_model == 0.001
+    parser = main.build_parser()
+    for recipe in main.RECIPES.values():
+        assert recipe.keys() <= vars(parser.parse_args([])).keys()
+
+
+def test_flags_have_zhou2018s_names_and_defaults():
+    expected = dict(
+        dataset="mnist", batch_size=128, lr_model=0.001, lr_cent=0.5, weight_cent=1, max_epoch=100, stepsize=20,
+        gamma=0.5, model="cnn", eval_freq=10, print_freq=50, gpu="0", seed=1, use_cpu=False, save_dir="log", plot=False,
+    )  # fmt: skip
+    args = vars(main.parse_args([]))
+    assert {name: args[name] for name in expected} == expected
+    assert main.parse_args(["-d", "digits", "-j", "3"]).workers == 3
+
+
+@pytest.mark.parametrize(
+    "flags, expected",
+    [
+        (["--schedule", "step", "--stepsize", "2"], [1, 1, 0.5, 0.5, 0.25]),
+        (["--schedule", "step", "--stepsize", "0"], [1, 1, 1, 1, 1]),
+        (["--schedule", "milestones", "--milestones", "3", "9", "--gamma", "0.8"], [1, 0.8, 0.8, 0.64, 0.64]),
+    ],
+)
+def test_schedules_count_epochs_or_steps(flags, expected):
+    """Three steps an epoch; the rate in each epoch's last step."""
+    args = main.parse_args(["--lr-model", "1", *flags])
+    sgd = torch.optim.SGD([torch.zeros(1, requires_grad=True)], args.lr_model)
+    schedule, rates = main.SCHEDULES[args.schedule](sgd, args, 3), []
+    for _ in range(5):
+        for _ in range(3):
+            sgd.step()
+            rate = sgd.param_groups[0]["lr"]
+            schedule.step()
+        rates.append(rate)
+    assert rates == pytest.approx(expected)
+
+
+def test_caffe_biases_and_one_optimizer_make_parameter_groups():
+    args = main.parse_args(["--recipe", "wen2016"])
+    model, loss = models.create("cnn-wen2016"), main.CenterLoss(10, 2, use_gpu=False)
+    (sgd,) = main.create_optimizers(model, loss, args).values()
+    weights, biases, centers = sgd.param_groups
+    assert len(biases["params"]) == 7 and (biases["lr"], biases["weight_decay"]) == (0.02, 0.0)
+    assert (weights["lr"], weights["weight_decay"], weights["momentum"]) == (0.01, 5e-4, 0.9)
+    assert centers["params"] == [loss.centers] and (centers["weight_decay"], centers["momentum"]) == (0.0, 0.9)
+
+
+def test_divergence_stops_with_status_3_and_says_what_to_change(run):
+    status, _, err = run("--lr-model", "1e20")
+    assert status == 3 and len(err.splitlines()) == 1
+    assert "cross entropy is no longer finite in epoch 1, with --weight-cent 1 --lr-model 1e+20" in err
+    assert not Path("log/checkpoint.pt").exists()
+
+
+BAD_FLAGS = [
+    ["--batch-size", "0"], ["--batch-size", "1.5"], ["--lr-model", "0"], ["--lr-model", "nan"], ["--lr-cent", "-1"],
+    ["--weight-cent", "-0.1"], ["--weight-cent", "inf"], ["--max-epoch", "0"], ["--max-iter", "-1"],
+    ["--stepsize", "-1"], ["--gamma", "0"], ["--eval-freq", "-1"], ["--print-freq", "0"], ["--workers", "-1"],
+    ["-j", "two"], ["--seed", "-1"], ["--momentum", "1.5"], ["--momentum-cent", "-1"], ["--weight-decay", "-1"],
+    ["--loss-scale", "0"], ["--feat-dim", "0"], ["--image-size", "7"], ["--milestones", "0"], ["--gpu", "0,1"],
+    ["--gpu", "-1"], ["--gpu", "cuda"], ["--dataset", "imagenet"], ["--model", "vgg"], ["--recipe", "none"],
+    ["--distance", "cosine"], ["--schedule", "none"], ["--center-update", "none"], ["--optimizer", "lion"],
+    ["--init", "zeros"], ["--scaling", "none"], ["--unknown"], ["--one-optimizer", "--optimizer", "adamw"],
+    ["--evaluate", "nowhere.pt"], ["--resume", "nowhere.pt"], ["--resume"], ["--data-root", "nowhere"],
+    ["--save-dir", "/dev/null"], ["--save-dir", "/dev/null/below"], ["--model", "bn-deep"],
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("flags", BAD_FLAGS, ids=" ".join)
+def test_a_mistake_is_one_line_status_2_and_writes_nothing(flags, run):
+    status, _, err = run(*flags)
+    assert status == 2
+    assert err.startswith("main.py: error: ") and err.count("\n") == 1
+    assert os.listdir() == []
+
+
+def test_a_mistake_leaves_the_old_run_as_it_was(run):
+    run("--max-epoch", "1")
+    before = {path: path.read_bytes() for path in Path("log").iterdir()}
+    assert run("--data-root", "nowhere")[0] == 2 and run("--model", "bn-deep")[0] == 2
+    assert {path: path.read_bytes() for path in Path("log").iterdir()} == before
+
+
+def start(*flags, cwd):
+    return subprocess.Popen([PYTHON, MAIN, *map(str, flags)], cwd=cwd, text=True, stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE)  # fmt: skip
+
+
+def test_ctrl_c_ends_with_one_line_that_says_what_was_kept(folder, tmp_path):
+    process = start("--dataset", "folder", "--data-root", folder, "--image-size", "8", "--batch-size", "10", "--plot",
+                    "--max-epoch", "100000", "--print-freq", "1", cwd=tmp_path)  # fmt: skip
+    for line in process.stdout:
+        if line.startswith("==> Epoch 3/"):
+            break
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert re.fullmatch(r"main.py: stopped by SIGINT; log holds all up to epoch \d+( and \d batches)?; "
+                        r"to go on: python main.py --resume --save-dir log\n", err)  # fmt: skip
+    epochs = [row["epoch"] for row in metrics(tmp_path / "log")]
+    assert epochs == [str(epoch) for epoch in range(1, len(epochs) + 1)]
+    assert {path.stem for path in (tmp_path / "log/train").glob("*.png")} == {f"epoch_{epoch}" for epoch in epochs}
+
+
+@pytest.mark.mnist
+@pytest.mark.slow
+def test_first_150_batches_on_mnist_print_zhou2018s_figures(tmp_path):
+    expected = {
+        50: (2.403692, 2.628492, 2.403593, 2.393760, 0.000099, 0.234732),
+        100: (2.379015, 2.500385, 2.378999, 2.383011, 0.000015, 0.117374),
+        150: (2.414065, 2.459375, 2.414052, 2.381121, 0.000013, 0.078253),
+    }
+    process = start("--use-cpu", "--data-root", SHARED_DATA, cwd=tmp_path)
+    for line in process.stdout:
+        if found := re.match(r"Batch (\d+)/469", line):
+            batch = int(found[1])
+            figures = [float(figure) for figure in re.findall(r"\d+\.\d+", line)]
+            assert figures == pytest.approx(expected.pop(batch), abs=1e-5)
+            if not expected:
+                break
+    process.kill()
+    process.wait()
+    assert not expected

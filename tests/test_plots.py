@@ -1,0 +1,119 @@
+"""Pictures: what they are given is what they show."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import plots
+
+
+def cloud(classes=3, per_class=20, dim=2, seed=0):
+    random = np.random.default_rng(seed)
+    centers = random.normal(size=(classes, dim)) * 5
+    labels = np.repeat(np.arange(classes), per_class)
+    return centers[labels] + random.normal(size=(len(labels), dim)) * 0.1, labels, centers
+
+
+def write_epoch(path, features, labels, centers, title="train, epoch 1: accuracy 9.99 %"):
+    project, axes = plots.plane(features)
+    plots.save_points(features, labels, centers, [str(c) for c in range(len(centers))], project, axes, title, path)
+    return path
+
+
+def test_plane_of_two_dimensions_is_the_features_themselves():
+    features = cloud()[0]
+    project, axes = plots.plane(features)
+    assert np.array_equal(project(features), features) and axes == ("feature 1", "feature 2")
+
+
+def test_plane_of_many_dimensions_is_that_of_the_largest_variance():
+    features = cloud(dim=7)[0]
+    project, axes = plots.plane(features)
+    centered = features - features.mean(0)
+    _, singular, rows = np.linalg.svd(centered)  # the oracle
+    points = project(features)
+    assert np.abs(points) == pytest.approx(np.abs(centered @ rows[:2].T), abs=1e-6)
+    shares = 100 * singular[:2] ** 2 / (singular**2).sum()
+    assert axes == tuple(f"principal component {i + 1} ({shares[i]:.0f} % of the variance)" for i in (0, 1))
+    again = plots.plane(features[::-1])[0](features)  # the sign does not depend on chance
+    assert again == pytest.approx(points, abs=1e-6)
+
+
+def test_plane_of_one_dimension_is_a_line():
+    project, _ = plots.plane(np.array([[1.0], [3.0]]))
+    assert project(np.array([[2.0]])).tolist() == [[2.0, 0.0]]
+
+
+def test_limits_hold_all_points_and_ignore_what_is_not_finite():
+    points = np.array([[0.0, 0.0], [10.0, 1.0], [np.nan, 5.0], [np.inf, 0.0]])
+    (x0, x1), (y0, y1) = plots.limits(points)
+    assert x0 < 0 and x1 > 10 and y0 < 0 and y1 > 1
+    assert (y1 - y0) >= (x1 - x0) / 2 - 1e-9
+
+
+@pytest.mark.parametrize("classes", [1, 10, 12, 20, 25, 26, 100])
+def test_every_class_has_its_own_colour_and_all_points_are_drawn(classes, tmp_path):
+    features, labels, centers = cloud(classes)
+    shown = dict(np.load(write_epoch(tmp_path / "epoch_1.npz", features, labels, centers)))
+    scatter = plots.Scatter(shown, plots.limits(features, centers), dpi=50)
+    scatter.show(shown)
+    assert len({line.get_color() if isinstance(line.get_color(), str) else tuple(line.get_color())
+                for line in scatter.points}) == classes  # fmt: skip
+    drawn = [np.column_stack(line.get_data()) for line in scatter.points]
+    for label, points in enumerate(drawn):
+        assert points == pytest.approx(features[labels == label], abs=1e-5)
+    assert scatter.centers.get_offsets() == pytest.approx(centers, abs=1e-5)
+    assert scatter.axes.get_aspect() == 1
+    legend = scatter.axes.get_legend()
+    names = [text.get_text() for text in legend.get_texts()] if legend else []
+    assert names == ([*map(str, range(classes)), "center"] if classes <= 25 else [])
+    assert scatter.axes.get_title() == "train, epoch 1: accuracy 9.99 %"
+
+
+def test_picture_of_an_epoch(tmp_path):
+    source = write_epoch(tmp_path / "epoch_1.npz", *cloud())
+    plots.draw_points(tmp_path / "epoch_1.png", source)
+    with Image.open(tmp_path / "epoch_1.png") as image:
+        pixels = np.asarray(image.convert("RGB")).reshape(-1, 3)
+        assert image.size == (960, 780)
+    for color in ((31, 119, 180), (255, 127, 14), (44, 160, 44)):  # the first of matplotlib's ten colours
+        assert (pixels == color).all(1).sum() > 50
+
+
+def test_film_has_a_frame_an_epoch_in_their_order_with_the_same_axes(tmp_path):
+    for epoch in (1, 2, 10):
+        features, labels, centers = cloud(seed=epoch)
+        write_epoch(tmp_path / f"epoch_{epoch}.npz", features * epoch, labels, centers * epoch, f"epoch {epoch}")
+    plots.draw_film(tmp_path / "film.gif", tmp_path)
+    frames = []
+    with Image.open(tmp_path / "film.gif") as film:
+        for index in range(film.n_frames):
+            film.seek(index)
+            frames.append(np.asarray(film.convert("RGB")).astype(int))
+        assert film.info.get("loop") == 0
+    assert len(frames) == 3
+    ticks = [frame[-45:] for frame in frames]  # the axis labels below the points
+    assert (ticks[0] == ticks[1]).all() and (ticks[1] == ticks[2]).all()
+    assert not (frames[0] == frames[1]).all()
+
+
+def test_film_of_a_single_epoch(tmp_path):
+    write_epoch(tmp_path / "epoch_3.npz", *cloud())
+    plots.draw_film(tmp_path / "film.gif", tmp_path)
+    with Image.open(tmp_path / "film.gif") as film:
+        assert film.n_frames == 1
+
+
+def test_curves_leave_out_what_was_not_measured(tmp_path):
+    row = dict(epoch=1, train_loss=2.0, train_xent=2.0, train_center=0.0, train_accuracy=10.0, test_xent=None,
+               test_accuracy=None, nearest_center_accuracy=None)  # fmt: skip
+    plots.draw_curves(tmp_path / "curves.png", [row, row | dict(epoch=2, test_accuracy=50.0, test_xent=1.0)])
+    with Image.open(tmp_path / "curves.png") as image:
+        assert image.size == (1350, 540)
+
+
+@pytest.mark.parametrize("classes", [3, 60])
+def test_confusion_matrix(classes, tmp_path):
+    plots.draw_confusion(tmp_path / "c.png", np.eye(classes, dtype=int), [f"class {i}" for i in range(classes)], "test")
+    with Image.open(tmp_path / "c.png") as image:
+        assert image.size == (960, 840)
