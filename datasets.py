@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch.utils.data import DataLoader, Dataset, RandomSampler, Sampler
+from torch.utils.data import DataLoader, Dataset, RandomSampler, Sampler, default_collate
 
 
 class DatasetError(Exception):
@@ -186,9 +186,20 @@ def create(
             split.transform = torchvision.transforms.Compose([split.transform, normalise])
             rows = BatchRows(len(split), batch_size, shuffle, "cpu", rank, world_size)
             pin = torch.device(device).type == "cuda"
-            loaders.append(DataLoader(split, batch_sampler=rows, pin_memory=pin, **common))
+            collate = Collate(in_channels, image_size)
+            loaders.append(DataLoader(split, batch_sampler=rows, pin_memory=pin, collate_fn=collate, **common))
         all_rows.append(rows)
     return Data(*loaders, all_rows[0], classes, in_channels, image_size)
+
+
+class Collate:
+    """Items to a batch, which of some rank may be empty; a class, so that workers can be spawned with it."""
+
+    def __init__(self, in_channels: int, image_size: int):
+        self.empty = torch.empty(0, in_channels, image_size, image_size), torch.empty(0, dtype=torch.int64)
+
+    def __call__(self, items: list) -> list[torch.Tensor]:
+        return default_collate(items) if items else [each.clone() for each in self.empty]
 
 
 class ReadImage:

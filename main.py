@@ -7,6 +7,7 @@ python main.py --evaluate log/checkpoint.pt                test figures of a tra
 """
 
 import argparse
+import contextlib
 import functools
 import math
 import os
@@ -18,6 +19,8 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from torch.nn import SyncBatchNorm
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import lr_scheduler
 from tqdm import tqdm
 
@@ -161,7 +164,9 @@ def build_parser() -> utils.Parser:
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The flags, on top of their recipe's defaults or, to resume or evaluate, of their values in the checkpoint."""
-    parser = build_parser()
+    parser, local = build_parser(), utils.Ranks.of_environment().local
+    if local is not None:
+        parser.set_defaults(gpu=None)
     args = parser.parse_args(argv)
     path = args.evaluate or args.resume
     try:
@@ -171,7 +176,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         else:
             path = path or os.path.join(args.save_dir, "checkpoint.pt")
             saved = utils.load_checkpoint(path)["args"]
-            parser.set_defaults(**saved | dict(save_dir=args.save_dir))
+            parser.set_defaults(**saved | dict(save_dir=args.save_dir, gpu=args.gpu))
             args = parser.parse_args(argv)
             args.resume = None if args.evaluate else path
             for name in saved.keys() - FREE_ON_RESUME:
@@ -183,6 +188,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error(str(error))
     if args.one_optimizer and args.optimizer != "sgd":
         parser.error(f"--one-optimizer goes with --optimizer sgd, got {args.optimizer}")
+    if local is not None and args.gpu:
+        parser.error(f"--gpu must be left out under torchrun, whose local ranks are the indices, got {args.gpu}")
+    args.gpu = args.gpu or str(local)
     gpus = 0 if args.use_cpu else torch.cuda.device_count()
     if gpus and int(args.gpu) >= gpus:
         parser.error(f"--gpu must be below {gpus}, the number of GPUs here, got {args.gpu}")
@@ -205,60 +213,64 @@ def create_optimizers(model, center_loss, args) -> dict[str, torch.optim.Optimiz
     )
 
 
-def train(net, center_loss, optimizers, scheduler, loader, args, device, log, stop, epoch, partial=None) -> dict:
+def train(net, center_loss, optimizers, scheduler, loader, args, ranks, log, stop, epoch, partial=None) -> dict:
     """One pass over the training data, or the rest of one from `partial`, what an interrupted pass has returned.
 
     Returns the means of the losses, the accuracy (%) and, where they are wanted, the features (N, D) of the pass.
     """
     net.train()
-    steps = len(loader)
+    device, steps, size = center_loss.centers.device, len(loader), len(loader.dataset)
     last = min(steps, args.max_iter - (epoch - 1) * steps) if args.max_iter else steps
     lr_ratio = args.lr_cent / args.lr_model if args.one_optimizer else 1.0
     keep = args.plot or args.save_features or args.weight_cent == 0
-    # Sums over samples of cross-entropy, λ · center loss, right predictions and 1: on the device, read at print lines.
-    sums, seen, done = torch.zeros(4, dtype=torch.float64, device=device), [], 0
-    if partial:
-        sums, done = sums + partial["sums"].to(device), partial["batches"]
+    # This rank's sums over samples of cross-entropy, λ · center loss and right predictions; on the device.
+    sums, seen, done = torch.zeros(3, dtype=torch.float64, device=device), [], partial["batches"] if partial else 0
+    if partial and ranks.rank == 0:
+        sums += partial["sums"].to(device)
         seen = [[each.to(device) for each in partial["seen"]]] if keep else []
 
-    bar = tqdm(loader, disable=None, leave=False, desc=f"epoch {epoch}", initial=done, total=last, unit="batch")
+    bar = tqdm(loader, disable=None if ranks.rank == 0 else True, leave=False, desc=f"epoch {epoch}", initial=done,
+               total=last, unit="batch")
     for batch, (images, labels) in enumerate(bar, done + 1):
         images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+        count = min(args.batch_size, size - (batch - 1) * args.batch_size)  # of all ranks
         with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
             features, logits = net(images)
         features, logits = features.float(), logits.float()
-        xent = F.cross_entropy(logits, labels)
+        xent = F.cross_entropy(logits, labels, reduction="sum") / count  # this rank's share of the mean
+        # The center loss is that of the joined batch, the same on every rank.
         center = args.weight_cent * center_loss(features, labels) if args.weight_cent else torch.zeros_like(xent)
 
         for optimizer in optimizers:
             optimizer.zero_grad()
-        (xent + center).backward()
+        (ranks.size * (xent + center)).backward()  # the ranks' gradients are averaged, where their sum is wanted
         if args.weight_cent:
-            center_loss.rescale_center_grad(args.weight_cent, lr_ratio)
+            center_loss.rescale_center_grad(ranks.size * args.weight_cent, lr_ratio)
         for optimizer in optimizers:
             optimizer.step()
         scheduler.step()
 
         predictions = logits.detach().argmax(1)
-        right = (predictions == labels).float().mean()
-        means = torch.stack([xent.detach(), center.detach(), right, torch.ones_like(right)])
-        sums += means * len(labels)
+        values = torch.stack([xent.detach(), center.detach() / ranks.size, (predictions == labels).sum() / count])
+        sums += values * count
         if keep:
             seen.append([features.detach(), labels, predictions])
+        stop.signal = ranks.any(stop.signal)
         if batch % args.print_freq == 0 or batch == last or stop.signal:
-            (xent, center, *_), (*totals, count) = means.tolist(), sums.tolist()
+            (xent, center, _), (*totals, _) = ranks.total(torch.stack([values, sums])).tolist()
             check_finite(dict(cross_entropy=totals[0], center_loss=totals[1]), epoch, args)
             if batch % args.print_freq == 0:
-                log(f"Batch {batch}/{steps}\t Loss {xent + center:.6f} ({(totals[0] + totals[1]) / count:.6f}) "
-                    f"XentLoss {xent:.6f} ({totals[0] / count:.6f}) CenterLoss {center:.6f} ({totals[1] / count:.6f})")
+                means = [total / min(batch * args.batch_size, size) for total in totals]
+                log(f"Batch {batch}/{steps}\t Loss {xent + center:.6f} ({sum(means):.6f}) "
+                    f"XentLoss {xent:.6f} ({means[0]:.6f}) CenterLoss {center:.6f} ({means[1]:.6f})")
         if batch == last or stop.signal:
             break
     bar.close()
 
-    seen = [torch.cat(each) for each in zip(*seen, strict=True)]
+    sums, seen = ranks.total(sums), [ranks.gather(torch.cat(each)) for each in zip(*seen, strict=True)]
     if batch < last:
         return dict(batches=batch, sums=sums, seen=seen)
-    xent, center, right = (sums[:3] / sums[3]).tolist()
+    xent, center, right = (sums / min(last * args.batch_size, size)).tolist()
     return dict(loss=xent + center, xent=xent, center=center, accuracy=100 * right,
                 **dict(zip(("features", "labels", "predictions"), seen, strict=False)))
 
@@ -274,15 +286,16 @@ def check_finite(sums: dict[str, float], epoch: int, args) -> None:
 
 
 @torch.no_grad()
-def test(model, loader, args, device) -> dict:
+def test(model, loader, args, ranks) -> dict:
     """Cross-entropy, accuracy (%), features (N, D), labels and predictions (N,) of the test data."""
     model.eval()
-    seen = []
-    for images, labels in tqdm(loader, disable=None, leave=False, desc="test", unit="batch"):
+    device, seen = next(model.parameters()).device, []
+    hidden = None if ranks.rank == 0 else True  # None: where the output is no terminal
+    for images, labels in tqdm(loader, disable=hidden, leave=False, desc="test", unit="batch"):
         with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
             features, logits = model(images.to(device, non_blocking=True))
         seen.append((features.float(), logits.float(), labels.to(device, non_blocking=True)))
-    features, logits, labels = (torch.cat(each) for each in zip(*seen, strict=True))
+    features, logits, labels = (ranks.gather(torch.cat(each)) for each in zip(*seen, strict=True))
     predictions = logits.argmax(1)
     return dict(xent=F.cross_entropy(logits, labels).item(), accuracy=percentage(predictions == labels),
                 features=features, labels=labels, predictions=predictions)
@@ -332,9 +345,9 @@ def plot(plotter, save_dir: Path, epoch: int, splits: dict, centers: torch.Tenso
         plotter(picture, plots.draw_points, points)
 
 
-def evaluate(model, data, centers, args, device, log) -> None:
+def evaluate(model, data, centers, args, ranks, log) -> None:
     """Prints the test figures of a trained network, and with --plot draws its features and confusion matrix."""
-    tested = test(model, data.test, args, device)
+    tested = test(model, data.test, args, ranks)
     tested |= center_figures(tested["features"], tested["labels"], centers)
     log("==> Test")
     log_test(log, tested)
@@ -345,28 +358,30 @@ def evaluate(model, data, centers, args, device, log) -> None:
     for name, row, right in zip(data.classes, confusion.tolist(), confusion.diag().tolist(), strict=True):
         shown = [f"{data.classes[label]}: {number}" for label, number in enumerate(row) if number]
         log(f"  {name:{width}} {100 * right / max(sum(row), 1):6.2f}   {', '.join(shown)}")
-    if args.plot:
+    if args.plot and ranks.rank == 0:
         save_dir, title = Path(args.save_dir), f"test: accuracy {tested['accuracy']:.2f} %"
         utils.replace_file(save_dir / "confusion.png", functools.partial(
             plots.draw_confusion, counts=confusion.cpu().numpy(), classes=data.classes, title=title))
 
 
-def main(args: argparse.Namespace) -> None:
-    start, log = time.monotonic(), utils.Log()
+def main(args: argparse.Namespace, ranks: utils.Ranks) -> None:
+    start, log = time.monotonic(), utils.Log(quiet=ranks.rank > 0)
     if args.use_cpu or not torch.cuda.is_available():
         device = torch.device("cpu")
         log("Currently using CPU")
     else:
         device = torch.device("cuda", int(args.gpu))
         log(f"Currently using GPU: {args.gpu}")
+        torch.cuda.set_device(device)
         torch.backends.cudnn.benchmark = not args.deterministic
     if args.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
 
     log(f"Creating dataset: {args.dataset}")
-    data = datasets.create(args.dataset, args.data_root, args.batch_size, args.workers, device,
-                           image_size=args.image_size, scaling=args.scaling)
+    with ranks.first_alone():
+        data = datasets.create(args.dataset, args.data_root, args.batch_size, args.workers, device,
+                               image_size=args.image_size, scaling=args.scaling, rank=ranks.rank, world_size=ranks.size)
     if args.max_iter:
         args.max_epoch = math.ceil(args.max_iter / len(data.train))
 
@@ -378,7 +393,11 @@ def main(args: argparse.Namespace) -> None:
     models.INITS[args.init](center_loss.centers)
     model.to(device, memory_format=torch.channels_last if args.amp else torch.contiguous_format)
     center_loss.to(device)
-    net = torch.compile(model) if args.compile else model
+    net = model
+    if ranks.size > 1:
+        net = DistributedDataParallel(SyncBatchNorm.convert_sync_batchnorm(model) if device.type == "cuda" else model)
+    if args.compile:
+        net = torch.compile(net)
     optimizers = create_optimizers(model, center_loss, args)
     scheduler = SCHEDULES[args.schedule](optimizers["optimizer_model"], args, len(data.train))
 
@@ -397,55 +416,59 @@ def main(args: argparse.Namespace) -> None:
         torch.set_rng_state(run["rng"])
         start -= run["elapsed"]
     if args.evaluate:
-        return evaluate(model, data, run["centers"].to(device), args, device, log)
+        return evaluate(model, data, run["centers"].to(device), args, ranks, log)
     if run["epoch"] >= args.max_epoch:
         return log(f"The run in {args.save_dir} is finished: {run['epoch']} epochs; go on with a larger --max-epoch")
 
     save_dir = Path(args.save_dir)
     plotter = utils.Plotter()
-    with utils.claim(save_dir), utils.StopRequest() as stop:
+    with utils.claim(save_dir) if ranks.rank == 0 else contextlib.nullcontext(), utils.StopRequest() as stop:
         if args.resume:
             log(f"Resuming after epoch {run['epoch']}")
             for points in save_dir.glob("t*/epoch_*.npz"):
                 if args.plot and not points.with_suffix(".png").exists():  # a killed run's drawers end with it
                     plotter(points.with_suffix(".png"), plots.draw_points, points)
-        elif utils.clear(save_dir):
+        elif ranks.rank == 0 and utils.clear(save_dir):
             log(f"Replacing the earlier run in {save_dir}")
-        log.open(save_dir / f"log_{args.dataset}.txt", run["log_bytes"])
-        utils.write_json(save_dir / "args.json", vars(args))
+        if ranks.rank == 0:
+            log.open(save_dir / f"log_{args.dataset}.txt", run["log_bytes"])
+            utils.write_json(save_dir / "args.json", vars(args))
 
         while run["epoch"] < args.max_epoch and not stop.signal:
             epoch, partial = run["epoch"] + 1, run["partial"]
             run["rng"] = torch.get_rng_state()
             log(f"==> Epoch {epoch}/{args.max_epoch}")
             data.train_rows.skip = partial["batches"] if partial else 0
-            trained = train(net, center_loss, list(optimizers.values()), scheduler, data.train, args, device, log, stop,
+            trained = train(net, center_loss, list(optimizers.values()), scheduler, data.train, args, ranks, log, stop,
                             epoch, partial)
             if "batches" in trained:
                 run["partial"] = trained
             else:
                 centers = center_loss.centers.detach()
+                ranks.check_equal("centers", centers)
                 if args.weight_cent == 0:
                     centers = class_means(trained["features"], trained["labels"], len(data.classes))
                 splits = dict(train=trained)
                 if epoch == args.max_epoch or (args.eval_freq and epoch % args.eval_freq == 0):
                     log("==> Test")
-                    tested = splits["test"] = test(model, data.test, args, device)
+                    tested = splits["test"] = test(model, data.test, args, ranks)
                     tested |= center_figures(tested["features"], tested["labels"], centers)
                     log_test(log, tested)
                 row = record(epoch, scheduler.get_last_lr()[0], trained, splits.get("test", {}))
                 run |= dict(epoch=epoch, partial=None, history=[*run["history"], row], centers=centers,
                             rng=torch.get_rng_state())
-                utils.write_metrics(save_dir / "metrics.csv", run["history"])
-                if args.plot:
+                if ranks.rank == 0:
+                    utils.write_metrics(save_dir / "metrics.csv", run["history"])
+                if ranks.rank == 0 and args.plot:
                     plot(plotter, save_dir, epoch, splits, centers, data.classes)
-                if args.save_features:
+                if ranks.rank == 0 and args.save_features:
                     utils.save_features(save_dir / "features" / f"epoch_{epoch}.npz", splits, centers)
-            run |= dict(elapsed=time.monotonic() - start, log_bytes=log.position())
-            states = {name: module.state_dict() for name, module in modules.items()}
-            utils.save_checkpoint(save_dir / "checkpoint.pt", dict(args=vars(args), **run, **states))
+            if ranks.rank == 0:
+                run |= dict(elapsed=time.monotonic() - start, log_bytes=log.position())
+                states = {name: module.state_dict() for name, module in modules.items()}
+                utils.save_checkpoint(save_dir / "checkpoint.pt", dict(args=vars(args), **run, **states))
 
-        if args.plot and run["history"]:
+        if ranks.rank == 0 and args.plot and run["history"]:
             plotter(save_dir / "curves.png", plots.draw_curves, run["history"])
             for split in ("train", "test"):
                 if any((save_dir / split).glob("epoch_*.npz")):
@@ -463,8 +486,11 @@ def main(args: argparse.Namespace) -> None:
 def cli(argv: list[str] | None = None) -> int:
     """Parses, runs, and tells in one line what ended the run; returns the exit status."""
     kept = "the files in --save-dir are those of the last whole epoch"
+    ranks = utils.Ranks.of_environment()
     try:
-        main(parse_args(argv))
+        args = parse_args(argv)
+        with ranks.joined():
+            main(args, ranks)
         return 0
     except utils.Stopped as stop:
         status, message = stop.status, stop
@@ -476,7 +502,13 @@ def cli(argv: list[str] | None = None) -> int:
         status, message = 2, f"error: {str(error).strip().splitlines()[-1]}"  # a worker's has its traceback before it
     except OSError as error:
         status, message = 1, f"error: {error}; {kept}"
-    print(f"main.py: {message}", file=sys.stderr)
+    except RuntimeError as error:
+        if ranks.size == 1:
+            raise
+        reason = str(error).strip().partition("\n")[0]
+        status, message = 1, f"error: rank {ranks.rank} has lost the others ({reason}); {kept}; to go on: --resume"
+    if ranks.rank == 0 or status == 1:
+        print(f"main.py: {message}", file=sys.stderr)
     return status
 
 

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 
@@ -36,6 +37,37 @@ MODELS = {
     "bn-deep": Design((32, 64, POOL, 128, 256, POOL, 512, 512, POOL, 256, 128, 64, POOL), batch_norm=True),
     "bn-shallow": Design((32, 64, POOL, 128, 256, POOL, 512, 512, POOL), batch_norm=True),
 }
+
+
+class SumOverRanks(torch.autograd.Function):
+    """The sum over all ranks, through which gradients go back to all of them."""
+
+    @staticmethod
+    def forward(context, values: torch.Tensor) -> torch.Tensor:
+        values = values.clone()
+        dist.all_reduce(values)
+        return values
+
+    backward = forward
+
+
+class BatchNorm2d(nn.BatchNorm2d):
+    """BatchNorm2d; on the CPU, over the joined batch of all ranks (torch's SyncBatchNorm does so on GPUs alone)."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        if not (self.training and dist.is_initialized() and images.device.type == "cpu"):
+            return super().forward(images)
+        over, count = (0, 2, 3), images.new_tensor([images.numel() / images.shape[1]])
+        total = SumOverRanks.apply(torch.cat([images.sum(over), count]))
+        mean, count = total[:-1] / total[-1], total[-1].item()
+        centered = images - mean.view(1, -1, 1, 1)
+        variance = SumOverRanks.apply(centered.square().sum(over)) / count
+        with torch.no_grad():
+            self.num_batches_tracked += 1
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(variance * count / (count - 1), self.momentum)
+        scale = self.weight * (variance + self.eps).rsqrt()
+        return centered * scale.view(1, -1, 1, 1) + self.bias.view(1, -1, 1, 1)
 
 
 class ConvNet(nn.Module):
@@ -67,7 +99,7 @@ class ConvNet(nn.Module):
     @staticmethod
     def _activation(design: Design, channels: int) -> list[nn.Module]:
         if design.batch_norm:
-            return [nn.BatchNorm2d(channels), nn.ReLU()]
+            return [BatchNorm2d(channels), nn.ReLU()]
         return [nn.PReLU(channels if design.prelu_per_channel else 1)]
 
     def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,0 +1,172 @@
+"""Two ranks under torchrun take the steps of one process: losses, weights, centers, metrics, files.
+
+Run by torchrun, this file is the ranks' own program: it runs main.py once for each list of flags in a JSON file.
+"""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import main
+import models
+
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+COMMON = ["--dataset", "folder", "--image-size", "16", "--max-epoch", "2", "--eval-freq", "1", "--use-cpu"]
+# 25 training images: the last of 9, 9 and 7 is odd; with 8 it is a batch of one, and one rank has no sample in it.
+VARIANTS = {
+    "zhou2018": ["--lr-model", "0.01", "--batch-size", "9"],
+    "zhou2018, last batch of one": ["--lr-model", "0.01", "--batch-size", "8"],
+    "zhou2018, workers": ["--lr-model", "0.01", "--batch-size", "8", "-j", "1"],
+    "softmax only": ["--lr-model", "0.01", "--batch-size", "9", "--weight-cent", "0", "--save-features"],
+    "one optimizer": ["--lr-model", "0.01", "--batch-size", "9", "--one-optimizer"],
+    "wen2016": ["--recipe", "wen2016", "--batch-size", "9", "--max-iter", "5"],
+    "zahn2024-v1.0": ["--recipe", "zahn2024-v1.0", "--batch-size", "9"],
+    "zahn2024-v1.2": ["--recipe", "zahn2024-v1.2", "--batch-size", "8"],
+    "paper, adamw, onecycle": ["--center-update", "paper", "--optimizer", "adamw", "--schedule", "onecycle",
+                               "--batch-size", "9", "--weight-cent", "0.1"],
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    from conftest import make_folder
+
+    root = make_folder(tmp_path_factory.mktemp("ranks") / "images", train=8, test=3, size=(16, 16))
+    (root / "train" / "ant" / "9.png").write_bytes((root / "train" / "ant" / "1.png").read_bytes())
+    return root
+
+
+@pytest.fixture(scope="module")
+def both(images, tmp_path_factory):
+    """All variants, run by one process and, in one launch, by two ranks: {name: (directory, directory)}."""
+    base, jobs, pairs = tmp_path_factory.mktemp("runs"), [], {}
+    for index, (name, flags) in enumerate(VARIANTS.items()):
+        pairs[name] = base / f"{index}-one", base / f"{index}-two"
+        flags = [*COMMON, "--data-root", str(images), *flags, "--save-dir"]
+        assert main.cli([*flags, str(pairs[name][0])]) == 0
+        jobs.append([*flags, str(pairs[name][1])])
+    (base / "jobs.json").write_text(json.dumps(jobs))
+    environment = os.environ | {"PYTHONPATH": str(Path(main.__file__).parent)}
+    result = subprocess.run([*TORCHRUN, __file__, base / "jobs.json"], capture_output=True, text=True, timeout=300,
+                            env=environment)  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    return pairs, result.stdout
+
+
+def checkpoint(directory):
+    return torch.load(directory / "checkpoint.pt", weights_only=True)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_two_ranks_end_where_one_process_does(name, both):
+    # Nine BatchNorm layers carry a rounding far: another instruction set on the same CPU moves one process's weights
+    # by up to 1e-3. check_batch_norm, which the ranks have run, is exact.
+    tolerance = 5e-3 if name.startswith("zahn2024") else 1e-4
+    one, two = (checkpoint(directory) for directory in both[0][name])
+    assert one["model"].keys() == two["model"].keys()
+    for key, value in one["model"].items():
+        assert torch.allclose(value, two["model"][key], atol=tolerance, rtol=0), key
+    assert torch.allclose(one["center_loss"]["centers"], two["center_loss"]["centers"], atol=tolerance, rtol=0)
+    for ours, theirs in zip(one["history"], two["history"], strict=True):
+        assert ours == pytest.approx(theirs, abs=tolerance, rel=tolerance)
+
+
+def test_rank_0_alone_prints_and_writes(both):
+    pairs, out = both
+    assert out.count("Creating model") == len(VARIANTS)
+    for one, two in pairs.values():
+        assert sorted(path.name for path in one.iterdir()) == sorted(path.name for path in two.iterdir())
+        lines = [(directory / "log_folder.txt").read_text().splitlines()[:-1] for directory in (one, two)]
+        figures = [[float(figure) for line in each for figure in re.findall(r"\d+\.\d+", line)] for each in lines]
+        assert figures[0] == pytest.approx(figures[1], abs=2e-2)
+        texts = [[re.sub(r"[\d.]+", "#", line) for line in each] for each in lines]
+        assert texts[0] == texts[1]
+
+
+def test_features_of_all_ranks_are_gathered(both):
+    import numpy as np
+
+    one, two = (np.load(directory / "features" / "epoch_2.npz") for directory in both[0]["softmax only"])
+    for split, count in (("train", 25), ("test", 9)):
+        ours, theirs = (each[f"{split}_features"] for each in (one, two))
+        assert len(ours) == len(theirs) == count
+        assert ours[np.lexsort(ours.T)] == pytest.approx(theirs[np.lexsort(theirs.T)], abs=1e-4)
+
+
+def test_one_process_goes_on_from_two_ranks_checkpoint(both, images, tmp_path):
+    one, two = both[0]["zhou2018"]
+    for directory in (one, two):
+        flags = ["--resume", directory / "checkpoint.pt", "--save-dir", tmp_path / directory.name, "--max-epoch", "3"]
+        assert main.cli([str(flag) for flag in flags]) == 0
+    ends = [checkpoint(tmp_path / directory.name) for directory in (one, two)]
+    assert all(torch.allclose(value, ends[1]["model"][key], atol=1e-4) for key, value in ends[0]["model"].items())
+
+
+def launch(*flags):
+    return subprocess.Popen([*TORCHRUN, main.__file__, *map(str, flags)], text=True, start_new_session=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
+
+
+def test_a_rank_that_dies_ends_the_others_and_resume_goes_on(images, tmp_path):
+    flags = [*COMMON, "--data-root", images, "--batch-size", "9", "--save-dir", tmp_path, "--max-epoch", "100000"]
+    process = launch(*flags)
+    for line in process.stdout:
+        if line.startswith("==> Epoch 3/"):
+            break
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    ranks = {}
+    for child in children:
+        environment = Path(f"/proc/{child}/environ").read_bytes().split(b"\0")
+        ranks |= {int(entry[5:]): int(child) for entry in environment if entry.startswith(b"RANK=")}
+    os.kill(ranks[1], signal.SIGKILL)
+    started = time.monotonic()
+    _, err = process.communicate(timeout=120)
+    assert process.returncode != 0 and time.monotonic() - started < 100
+    assert "main.py: error: rank 0 has lost the others" in err and "to go on: --resume" in err
+    epochs = checkpoint(tmp_path)["epoch"]
+    assert epochs >= 2
+    assert main.cli(["--resume", "--save-dir", str(tmp_path), "--max-epoch", str(epochs + 1)]) == 0
+    assert checkpoint(tmp_path)["epoch"] == epochs + 1
+
+
+def test_a_gpu_index_under_torchrun_is_refused(monkeypatch, capsys):
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "2"), ("LOCAL_RANK", "1")):
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit) as exit:
+        main.parse_args(["--gpu", "1"])
+    assert exit.value.code == 2 and "--gpu must be left out under torchrun" in capsys.readouterr().err
+    assert main.parse_args([]).gpu == "1"
+
+
+def check_batch_norm(ranks):
+    """Statistics and gradients of shares of a batch, which may be empty, are torch's of the whole, in float64."""
+    for shares in ((5, 3), (4, 0), (0, 2)):
+        torch.manual_seed(0)
+        joined = torch.randn(sum(shares), 4, 3, 3, dtype=torch.float64, requires_grad=True)
+        weights = torch.randn_like(joined)
+        oracle, ours = torch.nn.BatchNorm2d(4).double(), models.BatchNorm2d(4).double()
+        (oracle(joined) * weights).sum().backward()
+        rows = slice(0, shares[0]) if ranks.rank == 0 else slice(shares[0], None)
+        share = joined.detach()[rows].requires_grad_()
+        (ours(share) * weights[rows]).sum().backward()
+        pairs = [(share.grad, joined.grad[rows]), (ours.running_mean, oracle.running_mean),
+                 (ours.running_var, oracle.running_var), (ranks.total(ours.weight.grad), oracle.weight.grad),
+                 (ranks.total(ours.bias.grad), oracle.bias.grad)]  # fmt: skip
+        for index, (mine, whole) in enumerate(pairs):
+            assert torch.allclose(mine, whole, atol=1e-12), (shares, index)
+
+
+if __name__ == "__main__":
+    ranks = main.utils.Ranks.of_environment()
+    with ranks.joined():
+        check_batch_norm(ranks)
+        for flags in json.loads(Path(sys.argv[1]).read_text()):
+            main.main(main.parse_args(flags), ranks)
