@@ -58,6 +58,7 @@ class Scatter:
             colors = colormaps["tab10" if count <= 10 else "tab20"](range(count))
         else:
             colors = colormaps["turbo"](np.linspace(0, 1, count))
+        self.colors = np.asarray(colors)
         self.figure = Figure(figsize=(6.4, 5.2), dpi=dpi)
         FigureCanvasAgg(self.figure)
         with_legend = count <= 25  # more do not fit beside the points
@@ -105,18 +106,25 @@ def draw_film(part: Path, directory: Path) -> None:
         corners.append(limits(shown["points"], shown["centers"]).T)
     axis_limits = np.stack([np.min(corners, axis=(0, 1)), np.max(corners, axis=(0, 1))], axis=1)
     scatter = Scatter(shown, axis_limits, dpi=80)
-    palette = None
+    palette = Image.new("P", (1, 1))
+    palette.putpalette(film_palette(scatter.colors).tobytes())
     with open(part, "wb") as file:
+        file.writelines(getheader(palette.resize(scatter.figure.canvas.get_width_height()), info={"loop": 0})[0])
         for source in sources:
             scatter.show(dict(np.load(source)))
             scatter.figure.canvas.draw()
             frame = Image.fromarray(np.asarray(scatter.figure.canvas.buffer_rgba())).convert("RGB")
-            if palette is None:  # the first frame has all the colours: points, legend, black on white
-                palette = frame.quantize(64, dither=Image.Dither.NONE)
-                file.writelines(getheader(palette, info={"loop": 0})[0])
             milliseconds = 3000 if source == sources[-1] else min(max(12000 // len(sources), 100), 400)
             file.writelines(getdata(frame.quantize(palette=palette, dither=Image.Dither.NONE), duration=milliseconds))
         file.write(b";")
+
+
+def film_palette(colors: np.ndarray) -> np.ndarray:
+    """256 colours, uint8 (256, 3), for all frames of a film: greys, and tints of each of the colours (C, 4) of [0, 1]."""
+    tints = np.linspace(1, 0.25, np.clip(240 // len(colors), 1, 4))  # 1: the colour itself, 0: white
+    mixed = 1 - tints[:, None, None] * (1 - colors[:, :3])
+    shades = np.concatenate([np.linspace(0, 1, 16).repeat(3).reshape(16, 3), mixed.reshape(-1, 3)])[:256]
+    return np.pad((255 * shades).round().astype(np.uint8), ((0, 256 - len(shades)), (0, 0)))
 
 
 def draw_curves(part: Path, history: Sequence[dict]) -> None:
