@@ -21,7 +21,6 @@ import torch
 import torch.nn.functional as F
 from torch.nn import SyncBatchNorm
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim import lr_scheduler
 from tqdm import tqdm
 
 import datasets
@@ -29,188 +28,7 @@ import models
 import plots
 import utils
 from center_loss import CenterLoss
-
-# The reference systems as defaults of the flags. zhou2018 is what the parser itself has.
-RECIPES = {
-    "zhou2018": {},
-    "wen2016": dict(
-        model="cnn-wen2016",
-        init="xavier",
-        scaling="symmetric",
-        loss_scale=0.5,
-        center_update="paper",
-        weight_cent=0.01,
-        lr_model=0.01,
-        lr_cent=0.01,
-        momentum_cent=0.9,
-        caffe_biases=True,
-        one_optimizer=True,
-        schedule="milestones",
-        milestones=[5000, 8000],
-        gamma=0.8,
-        max_iter=10000,
-    ),
-    "zahn2024-v1.0": dict(
-        model="bn-deep",
-        scaling="unit",
-        batch_size=256,
-        loss_scale=0.5,
-        class_average=True,
-        weight_decay=0.0,
-        gamma=0.8,
-        max_epoch=500,
-    ),
-}
-RECIPES["zahn2024-v1.1"] = RECIPES["zahn2024-v1.0"] | dict(distance="euclidean")
-RECIPES["zahn2024-v1.2"] = RECIPES["zahn2024-v1.1"] | dict(model="bn-shallow")
-
-# Factories from (parameter groups, args), and from (optimizer, args, steps an epoch). All schedules step by iteration.
-OPTIMIZERS = {
-    "sgd": lambda groups, args: torch.optim.SGD(groups, args.lr_model, args.momentum, weight_decay=args.weight_decay),
-    "adamw": lambda groups, args: torch.optim.AdamW(groups, args.lr_model, weight_decay=args.weight_decay),
-}
-SCHEDULES = {
-    "step": lambda sgd, args, steps: lr_scheduler.StepLR(sgd, args.stepsize * steps or sys.maxsize, args.gamma),
-    "milestones": lambda sgd, args, steps: lr_scheduler.MultiStepLR(sgd, args.milestones, args.gamma),
-    "onecycle": lambda sgd, args, steps: lr_scheduler.OneCycleLR(sgd, args.lr_model, args.max_epoch * steps),
-}
-
-# What a resumed or evaluated run may have otherwise than its checkpoint.
-FREE_ON_RESUME = set(
-    "resume evaluate save_dir data_root workers gpu use_cpu max_epoch max_iter plot save_features tensorboard "
-    "eval_freq print_freq".split()
-)
-
-
-# fmt: off  (a flag a line, where it fits)
-def build_parser() -> utils.Parser:
-    parser = utils.Parser(prog="main.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                    allow_abbrev=False)
-
-    def group(title: str):
-        section = parser.add_argument_group(title)
-
-        def add(*names: str, help: str, **options) -> None:
-            with_default = "default" in options and "action" not in options
-            section.add_argument(*names, help=help + " (default: %(default)s)" * with_default, **options)
-
-        return add
-
-    switch = dict(action=argparse.BooleanOptionalAction, default=False)
-    add = group("experiment")
-    add("--recipe", choices=sorted(RECIPES), default="zhou2018", help="system that sets the other flags' defaults")
-    add("--seed", type=utils.number(int, 0, 2**63 - 1), default=1, help="of the network, the centers and the batches")
-    add("--max-epoch", type=utils.number(int, 1), default=100, help="epochs")
-    add("--max-iter", type=utils.number(int, 0), default=0, help="steps, in place of --max-epoch; 0: no such limit")
-
-    add = group("data")
-    add("-d", "--dataset", choices=sorted(datasets.SPECS), default="mnist", help="data set")
-    add("--data-root", default="data", help="directory of the data sets, downloaded to it on first use; for --dataset "
-        "folder the directory that holds train/<class>/* and test/<class>/*")
-    add("--image-size", type=utils.number(int, 8, 1024), default=32, help="pixels a side, for --dataset folder")
-    add("--scaling", choices=sorted(datasets.SCALINGS), default="standard", help="of pixels p: by the data set's mean "
-        "and deviation (standard), (p - 127.5) / 128 (symmetric), p / 255 (unit)")
-    add("--batch-size", type=utils.number(int, 1), default=128, help="images a step, over all ranks")
-    add("-j", "--workers", type=utils.number(int, 0), default=0, help="processes that read images; 0: none, all images "
-        "lie on the device")
-
-    add = group("network")
-    add("--model", choices=sorted(models.MODELS), default="cnn", help="network")
-    add("--feat-dim", type=utils.number(int, 1), default=2, help="D, dimensions of the features")
-    add("--init", choices=sorted(models.INITS), default="default", help="first weights and centers")
-
-    add = group("loss: cross-entropy + λ · center loss")
-    add("--weight-cent", type=utils.number(float, 0), default=1.0, help="λ, weight of the center loss; 0: softmax only")
-    add("--distance", choices=["squared", "euclidean"], default="squared", help="of a feature from its center")
-    add("--loss-scale", type=utils.number(float, 0, above=True), default=1.0, help="factor of the center loss")
-    add("--class-average", **switch, help="divide a sample's term by the number of its class in the batch")
-    add("--center-update", choices=["gradient", "paper"], default="gradient", help="or the paper's Eq. 4")
-
-    add = group("optimization")
-    add("--optimizer", choices=sorted(OPTIMIZERS), default="sgd", help="of the network; the centers have SGD")
-    add("--lr-model", type=utils.number(float, 0, above=True), default=0.001, help="learning rate of the network")
-    add("--lr-cent", type=utils.number(float, 0), default=0.5, help="α, learning rate of the centers")
-    add("--momentum", type=utils.number(float, 0, 1), default=0.9, help="of the network's SGD")
-    add("--momentum-cent", type=utils.number(float, 0, 1), default=0.0, help="of the centers' SGD")
-    add("--weight-decay", type=utils.number(float, 0), default=5e-4, help="of the network")
-    add("--caffe-biases", **switch, help="biases have twice the learning rate and no weight decay")
-    add("--one-optimizer", **switch, help="the centers are in the network's SGD and follow its schedule")
-    add("--schedule", choices=sorted(SCHEDULES), default="step", help="of the learning rate")
-    add("--stepsize", type=utils.number(int, 0), default=20, help="epochs between two factors gamma; 0: constant")
-    add("--milestones", type=utils.number(int, 1), nargs="+", default=[5000, 8000], metavar="ITERATION",
-        help="training steps after which to apply gamma, for milestones")
-    add("--gamma", type=utils.number(float, 0, above=True), default=0.5, help="factor of the learning rate")
-
-    add = group("output")
-    add("--save-dir", default="log", help="directory of the run's files")
-    add("--eval-freq", type=utils.number(int, 0), default=10, help="epochs between two tests; 0: only after the last")
-    add("--print-freq", type=utils.number(int, 1), default=50, help="steps between two lines")
-    add("--plot", action="store_true", help="plot the features of each epoch")
-    add("--save-features", action="store_true", help="write the features of each epoch to features/epoch_<N>.npz")
-    add("--tensorboard", action="store_true", help="write the figures of each epoch for TensorBoard")
-    add("--resume", nargs="?", const="", metavar="CHECKPOINT",
-        help="go on from a checkpoint, or from the one in --save-dir, with that run's flags")
-    add("--evaluate", metavar="CHECKPOINT", help="test the network of a checkpoint, without training")
-
-    add = group("machine")
-    add("--gpu", type=utils.gpu_index, default="0", help="index of the GPU; where there is none, the CPU is used")
-    add("--use-cpu", action="store_true", help="use the CPU")
-    add("--amp", **switch, help="run the network in bfloat16")
-    add("--compile", **switch, help="compile the network")
-    add("--deterministic", action="store_true", help="the same figures each time on the same GPU; slower")
-    return parser
-# fmt: on
-
-
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """The flags, on top of their recipe's defaults or, to resume or evaluate, of their values in the checkpoint."""
-    parser, local = build_parser(), utils.Ranks.of_environment().local
-    if local is not None:
-        parser.set_defaults(gpu=None)
-    args = parser.parse_args(argv)
-    path = args.evaluate or args.resume
-    try:
-        if path is None:
-            parser.set_defaults(**RECIPES[args.recipe])
-            args = parser.parse_args(argv)
-        else:
-            path = path or os.path.join(args.save_dir, "checkpoint.pt")
-            saved = utils.load_checkpoint(path)["args"]
-            parser.set_defaults(**saved | dict(save_dir=args.save_dir, gpu=args.gpu))
-            args = parser.parse_args(argv)
-            args.resume = None if args.evaluate else path
-            for name in saved.keys() - FREE_ON_RESUME:
-                if getattr(args, name) != saved[name]:
-                    flag = "--" + name.replace("_", "-")
-                    parser.error(f"{flag} must be {saved[name]}, as in {path}, got {getattr(args, name)}")
-        utils.check_save_dir(args.save_dir)
-    except utils.RunError as error:
-        parser.error(str(error))
-    if args.one_optimizer and args.optimizer != "sgd":
-        parser.error(f"--one-optimizer goes with --optimizer sgd, got {args.optimizer}")
-    if local is not None and args.gpu:
-        parser.error(f"--gpu must be left out under torchrun, whose local ranks are the indices, got {args.gpu}")
-    args.gpu = args.gpu or str(local)
-    gpus = 0 if args.use_cpu else torch.cuda.device_count()
-    if gpus and int(args.gpu) >= gpus:
-        parser.error(f"--gpu must be below {gpus}, the number of GPUs here, got {args.gpu}")
-    return args
-
-
-def create_optimizers(model, center_loss, args) -> dict[str, torch.optim.Optimizer]:
-    """The network's optimizer and, unless it has both, the centers'; named as in a checkpoint."""
-    parameters = dict(model.named_parameters())
-    biases = [parameters.pop(name) for name in list(parameters) if args.caffe_biases and name.endswith(".bias")]
-    groups = [dict(params=list(parameters.values()))]
-    if biases:
-        groups.append(dict(params=biases, lr=2 * args.lr_model, weight_decay=0.0))
-    if args.one_optimizer:
-        groups.append(dict(params=center_loss.parameters(), momentum=args.momentum_cent, weight_decay=0.0))
-        return dict(optimizer_model=OPTIMIZERS[args.optimizer](groups, args))
-    return dict(
-        optimizer_model=OPTIMIZERS[args.optimizer](groups, args),
-        optimizer_cent=torch.optim.SGD(center_loss.parameters(), lr=args.lr_cent, momentum=args.momentum_cent),
-    )
+from recipes import SCHEDULES, create_optimizers, parse_args
 
 
 def train(net, center_loss, optimizers, scheduler, loader, args, ranks, log, stop, epoch, partial=None) -> dict:
@@ -364,7 +182,8 @@ def evaluate(model, data, centers, args, ranks, log) -> None:
             plots.draw_confusion, counts=confusion.cpu().numpy(), classes=data.classes, title=title))
 
 
-def main(args: argparse.Namespace, ranks: utils.Ranks) -> None:
+def main(args: argparse.Namespace) -> None:
+    ranks = utils.Ranks.of_environment()
     start, log = time.monotonic(), utils.Log(quiet=ranks.rank > 0)
     if args.use_cpu or not torch.cuda.is_available():
         device = torch.device("cpu")
@@ -488,9 +307,9 @@ def cli(argv: list[str] | None = None) -> int:
     kept = "the files in --save-dir are those of the last whole epoch"
     ranks = utils.Ranks.of_environment()
     try:
-        args = parse_args(argv)
+        args = parse_args(argv, __doc__)
         with ranks.joined():
-            main(args, ranks)
+            main(args)
         return 0
     except utils.Stopped as stop:
         status, message = stop.status, stop

@@ -120,7 +120,7 @@ def draw_film(part: Path, directory: Path) -> None:
 
 
 def film_palette(colors: np.ndarray) -> np.ndarray:
-    """256 colours, uint8 (256, 3), for all frames of a film: greys, and tints of each of the colours (C, 4) of [0, 1]."""
+    """256 colours, uint8 (256, 3), for all frames of a film: greys, and tints of the colours (C, 4) of [0, 1]."""
     tints = np.linspace(1, 0.25, np.clip(240 // len(colors), 1, 4))  # 1: the colour itself, 0: white
     mixed = 1 - tints[:, None, None] * (1 - colors[:, :3])
     shades = np.concatenate([np.linspace(0, 1, 16).repeat(3).reshape(16, 3), mixed.reshape(-1, 3)])[:256]

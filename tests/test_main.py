@@ -17,6 +17,7 @@ from conftest import PYTHON, SHARED_DATA, make_folder
 import datasets
 import main
 import models
+import recipes
 
 MAIN = Path(main.__file__)
 FIGURE = r"-?\d+\.\d{6}"
@@ -163,8 +164,8 @@ def test_recipes_set_defaults_and_flags_win():
     args = main.parse_args(["--recipe", "wen2016", "--lr-model", "0.5"])
     assert (args.weight_cent, args.center_update, args.lr_model, args.max_iter) == (0.01, "paper", 0.5, 10000)
     assert main.parse_args([]).lr_model == 0.001
-    parser = main.build_parser()
-    for recipe in main.RECIPES.values():
+    parser = recipes.build_parser()
+    for recipe in recipes.RECIPES.values():
         assert recipe.keys() <= vars(parser.parse_args([])).keys()
 
 
@@ -190,7 +191,7 @@ def test_schedules_count_epochs_or_steps(flags, expected):
     """Three steps an epoch; the rate in each epoch's last step."""
     args = main.parse_args(["--lr-model", "1", *flags])
     sgd = torch.optim.SGD([torch.zeros(1, requires_grad=True)], args.lr_model)
-    schedule, rates = main.SCHEDULES[args.schedule](sgd, args, 3), []
+    schedule, rates = recipes.SCHEDULES[args.schedule](sgd, args, 3), []
     for _ in range(5):
         for _ in range(3):
             sgd.step()
@@ -203,7 +204,7 @@ def test_schedules_count_epochs_or_steps(flags, expected):
 def test_caffe_biases_and_one_optimizer_make_parameter_groups():
     args = main.parse_args(["--recipe", "wen2016"])
     model, loss = models.create("cnn-wen2016"), main.CenterLoss(10, 2, use_gpu=False)
-    (sgd,) = main.create_optimizers(model, loss, args).values()
+    (sgd,) = recipes.create_optimizers(model, loss, args).values()
     weights, biases, centers = sgd.param_groups
     assert len(biases["params"]) == 7 and (biases["lr"], biases["weight_decay"]) == (0.02, 0.0)
     assert (weights["lr"], weights["weight_decay"], weights["momentum"]) == (0.01, 5e-4, 0.9)

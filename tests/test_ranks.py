@@ -169,4 +169,4 @@ if __name__ == "__main__":
     with ranks.joined():
         check_batch_norm(ranks)
         for flags in json.loads(Path(sys.argv[1]).read_text()):
-            main.main(main.parse_args(flags), ranks)
+            main.main(main.parse_args(flags))
