@@ -9,6 +9,7 @@ import contextlib
 import io
 import math
 import os
+import signal
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -176,7 +177,8 @@ def create(
     loaders, all_rows = [], []
     for split, shuffle in zip(splits, (True, False), strict=True):
         # Testing has a generator of its own: how often one tests changes nothing in the training.
-        common = dict(num_workers=workers, generator=None if shuffle else torch.Generator())
+        common = dict(num_workers=workers, generator=None if shuffle else torch.Generator(),
+                      worker_init_fn=_outlive_signals)  # fmt: skip
         if workers == 0:
             images, labels = _load_all(split)
             dataset = TensorBatches(normalise(images).to(device), labels.to(device))
@@ -189,6 +191,15 @@ def create(
             loaders.append(DataLoader(split, batch_sampler=rows, pin_memory=pin, **common))
         all_rows.append(rows)
     return Data(*loaders, all_rows[0], classes, in_channels, image_size)
+
+
+def _outlive_signals(worker: int) -> None:
+    """Ctrl-C and a cluster's SIGTERM reach all processes of a run; the main one heeds them and needs its batch still.
+
+    A second SIGTERM ends the worker: with that Python sees to it that none outlives the main process.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
 
 
 class ReadImage:
