@@ -8,6 +8,7 @@ python main.py --evaluate log/checkpoint.pt                test figures of a tra
 
 import argparse
 import functools
+import importlib.util
 import math
 import os
 import signal
@@ -69,13 +70,14 @@ OPTIMIZERS = {
 SCHEDULES = {
     "step": lambda sgd, args, steps: lr_scheduler.StepLR(sgd, args.stepsize * steps or sys.maxsize, args.gamma),
     "milestones": lambda sgd, args, steps: lr_scheduler.MultiStepLR(sgd, args.milestones, args.gamma),
-    "onecycle": lambda sgd, args, steps: lr_scheduler.OneCycleLR(sgd, args.lr_model, args.max_epoch * steps),
+    "onecycle": lambda sgd, args, steps: lr_scheduler.OneCycleLR(
+        sgd, args.lr_model, args.max_iter or args.max_epoch * steps),
 }
 
 # What a resumed or evaluated run may have otherwise than its checkpoint.
 FREE_ON_RESUME = set(
-    "resume evaluate save_dir data_root workers gpu use_cpu max_epoch max_iter plot save_features tensorboard "
-    "eval_freq print_freq".split()
+    "resume evaluate save_dir data_root workers gpu use_cpu max_epoch plot save_features tensorboard eval_freq "
+    "print_freq".split()
 )
 
 
@@ -164,6 +166,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = build_parser()
     args = parser.parse_args(argv)
     path = args.evaluate or args.resume
+    if args.evaluate and args.resume is not None:
+        parser.error("--evaluate tests and --resume trains on: give one of them")
     try:
         if path is None:
             parser.set_defaults(**RECIPES[args.recipe])
@@ -171,18 +175,26 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         else:
             path = path or os.path.join(args.save_dir, "checkpoint.pt")
             saved = utils.load_checkpoint(path)["args"]
-            parser.set_defaults(**saved | dict(save_dir=args.save_dir))
+            parser.set_defaults(**saved | dict(save_dir=os.path.dirname(path) or "."))
+            if args.evaluate:
+                parser.set_defaults(plot=False, tensorboard=False)
             args = parser.parse_args(argv)
             args.resume = None if args.evaluate else path
-            for name in saved.keys() - FREE_ON_RESUME:
+            fixed = saved.keys() - FREE_ON_RESUME
+            if saved.get("max_iter") or saved.get("schedule") == "onecycle":  # the length of these is a part of them
+                fixed.add("max_epoch")
+            for name in sorted(fixed):
                 if getattr(args, name) != saved[name]:
                     flag = "--" + name.replace("_", "-")
                     parser.error(f"{flag} must be {saved[name]}, as in {path}, got {getattr(args, name)}")
-        utils.check_save_dir(args.save_dir)
+        if args.plot or not args.evaluate:
+            utils.check_save_dir(args.save_dir)
     except utils.RunError as error:
         parser.error(str(error))
     if args.one_optimizer and args.optimizer != "sgd":
         parser.error(f"--one-optimizer goes with --optimizer sgd, got {args.optimizer}")
+    if args.tensorboard and importlib.util.find_spec("tensorboard") is None:
+        parser.error("--tensorboard needs a package that is not here: pip install tensorboard")
     gpus = 0 if args.use_cpu else torch.cuda.device_count()
     if gpus and int(args.gpu) >= gpus:
         parser.error(f"--gpu must be below {gpus}, the number of GPUs here, got {args.gpu}")
@@ -219,7 +231,7 @@ def train(net, center_loss, optimizers, scheduler, loader, args, device, log, st
     sums, seen, done = torch.zeros(4, dtype=torch.float64, device=device), [], 0
     if partial:
         sums, done = sums + partial["sums"].to(device), partial["batches"]
-        seen = [[each.to(device) for each in partial["seen"]]] if keep else []
+        seen = [[each.to(device) for each in partial["seen"]]] if keep and partial["seen"] else []
 
     bar = tqdm(loader, disable=None, leave=False, desc=f"epoch {epoch}", initial=done, total=last, unit="batch")
     for batch, (images, labels) in enumerate(bar, done + 1):
@@ -245,13 +257,14 @@ def train(net, center_loss, optimizers, scheduler, loader, args, device, log, st
         sums += means * len(labels)
         if keep:
             seen.append([features.detach(), labels, predictions])
-        if batch % args.print_freq == 0 or batch == last or stop.signal:
+        ending = batch == last or stop.signal
+        if batch % args.print_freq == 0 or ending:
             (xent, center, *_), (*totals, count) = means.tolist(), sums.tolist()
-            check_finite(dict(cross_entropy=totals[0], center_loss=totals[1]), epoch, args)
+            check_finite({"cross entropy": totals[0], "center loss": totals[1]}, epoch, args)
             if batch % args.print_freq == 0:
                 log(f"Batch {batch}/{steps}\t Loss {xent + center:.6f} ({(totals[0] + totals[1]) / count:.6f}) "
                     f"XentLoss {xent:.6f} ({totals[0] / count:.6f}) CenterLoss {center:.6f} ({totals[1] / count:.6f})")
-        if batch == last or stop.signal:
+        if ending:
             break
     bar.close()
 
@@ -263,14 +276,14 @@ def train(net, center_loss, optimizers, scheduler, loader, args, device, log, st
                 **dict(zip(("features", "labels", "predictions"), seen, strict=False)))
 
 
-def check_finite(sums: dict[str, float], epoch: int, args) -> None:
-    for name, value in sums.items():
-        if not math.isfinite(value):
-            raise utils.Diverged(
-                f"the {name.replace('_', ' ')} is no longer finite in epoch {epoch}, with --weight-cent "
-                f"{args.weight_cent:g} --lr-model {args.lr_model:g} --lr-cent {args.lr_cent:g}; lower --lr-model, or "
-                f"--weight-cent: the center loss is a sum over the {args.feat_dim} dimensions, so that λ goes with 1/D"
-            )
+def check_finite(values: dict[str, float], epoch: int, args) -> None:
+    if broken := [f"the {name}" for name, value in values.items() if not math.isfinite(value)]:
+        raise utils.Diverged(
+            f"{' and '.join(broken)} {'are' if len(broken) > 1 else 'is'} no longer finite in epoch {epoch}, with "
+            f"--weight-cent {args.weight_cent:g} --lr-model {args.lr_model:g} --lr-cent {args.lr_cent:g}; lower "
+            f"--lr-model, --lr-cent or --weight-cent: the center loss is a sum over the {args.feat_dim} dimensions, "
+            "so that λ goes with 1/D, and a λ above 1 needs a --lr-model lower by as much"
+        )
 
 
 @torch.no_grad()
@@ -304,7 +317,8 @@ def percentage(right: torch.Tensor) -> float:
 
 def class_means(features: torch.Tensor, labels: torch.Tensor, num_classes: int) -> torch.Tensor:
     sums = torch.zeros(num_classes, features.shape[1], device=features.device).index_add_(0, labels, features)
-    return sums / torch.bincount(labels, minlength=num_classes).unsqueeze(1)
+    counts = torch.bincount(labels, minlength=num_classes)
+    return sums / counts.clamp(min=1).unsqueeze(1)  # a pass that --max-iter ends may lack a class
 
 
 def log_test(log, tested: dict) -> None:
@@ -325,6 +339,7 @@ def plot(plotter, save_dir: Path, epoch: int, splits: dict, centers: torch.Tenso
     """Draws <split>/epoch_<N>.png; the plane that they show is fitted on the training features."""
     project, axes = plots.plane(splits["train"]["features"].cpu().numpy())
     for name, split in splits.items():
+        (save_dir / name).mkdir(exist_ok=True)
         points, picture = (save_dir / name / f"epoch_{epoch}.{ending}" for ending in ("npz", "png"))
         title = f"{name}, epoch {epoch}: accuracy {split['accuracy']:.2f} %"
         arrays = [each.cpu().numpy() for each in (split["features"], split["labels"], centers)]
@@ -333,21 +348,19 @@ def plot(plotter, save_dir: Path, epoch: int, splits: dict, centers: torch.Tenso
 
 
 def evaluate(model, data, centers, args, device, log) -> None:
-    """Prints the test figures of a trained network, and with --plot draws its features and confusion matrix."""
+    """Prints the test figures of a trained network, and with --plot draws its confusion matrix."""
     tested = test(model, data.test, args, device)
     tested |= center_figures(tested["features"], tested["labels"], centers)
     log("==> Test")
     log_test(log, tested)
     count = len(data.classes)
     confusion = torch.bincount(tested["labels"] * count + tested["predictions"], minlength=count**2).view(count, count)
-    log("Accuracy (%) of each class, and its predictions:")
-    width = max(map(len, data.classes))
-    for name, row, right in zip(data.classes, confusion.tolist(), confusion.diag().tolist(), strict=True):
-        shown = [f"{data.classes[label]}: {number}" for label, number in enumerate(row) if number]
-        log(f"  {name:{width}} {100 * right / max(sum(row), 1):6.2f}   {', '.join(shown)}")
+    for line in utils.confusion_lines(confusion.tolist(), data.classes):
+        log(line)
     if args.plot:
-        save_dir, title = Path(args.save_dir), f"test: accuracy {tested['accuracy']:.2f} %"
-        utils.replace_file(save_dir / "confusion.png", functools.partial(
+        picture, title = Path(args.save_dir, "confusion.png"), f"test: accuracy {tested['accuracy']:.2f} %"
+        picture.parent.mkdir(parents=True, exist_ok=True)
+        utils.replace_file(picture, functools.partial(
             plots.draw_confusion, counts=confusion.cpu().numpy(), classes=data.classes, title=title))
 
 
@@ -385,35 +398,51 @@ def main(args: argparse.Namespace) -> None:
     # A checkpoint holds `modules` by their state dicts and `run` as it is.
     modules = dict(model=model, center_loss=center_loss, scheduler=scheduler, **optimizers)
     run = dict(epoch=0, partial=None, history=[], centers=center_loss.centers.detach(), rng=torch.get_rng_state(),
-               elapsed=0.0, log_bytes=0)
+               elapsed=0.0, log_bytes=0, data=dict(classes=data.classes, images=data.train_rows.size))
     if args.resume or args.evaluate:
-        checkpoint = utils.load_checkpoint(args.resume or args.evaluate)
+        path = args.resume or args.evaluate
+        checkpoint = utils.load_checkpoint(path)
+        utils.check_data(checkpoint["data"], run["data"], path, to_train=bool(args.resume))
         try:
             for name, module in modules.items():
                 module.load_state_dict(checkpoint[name])
-        except (KeyError, RuntimeError, ValueError) as error:
-            raise utils.RunError(f"{args.resume or args.evaluate} fits neither this network nor data set") from error
-        run = {name: checkpoint[name] for name in run}
-        torch.set_rng_state(run["rng"])
+            run = {name: checkpoint[name] for name in run}
+            torch.set_rng_state(run["rng"])
+        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            raise utils.RunError(f"the checkpoint {path} does not fit this network and its optimizers") from error
         start -= run["elapsed"]
     if args.evaluate:
         return evaluate(model, data, run["centers"].to(device), args, device, log)
-    if run["epoch"] >= args.max_epoch:
-        return log(f"The run in {args.save_dir} is finished: {run['epoch']} epochs; go on with a larger --max-epoch")
 
-    save_dir = Path(args.save_dir)
+    save_dir, log_name = Path(args.save_dir), f"log_{args.dataset}.txt"
+    own = args.resume and Path(args.resume).resolve().parent == save_dir.resolve()
+    if run["epoch"] >= args.max_epoch:
+        log(f"The run of {args.resume} is finished after {run['epoch']} epochs; a larger --max-epoch goes on")
+        if not (own and args.plot):
+            return
     plotter = utils.Plotter()
-    with utils.claim(save_dir), utils.StopRequest() as stop:
+    with utils.claim(save_dir) as still_there, utils.StopRequest() as stop:
         if args.resume:
             log(f"Resuming after epoch {run['epoch']}")
-            for points in save_dir.glob("t*/epoch_*.npz"):
-                if args.plot and not points.with_suffix(".png").exists():  # a killed run's drawers end with it
-                    plotter(points.with_suffix(".png"), plots.draw_points, points)
-        elif utils.clear(save_dir):
+        printed = utils.read_start(Path(args.resume).with_name(log_name), run["log_bytes"]) if args.resume else b""
+        if utils.clear(save_dir, after=run["epoch"] if own else None) and not own:
             log(f"Replacing the earlier run in {save_dir}")
-        log.open(save_dir / f"log_{args.dataset}.txt", run["log_bytes"])
+        for points in save_dir.glob("t*/epoch_*.npz"):
+            if args.plot and not points.with_suffix(".png").exists():  # a killed run's drawers end with it
+                plotter(points.with_suffix(".png"), plots.draw_points, points)
+        log.open(save_dir / log_name, printed)
         utils.write_json(save_dir / "args.json", vars(args))
+        board = utils.TensorBoard(save_dir / "tensorboard", run["epoch"]) if args.tensorboard else None
 
+        def save() -> None:
+            still_there()
+            run.update(elapsed=time.monotonic() - start, log_bytes=log.position())
+            if run["history"]:
+                utils.write_metrics(save_dir / "metrics.csv", run["history"])
+            states = {name: module.state_dict() for name, module in modules.items()}
+            utils.save_checkpoint(save_dir / "checkpoint.pt", dict(args=vars(args), **run, **states))
+
+        save()  # so that a run which is killed in its first epoch can be resumed as well
         while run["epoch"] < args.max_epoch and not stop.signal:
             epoch, partial = run["epoch"] + 1, run["partial"]
             run["rng"] = torch.get_rng_state()
@@ -421,6 +450,7 @@ def main(args: argparse.Namespace) -> None:
             data.train_rows.skip = partial["batches"] if partial else 0
             trained = train(net, center_loss, list(optimizers.values()), scheduler, data.train, args, device, log, stop,
                             epoch, partial)
+            check_finite({"network's weights": utils.total(model), "centers": utils.total(center_loss)}, epoch, args)
             if "batches" in trained:
                 run["partial"] = trained
             else:
@@ -436,21 +466,23 @@ def main(args: argparse.Namespace) -> None:
                 row = record(epoch, scheduler.get_last_lr()[0], trained, splits.get("test", {}))
                 run |= dict(epoch=epoch, partial=None, history=[*run["history"], row], centers=centers,
                             rng=torch.get_rng_state())
-                utils.write_metrics(save_dir / "metrics.csv", run["history"])
+                still_there()
                 if args.plot:
                     plot(plotter, save_dir, epoch, splits, centers, data.classes)
                 if args.save_features:
                     utils.save_features(save_dir / "features" / f"epoch_{epoch}.npz", splits, centers)
-            run |= dict(elapsed=time.monotonic() - start, log_bytes=log.position())
-            states = {name: module.state_dict() for name, module in modules.items()}
-            utils.save_checkpoint(save_dir / "checkpoint.pt", dict(args=vars(args), **run, **states))
+                if board:
+                    board(row)
+            save()
 
+        undrawn = []
         if args.plot and run["history"]:
             plotter(save_dir / "curves.png", plots.draw_curves, run["history"])
             for split in ("train", "test"):
                 if any((save_dir / split).glob("epoch_*.npz")):
                     plotter(save_dir / f"{split}.gif", plots.draw_film, save_dir / split)
-            for error in plotter.finish():
+            undrawn = plotter.finish()
+            for error in undrawn:
                 log(f"A picture could not be drawn: {error}")
         if run["epoch"] < args.max_epoch:
             done = f"epoch {run['epoch']}" + (f" and {run['partial']['batches']} batches" if run["partial"] else "")
@@ -458,6 +490,8 @@ def main(args: argparse.Namespace) -> None:
             raise utils.Stopped(stop.signal, f"stopped by {name}; {save_dir} holds all up to {done}; to go on: "
                                 f"python main.py --resume --save-dir {save_dir}")
         log(f"Finished. Total elapsed time (h:m:s): {timedelta(seconds=round(time.monotonic() - start))}")
+        if undrawn:
+            raise utils.WriteError(f"{undrawn[0]}; --resume draws what is missing")
 
 
 def cli(argv: list[str] | None = None) -> int:

@@ -11,6 +11,7 @@ import signal
 import sys
 import tempfile
 import threading
+import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing import get_context, parent_process
 from pathlib import Path
@@ -20,7 +21,8 @@ from tqdm import tqdm
 
 # What a run writes below its --save-dir; a new run there takes exactly these away first.
 RUN_FILES = ("log_*.txt", "metrics.csv", "args.json", "checkpoint.pt", "train.gif", "test.gif", "curves.png",
-             "train/epoch_*.*", "test/epoch_*.*", "features/epoch_*.npz", "tensorboard/events.*")  # fmt: skip
+             "confusion.png", "train/epoch_*.*", "test/epoch_*.*", "features/epoch_*.npz",
+             "tensorboard/events.*")  # fmt: skip
 
 
 class RunError(Exception):
@@ -33,6 +35,12 @@ class Diverged(RunError):
     """A loss is no longer finite."""
 
     status = 3
+
+
+class WriteError(RunError):
+    """A file of the run could not be written: a full disk, a directory that has gone."""
+
+    status = 1
 
 
 class Stopped(RunError):
@@ -93,41 +101,75 @@ class Log:
     def __call__(self, line: str) -> None:
         if self.quiet:
             return
-        tqdm.write(line)
-        sys.stdout.flush()
+        try:
+            tqdm.write(line)
+            sys.stdout.flush()
+        except OSError as error:
+            with contextlib.suppress(OSError):  # what is left in the buffer must not fail again at the exit
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise WriteError(f"cannot write to the standard output: {error.strerror}") from error
         if self.file is None:
             self.earlier.append(line)
         else:
-            print(line, file=self.file, flush=True)
+            self._write(line)
 
-    def open(self, path: Path, keep: int = 0) -> None:
-        """Starts the file behind its first `keep` bytes: what a checkpoint has recorded, 0 for a new run."""
+    def open(self, path: Path, printed: bytes = b"") -> None:
+        """Starts the file with `printed`, what a resumed run has written until its checkpoint."""
         if self.quiet:
             return
-        self.file = open(path, "r+" if path.exists() else "w", encoding="utf-8")
-        self.file.truncate(keep)
-        self.file.seek(0, os.SEEK_END)
-        for line in self.earlier:
-            print(line, file=self.file, flush=True)
+        start = printed + "".join(f"{line}\n" for line in self.earlier).encode()
+        replace_file(path, lambda part: part.write_bytes(start))
+        self.path, self.file = path, open(path, "ab", buffering=0)
 
     def position(self) -> int:
-        return self.file.tell()
+        return self.file.seek(0, os.SEEK_END)
+
+    def _write(self, line: str) -> None:
+        rest = f"{line}\n".encode()
+        try:
+            while rest:  # a disk that fills up takes a part of it
+                rest = rest[self.file.write(rest) :]
+        except OSError as error:
+            raise _unwritable(self.path, error) from error
 
 
 # ------------------------------------------------------------------------------------------------------------ files
 
+# What every checkpoint has, and of which type.
+CHECKPOINT_TYPES = dict(args=dict, data=dict, epoch=int, partial=dict | None, history=list, centers=torch.Tensor,
+                        rng=torch.Tensor, model=dict, center_loss=dict, scheduler=dict,
+                        optimizer_model=dict)  # fmt: skip
+
 
 def replace_file(path: Path, write: Callable[[Path], object]) -> None:
-    """Lets `write` fill a file beside `path`, then renames it: `path` is the old file or the new one, never a half."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.part")
+    """Lets `write` fill a file beside `path`, then renames it: `path` is the old file or the new one, never a half.
+
+    It makes no directory, so that one that has gone is an error. The file beside `path` is this process's own, for
+    a killed run's drawers may outlive it for a moment.
+    """
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         write(part)
         with open(part, "rb") as file:
             os.fsync(file.fileno())
         os.replace(part, path)
+    except OSError as error:
+        raise _unwritable(path, error) from error
     finally:
-        part.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            part.unlink()
+
+
+def _unwritable(path: Path, error: OSError) -> WriteError:
+    reason = f"{error.strerror or error}; the earlier files are whole, --resume goes on from the last checkpoint"
+    return WriteError(f"cannot write {path}: {reason if path.parent.exists() else 'its directory has gone'}")
+
+
+def read_start(path: Path, size: int) -> bytes:
+    """The first bytes of a file, at most `size`; none where there is no such file."""
+    with contextlib.suppress(FileNotFoundError), open(path, "rb") as file:
+        return file.read(size)
+    return b""
 
 
 def check_save_dir(path: str) -> None:
@@ -142,8 +184,11 @@ def check_save_dir(path: str) -> None:
 
 
 @contextlib.contextmanager
-def claim(save_dir: Path) -> Iterator[None]:
-    """Creates the directory and, in its context, keeps other runs out of it; RunError where one is in it."""
+def claim(save_dir: Path) -> Iterator[Callable[[], None]]:
+    """Creates the directory and, in its context, keeps other runs out of it; RunError where one is in it.
+
+    Gives a function that raises WriteError where the directory has been removed, or replaced by another.
+    """
     try:
         save_dir.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=save_dir).close()
@@ -152,7 +197,7 @@ def claim(save_dir: Path) -> Iterator[None]:
     try:
         import fcntl
     except ImportError:  # Windows
-        yield
+        yield lambda: None
         return
     directory = os.open(save_dir, os.O_RDONLY)
     try:
@@ -160,15 +205,27 @@ def claim(save_dir: Path) -> Iterator[None]:
     except BlockingIOError:
         os.close(directory)
         raise RunError(f"--save-dir {save_dir} is in use by another run; give this one its own") from None
+    # Forked workers outlive a killed run for seconds; with the lock they would keep its resumption out.
+    held = [directory]
+    os.register_at_fork(after_in_child=lambda: [os.close(held.pop()) for _ in list(held)])
+
+    def check() -> None:
+        if not (save_dir.exists() and os.path.samestat(os.stat(save_dir), os.fstat(directory))):
+            raise WriteError(f"--save-dir {save_dir} has been removed while the run was writing to it")
+
     try:
-        yield
+        for stale in (*save_dir.glob(".*.part"), *save_dir.glob("*/.epoch_*.part")):  # of a killed run
+            stale.unlink(missing_ok=True)
+        yield check
     finally:
-        os.close(directory)
+        os.close(held.pop())
 
 
-def clear(save_dir: Path) -> bool:
-    """Takes away an earlier run's files; tells whether there were any."""
+def clear(save_dir: Path, after: int | None = None) -> bool:
+    """Takes away an earlier run's files, or only those of epochs after `after`; tells whether there were any."""
     old = [path for pattern in RUN_FILES for path in save_dir.glob(pattern)]
+    if after is not None:
+        old = [path for path in old if path.stem[:6] == "epoch_" and int(path.stem[6:]) > after]
     for path in old:
         path.unlink()
     return bool(old)
@@ -191,6 +248,7 @@ def save_features(path: Path, splits: dict[str, dict], centers: torch.Tensor) ->
     """features (N, D), labels and predictions (N,) of each split, as train_features and so on, and centers (C, D)."""
     import numpy as np
 
+    path.parent.mkdir(exist_ok=True)
     arrays = {"centers": centers.cpu().numpy()}
     for split, values in splits.items():
         arrays |= {f"{split}_{name}": values[name].cpu().numpy() for name in ("features", "labels", "predictions")}
@@ -211,16 +269,78 @@ def save_checkpoint(path: Path, checkpoint: dict) -> None:
 def load_checkpoint(path: str | Path) -> dict:
     """Reads a checkpoint onto the CPU; RunError where it is missing, damaged or not one of ours."""
     try:
+        with zipfile.ZipFile(path) as records:  # torch would take flipped bits within a tensor as they are
+            if damaged := records.testzip():
+                raise RunError(f"the checkpoint {path} is damaged: wrong checksum of {damaged}")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except RunError:
+        raise
     except FileNotFoundError:
         raise RunError(f"there is no checkpoint {path}") from None
     except Exception as error:  # of zip, pickle and others, depending on where the file is damaged
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise RunError(f"cannot read the checkpoint {path}: {reason}") from error
-    needed = {"epoch", "args", "model", "center_loss", "history", "partial", "centers", "rng"}
-    if not isinstance(checkpoint, dict) or not needed <= checkpoint.keys():
+    if not isinstance(checkpoint, dict) or not all(
+        isinstance(checkpoint.get(name), kind) for name, kind in CHECKPOINT_TYPES.items()
+    ):
         raise RunError(f"{path} is not a checkpoint of main.py")
     return checkpoint
+
+
+def find_not_finite(tensors: dict[str, torch.Tensor]) -> str | None:
+    """The name of the first tensor that holds an infinity or NaN; the device is waited for."""
+    return next((name for name, tensor in tensors.items() if not tensor.isfinite().all()), None)
+
+
+def check_data(saved: dict, present: dict, path: str, to_train: bool) -> None:
+    """Raises RunError where the data at hand are others than those of the checkpoint `path`."""
+    for name, needed in (("classes", True), ("images", to_train)):
+        if needed and saved.get(name) != present[name]:
+            raise RunError(f"the training {name} must be {saved.get(name)}, as in {path}, got {present[name]}")
+
+
+def total(module: torch.nn.Module) -> float:
+    """The sum of a module's state: finite where all of it is. Waits for the device."""
+    return sum(tensor.double().sum() for tensor in module.state_dict().values()).item()
+
+
+def confusion_lines(counts: list[list[int]], classes: Sequence[str], width: int = 100) -> list[str]:
+    """The accuracy (%) of each class and how many of its images were taken for which class.
+
+    All these numbers where they fit into `width`, else the three most frequent mistakes of each class.
+    """
+    accuracies = [100 * row[label] / max(sum(row), 1) for label, row in enumerate(counts)]
+    first = max(len("true class"), *map(len, classes))
+    columns = [max(len(name), *(len(str(row[label])) for row in counts)) for label, name in enumerate(classes)]
+    if first + 12 + sum(columns) + 2 * len(columns) <= width:
+        cells = [(name, f"{right:.2f}", row) for name, right, row in zip(classes, accuracies, counts, strict=True)]
+        return [
+            f"{name:{first}}  {right:>10}" + "".join(f"  {cell:>{n}}" for cell, n in zip(row, columns, strict=True))
+            for name, right, row in (("true class", "accuracy %", classes), *cells)
+        ]
+    lines = [f"{'true class':{first}}  {'accuracy %':>10}  most frequent mistakes"]
+    for label, (name, right, row) in enumerate(zip(classes, accuracies, counts, strict=True)):
+        wrong = [(number, other) for other, number in enumerate(row) if number and other != label]
+        shown = [f"{classes[other]} {number}" for number, other in sorted(wrong, key=lambda each: -each[0])[:3]]
+        rest = sum(number for number, _ in wrong) - sum(sorted((number for number, _ in wrong), reverse=True)[:3])
+        lines.append(f"{name:{first}}  {right:10.2f}  {', '.join(shown + [f'others {rest}'] * (rest > 0))}".rstrip())
+    return lines
+
+
+class TensorBoard:
+    """Writes an epoch's record as scalars below `directory`; a resumed run's take the place of those after its
+    checkpoint, of epoch `epoch`."""
+
+    def __init__(self, directory: Path, epoch: int):
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.writer = SummaryWriter(directory, purge_step=epoch + 1)
+
+    def __call__(self, row: dict) -> None:
+        for name, value in row.items():
+            if value is not None and name != "epoch":
+                self.writer.add_scalar(name, value, row["epoch"])
+        self.writer.flush()
 
 
 # -------------------------------------------------------------------------------------------- signals and processes
@@ -257,12 +377,18 @@ class Plotter:
 
     def __call__(self, path: Path, draw: Callable, *arguments) -> None:
         """Lets draw(part, *arguments) write `path`."""
-        if self.pool is None:
-            from concurrent.futures import ProcessPoolExecutor
+        from concurrent.futures import Future, ProcessPoolExecutor
+        from concurrent.futures.process import BrokenProcessPool
 
+        if self.pool is None:
             workers = max(1, min(4, (os.cpu_count() or 1) // 2))
             self.pool = ProcessPoolExecutor(workers, get_context("spawn"), _start_drawing)
-        self.tasks.append((path, self.pool.submit(_draw, path, draw, arguments)))
+        try:
+            task = self.pool.submit(_draw, path, draw, arguments)
+        except BrokenProcessPool as error:  # a drawer has died: the training is worth more than its pictures
+            task = Future()
+            task.set_exception(error)
+        self.tasks.append((path, task))
 
     def finish(self) -> list[str]:
         errors = [f"{path}: {task.exception()}" for path, task in self.tasks if task.exception()]
@@ -275,7 +401,8 @@ def _draw(path: Path, draw: Callable, arguments: tuple) -> None:
 
 
 def _start_drawing() -> None:
-    """Ctrl-C reaches all processes of a terminal, but the pictures in hand are finished; a killed run is missed by
-    nobody else, so that its drawers watch for its end themselves."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """Ctrl-C and a cluster's SIGTERM reach all processes of a run, but the pictures in hand are finished; a killed
+    run is missed by nobody else, so that its drawers watch for its end themselves."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=lambda: (parent_process().join(), os._exit(1)), daemon=True).start()
