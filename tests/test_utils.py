@@ -142,3 +142,49 @@ def test_plotter_draws_in_the_background_and_reports_what_failed(tmp_path):
     assert plotter.finish() == [f"{tmp_path / 'bad'}: no ink"]
     assert (tmp_path / "good").read_text() == "drawn" and not (tmp_path / "bad").exists()
     assert plotter.finish() == []
+
+
+def test_the_lock_ends_with_its_run_though_forked_workers_live_on(tmp_path):
+    with utils.claim(tmp_path):
+        if (worker := os.fork()) == 0:
+            signal.pause()
+    try:
+        with utils.claim(tmp_path):
+            pass
+    finally:
+        os.kill(worker, signal.SIGKILL)
+        os.waitpid(worker, 0)
+
+
+def test_parts_that_a_killed_run_has_left_are_taken_away(tmp_path):
+    (tmp_path / "train").mkdir()
+    for name in (".checkpoint.pt.17.part", "train/.epoch_3.png.4.part", "my.part"):
+        (tmp_path / name).touch()
+    with utils.claim(tmp_path):
+        pass
+    assert sorted(path.name for path in tmp_path.rglob("*") if path.is_file()) == ["my.part"]
+
+
+def _die(part):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_drawer_that_dies_costs_pictures_but_not_the_run(tmp_path):
+    plotter = utils.Plotter()
+    plotter(tmp_path / "first", _die)
+    plotter.tasks[0][1].exception()
+    plotter(tmp_path / "second", _write, "drawn")
+    errors = plotter.finish()
+    assert [error.partition(":")[0] for error in errors] == [str(tmp_path / "first"), str(tmp_path / "second")]
+
+
+def test_drawers_outlive_the_signals_that_a_whole_run_gets(tmp_path):
+    plotter = utils.Plotter()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        plotter(tmp_path / str(number), _signal_oneself, number)
+    assert plotter.finish() == [] and len(os.listdir(tmp_path)) == 2
+
+
+def _signal_oneself(part, number):
+    os.kill(os.getpid(), number)
+    part.touch()
