@@ -9,6 +9,7 @@ import contextlib
 import io
 import math
 import os
+import signal
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -176,7 +177,8 @@ def create(
     loaders, all_rows = [], []
     for split, shuffle in zip(splits, (True, False), strict=True):
         # Testing has a generator of its own: how often one tests changes nothing in the training.
-        common = dict(num_workers=workers, generator=None if shuffle else torch.Generator())
+        common = dict(num_workers=workers, generator=None if shuffle else torch.Generator(),
+                      worker_init_fn=_outlive_signals)  # fmt: skip
         if workers == 0:
             images, labels = _load_all(split)
             dataset = TensorBatches(normalise(images).to(device), labels.to(device))
@@ -200,6 +202,15 @@ class Collate:
 
     def __call__(self, items: list) -> list[torch.Tensor]:
         return default_collate(items) if items else [each.clone() for each in self.empty]
+
+
+def _outlive_signals(worker: int) -> None:
+    """Ctrl-C and a cluster's SIGTERM reach all processes of a run; the main one heeds them and needs its batch still.
+
+    A SIGTERM ends the worker ten seconds later, for it is also how Python takes leave of workers at its exit.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(10))
 
 
 class ReadImage:

@@ -28,6 +28,7 @@ import models
 import plots
 import utils
 from center_loss import CenterLoss
+from processes import Ranks, StopRequest
 from recipes import SCHEDULES, create_optimizers, parse_args
 
 
@@ -45,7 +46,7 @@ def train(net, center_loss, optimizers, scheduler, loader, args, ranks, log, sto
     sums, seen, done = torch.zeros(3, dtype=torch.float64, device=device), [], partial["batches"] if partial else 0
     if partial and ranks.rank == 0:
         sums += partial["sums"].to(device)
-        seen = [[each.to(device) for each in partial["seen"]]] if keep else []
+        seen = [[each.to(device) for each in partial["seen"]]] if keep and partial["seen"] else []
 
     bar = tqdm(loader, disable=None if ranks.rank == 0 else True, leave=False, desc=f"epoch {epoch}", initial=done,
                total=last, unit="batch")
@@ -74,14 +75,15 @@ def train(net, center_loss, optimizers, scheduler, loader, args, ranks, log, sto
         if keep:
             seen.append([features.detach(), labels, predictions])
         stop.signal = ranks.any(stop.signal)
-        if batch % args.print_freq == 0 or batch == last or stop.signal:
+        ending = batch == last or stop.signal
+        if batch % args.print_freq == 0 or ending:
             (xent, center, _), (*totals, _) = ranks.total(torch.stack([values, sums])).tolist()
-            check_finite(dict(cross_entropy=totals[0], center_loss=totals[1]), epoch, args)
+            check_finite({"cross entropy": totals[0], "center loss": totals[1]}, epoch, args)
             if batch % args.print_freq == 0:
                 means = [total / min(batch * args.batch_size, size) for total in totals]
                 log(f"Batch {batch}/{steps}\t Loss {xent + center:.6f} ({sum(means):.6f}) "
                     f"XentLoss {xent:.6f} ({means[0]:.6f}) CenterLoss {center:.6f} ({means[1]:.6f})")
-        if batch == last or stop.signal:
+        if ending:
             break
     bar.close()
 
@@ -93,14 +95,14 @@ def train(net, center_loss, optimizers, scheduler, loader, args, ranks, log, sto
                 **dict(zip(("features", "labels", "predictions"), seen, strict=False)))
 
 
-def check_finite(sums: dict[str, float], epoch: int, args) -> None:
-    for name, value in sums.items():
-        if not math.isfinite(value):
-            raise utils.Diverged(
-                f"the {name.replace('_', ' ')} is no longer finite in epoch {epoch}, with --weight-cent "
-                f"{args.weight_cent:g} --lr-model {args.lr_model:g} --lr-cent {args.lr_cent:g}; lower --lr-model, or "
-                f"--weight-cent: the center loss is a sum over the {args.feat_dim} dimensions, so that λ goes with 1/D"
-            )
+def check_finite(values: dict[str, float], epoch: int, args) -> None:
+    if broken := [name for name, value in values.items() if not math.isfinite(value)]:
+        raise utils.Diverged(
+            f"the training has diverged in epoch {epoch}: {' and '.join(broken)} no longer finite, with --weight-cent "
+            f"{args.weight_cent:g} --lr-model {args.lr_model:g} --lr-cent {args.lr_cent:g}; lower --lr-model, "
+            f"--lr-cent or --weight-cent: the center loss is a sum over the {args.feat_dim} dimensions, so that λ "
+            "goes with 1/D, and a λ above 1 needs a --lr-model lower by as much"
+        )
 
 
 @torch.no_grad()
@@ -135,7 +137,7 @@ def percentage(right: torch.Tensor) -> float:
 
 def class_means(features: torch.Tensor, labels: torch.Tensor, num_classes: int) -> torch.Tensor:
     sums = torch.zeros(num_classes, features.shape[1], device=features.device).index_add_(0, labels, features)
-    return sums / torch.bincount(labels, minlength=num_classes).unsqueeze(1)
+    return sums / torch.bincount(labels, minlength=num_classes).clamp(min=1).unsqueeze(1)  # a cut pass may lack one
 
 
 def log_test(log, tested: dict) -> None:
@@ -152,38 +154,24 @@ def record(epoch: int, lr: float, trained: dict, tested: dict) -> dict:
     return row | {name: tested.get(name) for name in ("nearest_center_accuracy", "intra_distance", "inter_distance")}
 
 
-def plot(plotter, save_dir: Path, epoch: int, splits: dict, centers: torch.Tensor, classes: list[str]) -> None:
-    """Draws <split>/epoch_<N>.png; the plane that they show is fitted on the training features."""
-    project, axes = plots.plane(splits["train"]["features"].cpu().numpy())
-    for name, split in splits.items():
-        points, picture = (save_dir / name / f"epoch_{epoch}.{ending}" for ending in ("npz", "png"))
-        title = f"{name}, epoch {epoch}: accuracy {split['accuracy']:.2f} %"
-        arrays = [each.cpu().numpy() for each in (split["features"], split["labels"], centers)]
-        utils.replace_file(points, functools.partial(plots.save_points, *arrays, classes, project, axes, title))
-        plotter(picture, plots.draw_points, points)
-
-
 def evaluate(model, data, centers, args, ranks, log) -> None:
-    """Prints the test figures of a trained network, and with --plot draws its features and confusion matrix."""
+    """Prints the test figures of a trained network, and with --plot draws its confusion matrix."""
     tested = test(model, data.test, args, ranks)
     tested |= center_figures(tested["features"], tested["labels"], centers)
     log("==> Test")
     log_test(log, tested)
     count = len(data.classes)
     confusion = torch.bincount(tested["labels"] * count + tested["predictions"], minlength=count**2).view(count, count)
-    log("Accuracy (%) of each class, and its predictions:")
-    width = max(map(len, data.classes))
-    for name, row, right in zip(data.classes, confusion.tolist(), confusion.diag().tolist(), strict=True):
-        shown = [f"{data.classes[label]}: {number}" for label, number in enumerate(row) if number]
-        log(f"  {name:{width}} {100 * right / max(sum(row), 1):6.2f}   {', '.join(shown)}")
+    log("\n".join(utils.confusion_lines(confusion.tolist(), data.classes)))
     if args.plot and ranks.rank == 0:
-        save_dir, title = Path(args.save_dir), f"test: accuracy {tested['accuracy']:.2f} %"
-        utils.replace_file(save_dir / "confusion.png", functools.partial(
+        picture, title = Path(args.save_dir, "confusion.png"), f"test: accuracy {tested['accuracy']:.2f} %"
+        picture.parent.mkdir(parents=True, exist_ok=True)
+        utils.replace_file(picture, functools.partial(
             plots.draw_confusion, counts=confusion.cpu().numpy(), classes=data.classes, title=title))
 
 
 def main(args: argparse.Namespace) -> None:
-    ranks = utils.Ranks.of_environment()
+    ranks = Ranks.of_environment()
     start, log = time.monotonic(), utils.Log(quiet=ranks.rank > 0)
     if args.use_cpu or not torch.cuda.is_available():
         device = torch.device("cpu")
@@ -223,43 +211,39 @@ def main(args: argparse.Namespace) -> None:
     # A checkpoint holds `modules` by their state dicts and `run` as it is.
     modules = dict(model=model, center_loss=center_loss, scheduler=scheduler, **optimizers)
     run = dict(epoch=0, partial=None, history=[], centers=center_loss.centers.detach(), rng=torch.get_rng_state(),
-               elapsed=0.0, log_bytes=0)
-    if args.resume or args.evaluate:
-        checkpoint = utils.load_checkpoint(args.resume or args.evaluate)
+               elapsed=0.0, log_bytes=0, data=dict(classes=data.classes, images=data.train_rows.size))
+    if path := args.resume or args.evaluate:
+        checkpoint = utils.load_checkpoint(path)
+        utils.check_data(checkpoint["data"], run["data"], path, to_train=bool(args.resume))
         try:
             for name, module in modules.items():
                 module.load_state_dict(checkpoint[name])
-        except (KeyError, RuntimeError, ValueError) as error:
-            raise utils.RunError(f"{args.resume or args.evaluate} fits neither this network nor data set") from error
-        run = {name: checkpoint[name] for name in run}
-        torch.set_rng_state(run["rng"])
+            run = {name: checkpoint[name] for name in run}
+            torch.set_rng_state(run["rng"])
+        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            raise utils.RunError(f"the checkpoint {path} does not fit this network and its optimizers") from error
         start -= run["elapsed"]
     if args.evaluate:
         return evaluate(model, data, run["centers"].to(device), args, ranks, log)
     if run["epoch"] >= args.max_epoch:
-        return log(f"The run in {args.save_dir} is finished: {run['epoch']} epochs; go on with a larger --max-epoch")
+        longer = "" if args.max_iter or args.schedule == "onecycle" else "; a larger --max-epoch goes on"
+        log(f"The run of {args.resume} is finished after {run['epoch']} epochs{longer}")
+        if not args.plot or Path(args.resume).resolve().parent != Path(args.save_dir).resolve():
+            return
 
-    save_dir = Path(args.save_dir)
-    plotter = utils.Plotter()
-    with utils.claim(save_dir) if ranks.rank == 0 else contextlib.nullcontext(), utils.StopRequest() as stop:
-        if args.resume:
-            log(f"Resuming after epoch {run['epoch']}")
-            for points in save_dir.glob("t*/epoch_*.npz"):
-                if args.plot and not points.with_suffix(".png").exists():  # a killed run's drawers end with it
-                    plotter(points.with_suffix(".png"), plots.draw_points, points)
-        elif ranks.rank == 0 and utils.clear(save_dir):
-            log(f"Replacing the earlier run in {save_dir}")
-        if ranks.rank == 0:
-            log.open(save_dir / f"log_{args.dataset}.txt", run["log_bytes"])
-            utils.write_json(save_dir / "args.json", vars(args))
-
+    # Only rank 0 has files, and so writes.
+    files = utils.RunFiles(args, run, log, start) if ranks.rank == 0 else None
+    plotter, undrawn = plots.Plotter(), []
+    with files or contextlib.nullcontext(), StopRequest() as stop:
+        if files:
+            files.save(run, modules)  # so that a run which is killed in its first epoch can be resumed as well
         while run["epoch"] < args.max_epoch and not stop.signal:
             epoch, partial = run["epoch"] + 1, run["partial"]
-            run["rng"] = torch.get_rng_state()
             log(f"==> Epoch {epoch}/{args.max_epoch}")
             data.train_rows.skip = partial["batches"] if partial else 0
             trained = train(net, center_loss, list(optimizers.values()), scheduler, data.train, args, ranks, log, stop,
                             epoch, partial)
+            check_finite({"network's weights": utils.total(model), "centers": utils.total(center_loss)}, epoch, args)
             if "batches" in trained:
                 run["partial"] = trained
             else:
@@ -273,39 +257,35 @@ def main(args: argparse.Namespace) -> None:
                     tested = splits["test"] = test(model, data.test, args, ranks)
                     tested |= center_figures(tested["features"], tested["labels"], centers)
                     log_test(log, tested)
+                    check_finite({"cross entropy of the test": tested["xent"]}, epoch, args)
                 row = record(epoch, scheduler.get_last_lr()[0], trained, splits.get("test", {}))
                 run |= dict(epoch=epoch, partial=None, history=[*run["history"], row], centers=centers,
                             rng=torch.get_rng_state())
-                if ranks.rank == 0:
-                    utils.write_metrics(save_dir / "metrics.csv", run["history"])
-                if ranks.rank == 0 and args.plot:
-                    plot(plotter, save_dir, epoch, splits, centers, data.classes)
-                if ranks.rank == 0 and args.save_features:
-                    utils.save_features(save_dir / "features" / f"epoch_{epoch}.npz", splits, centers)
-            if ranks.rank == 0:
-                run |= dict(elapsed=time.monotonic() - start, log_bytes=log.position())
-                states = {name: module.state_dict() for name, module in modules.items()}
-                utils.save_checkpoint(save_dir / "checkpoint.pt", dict(args=vars(args), **run, **states))
+                if files:
+                    files.save_epoch(row, splits, centers)
+                if files and args.plot:
+                    plots.plot_epoch(plotter, files.directory, epoch, splits, centers, data.classes)
+            if files:
+                files.save(run, modules)
 
-        if ranks.rank == 0 and args.plot and run["history"]:
-            plotter(save_dir / "curves.png", plots.draw_curves, run["history"])
-            for split in ("train", "test"):
-                if any((save_dir / split).glob("epoch_*.npz")):
-                    plotter(save_dir / f"{split}.gif", plots.draw_film, save_dir / split)
-            for error in plotter.finish():
+        if files and args.plot and run["history"]:
+            undrawn = plots.plot_run(plotter, files.directory, run["history"])
+            for error in undrawn:
                 log(f"A picture could not be drawn: {error}")
         if run["epoch"] < args.max_epoch:
             done = f"epoch {run['epoch']}" + (f" and {run['partial']['batches']} batches" if run["partial"] else "")
             name = signal.Signals(stop.signal).name
-            raise utils.Stopped(stop.signal, f"stopped by {name}; {save_dir} holds all up to {done}; to go on: "
-                                f"python main.py --resume --save-dir {save_dir}")
+            raise utils.Stopped(stop.signal, f"stopped by {name}; {args.save_dir} holds all up to {done}; to go on: "
+                                f"python main.py --resume --save-dir {args.save_dir}")
         log(f"Finished. Total elapsed time (h:m:s): {timedelta(seconds=round(time.monotonic() - start))}")
+        if undrawn:
+            raise utils.WriteError(f"{undrawn[0]}; --resume draws what is missing")
 
 
 def cli(argv: list[str] | None = None) -> int:
     """Parses, runs, and tells in one line what ended the run; returns the exit status."""
     kept = "the files in --save-dir are those of the last whole epoch"
-    ranks = utils.Ranks.of_environment()
+    ranks = Ranks.of_environment()
     try:
         args = parse_args(argv, __doc__)
         with ranks.joined():

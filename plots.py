@@ -1,12 +1,40 @@
-"""Drawing: the points of an epoch, films of them, curves and confusion matrices.
+"""Drawing: the points of an epoch, films of them, curves and confusion matrices, in background processes."""
 
-All that imports matplotlib stands here, and nothing here imports torch: main.py hands over arrays.
-"""
-
+import functools
+import os
+import signal
+import threading
 from collections.abc import Callable, Sequence
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 
 import numpy as np
+
+import utils
+
+
+def plot_epoch(plotter: "Plotter", save_dir: Path, epoch: int, splits: dict[str, dict], centers, classes) -> None:
+    """Draws <split>/epoch_<N>.png of each split; the plane that they show is fitted on the training features."""
+    project, axes = plane(splits["train"]["features"].cpu().numpy())
+    for name, split in splits.items():
+        (save_dir / name).mkdir(exist_ok=True)
+        points = save_dir / name / f"epoch_{epoch}.npz"
+        title = f"{name}, epoch {epoch}: accuracy {split['accuracy']:.2f} %"
+        arrays = [each.cpu().numpy() for each in (split["features"], split["labels"], centers)]
+        utils.replace_file(points, functools.partial(save_points, *arrays, classes, project, axes, title))
+        plotter(points.with_suffix(".png"), draw_points, points)
+
+
+def plot_run(plotter: "Plotter", save_dir: Path, history: Sequence[dict]) -> list[str]:
+    """Draws curves.png, the films, and pictures that a killed run has left undrawn; returns what went wrong."""
+    for points in save_dir.glob("t*/epoch_*.npz"):
+        if points.with_suffix(".png") not in plotter.paths and not points.with_suffix(".png").exists():
+            plotter(points.with_suffix(".png"), draw_points, points)
+    plotter(save_dir / "curves.png", draw_curves, history)
+    for split in ("train", "test"):
+        if any((save_dir / split).glob("epoch_*.npz")):
+            plotter(save_dir / f"{split}.gif", draw_film, save_dir / split)
+    return plotter.finish()
 
 
 def plane(features: np.ndarray) -> tuple[Callable[[np.ndarray], np.ndarray], tuple[str, str]]:
@@ -175,3 +203,46 @@ def draw_confusion(part: Path, counts: np.ndarray, classes: Sequence[str], title
             color = "white" if shares[row, column] > 50 else "black"
             axes.text(column, row, counts[row, column], ha="center", va="center", color=color, fontsize=7)
     figure.savefig(part, format="png")
+
+
+class Plotter:
+    """Draws in background processes, off the training's way; `finish` waits for them and returns their errors."""
+
+    def __init__(self):
+        self.pool, self.tasks = None, []
+
+    @property
+    def paths(self) -> set[Path]:
+        return {path for path, _ in self.tasks}
+
+    def __call__(self, path: Path, draw: Callable, *arguments) -> None:
+        """Lets draw(part, *arguments) write `path`."""
+        from concurrent.futures import Future, ProcessPoolExecutor
+        from concurrent.futures.process import BrokenProcessPool
+
+        if self.pool is None:
+            workers = max(1, min(4, (os.cpu_count() or 1) // 2))
+            self.pool = ProcessPoolExecutor(workers, get_context("spawn"), _start_drawing)
+        try:
+            task = self.pool.submit(_draw, path, draw, arguments)
+        except BrokenProcessPool as error:  # a drawer has died: the training is worth more than its pictures
+            task = Future()
+            task.set_exception(error)
+        self.tasks.append((path, task))
+
+    def finish(self) -> list[str]:
+        errors = [f"{path}: {task.exception()}" for path, task in self.tasks if task.exception()]
+        self.tasks = []
+        return errors
+
+
+def _draw(path: Path, draw: Callable, arguments: tuple) -> None:
+    utils.replace_file(path, lambda part: draw(part, *arguments))
+
+
+def _start_drawing() -> None:
+    """Ctrl-C and a cluster's SIGTERM reach all processes of a run, but the pictures in hand are finished; a killed
+    run is missed by nobody else, so that its drawers watch for its end themselves."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    threading.Thread(target=lambda: (parent_process().join(), os._exit(1)), daemon=True).start()

@@ -4,9 +4,12 @@ A recipe is an entry of RECIPES that sets the defaults of other flags, each of w
 """
 
 import argparse
+import contextlib
 import importlib.util
+import math
 import os
 import sys
+from collections.abc import Callable
 
 import torch
 from torch.optim import lr_scheduler
@@ -14,6 +17,43 @@ from torch.optim import lr_scheduler
 import datasets
 import models
 import utils
+from processes import Ranks
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are one line, without the usage."""
+
+    def error(self, message: str):
+        self.exit(2, f"{self.prog}: error: {message}\n" if Ranks.of_environment().rank == 0 else None)
+
+
+def number(kind: type, low: float, high: float = math.inf, *, above: bool = False) -> Callable[[str], float]:
+    """A type for argparse: a finite int or float of at least low, or above it, and at most high."""
+    rule = f"must be {'an integer' if kind is int else 'a number'} {'above' if above else 'of at least'} {low}"
+    rule += f" and at most {high}" if high < math.inf else ""
+
+    def convert(text: str) -> float:
+        with contextlib.suppress(ValueError):
+            value = kind(text)
+            if math.isfinite(value) and low <= value <= high and not (above and value == low):
+                return value
+        raise argparse.ArgumentTypeError(f"{rule}, got {text}")
+
+    return convert
+
+
+def gpu_index(text: str) -> str:
+    """A type for argparse: the index of one GPU."""
+    indices = text.replace(" ", "").split(",")
+    if len(indices) > 1 and all(index.isdecimal() for index in indices):
+        raise argparse.ArgumentTypeError(
+            f"takes one index, got {text}; for several GPUs: CUDA_VISIBLE_DEVICES={','.join(indices)} "
+            f"torchrun --standalone --nproc_per_node={len(indices)} main.py and the other flags"
+        )
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"must be the index of a GPU, such as 0, got {text}")
+    return text
+
 
 # The reference systems as defaults of the flags. zhou2018 is what the parser itself has.
 RECIPES = {
@@ -87,8 +127,8 @@ FREE_ON_RESUME = set(
 
 
 # fmt: off  (a flag a line, where it fits)
-def build_parser(description: str = "") -> utils.Parser:
-    parser = utils.Parser(prog="main.py", description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
+def build_parser(description: str = "") -> Parser:
+    parser = Parser(prog="main.py", description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
                     allow_abbrev=False)
 
     def group(title: str):
@@ -103,52 +143,52 @@ def build_parser(description: str = "") -> utils.Parser:
     switch = dict(action=argparse.BooleanOptionalAction, default=False)
     add = group("experiment")
     add("--recipe", choices=sorted(RECIPES), default="zhou2018", help="system that sets the other flags' defaults")
-    add("--seed", type=utils.number(int, 0, 2**63 - 1), default=1, help="of the network, the centers and the batches")
-    add("--max-epoch", type=utils.number(int, 1), default=100, help="epochs")
-    add("--max-iter", type=utils.number(int, 0), default=0, help="steps, in place of --max-epoch; 0: no such limit")
+    add("--seed", type=number(int, 0, 2**63 - 1), default=1, help="of the network, the centers and the batches")
+    add("--max-epoch", type=number(int, 1), default=100, help="epochs")
+    add("--max-iter", type=number(int, 0), default=0, help="steps, in place of --max-epoch; 0: no such limit")
 
     add = group("data")
     add("-d", "--dataset", choices=sorted(datasets.SPECS), default="mnist", help="data set")
     add("--data-root", default="data", help="directory of the data sets, downloaded to it on first use; for --dataset "
         "folder the directory that holds train/<class>/* and test/<class>/*")
-    add("--image-size", type=utils.number(int, 8, 1024), default=32, help="pixels a side, for --dataset folder")
+    add("--image-size", type=number(int, 8, 1024), default=32, help="pixels a side, for --dataset folder")
     add("--scaling", choices=sorted(datasets.SCALINGS), default="standard", help="of pixels p: by the data set's mean "
         "and deviation (standard), (p - 127.5) / 128 (symmetric), p / 255 (unit)")
-    add("--batch-size", type=utils.number(int, 1), default=128, help="images a step, over all ranks")
-    add("-j", "--workers", type=utils.number(int, 0), default=0, help="processes that read images; 0: none, all images "
+    add("--batch-size", type=number(int, 1), default=128, help="images a step, over all ranks")
+    add("-j", "--workers", type=number(int, 0), default=0, help="processes that read images; 0: none, all images "
         "lie on the device")
 
     add = group("network")
     add("--model", choices=sorted(models.MODELS), default="cnn", help="network")
-    add("--feat-dim", type=utils.number(int, 1), default=2, help="D, dimensions of the features")
+    add("--feat-dim", type=number(int, 1), default=2, help="D, dimensions of the features")
     add("--init", choices=sorted(models.INITS), default="default", help="first weights and centers")
 
     add = group("loss: cross-entropy + λ · center loss")
-    add("--weight-cent", type=utils.number(float, 0), default=1.0, help="λ, weight of the center loss; 0: softmax only")
+    add("--weight-cent", type=number(float, 0), default=1.0, help="λ, weight of the center loss; 0: softmax only")
     add("--distance", choices=["squared", "euclidean"], default="squared", help="of a feature from its center")
-    add("--loss-scale", type=utils.number(float, 0, above=True), default=1.0, help="factor of the center loss")
+    add("--loss-scale", type=number(float, 0, above=True), default=1.0, help="factor of the center loss")
     add("--class-average", **switch, help="divide a sample's term by the number of its class in the batch")
     add("--center-update", choices=["gradient", "paper"], default="gradient", help="or the paper's Eq. 4")
 
     add = group("optimization")
     add("--optimizer", choices=sorted(OPTIMIZERS), default="sgd", help="of the network; the centers have SGD")
-    add("--lr-model", type=utils.number(float, 0, above=True), default=0.001, help="learning rate of the network")
-    add("--lr-cent", type=utils.number(float, 0), default=0.5, help="α, learning rate of the centers")
-    add("--momentum", type=utils.number(float, 0, 1), default=0.9, help="of the network's SGD")
-    add("--momentum-cent", type=utils.number(float, 0, 1), default=0.0, help="of the centers' SGD")
-    add("--weight-decay", type=utils.number(float, 0), default=5e-4, help="of the network")
+    add("--lr-model", type=number(float, 0, above=True), default=0.001, help="learning rate of the network")
+    add("--lr-cent", type=number(float, 0), default=0.5, help="α, learning rate of the centers")
+    add("--momentum", type=number(float, 0, 1), default=0.9, help="of the network's SGD")
+    add("--momentum-cent", type=number(float, 0, 1), default=0.0, help="of the centers' SGD")
+    add("--weight-decay", type=number(float, 0), default=5e-4, help="of the network")
     add("--caffe-biases", **switch, help="biases have twice the learning rate and no weight decay")
     add("--one-optimizer", **switch, help="the centers are in the network's SGD and follow its schedule")
     add("--schedule", choices=sorted(SCHEDULES), default="step", help="of the learning rate")
-    add("--stepsize", type=utils.number(int, 0), default=20, help="epochs between two factors gamma; 0: constant")
-    add("--milestones", type=utils.number(int, 1), nargs="+", default=[5000, 8000], metavar="ITERATION",
+    add("--stepsize", type=number(int, 0), default=20, help="epochs between two factors gamma; 0: constant")
+    add("--milestones", type=number(int, 1), nargs="+", default=[5000, 8000], metavar="ITERATION",
         help="training steps after which to apply gamma, for milestones")
-    add("--gamma", type=utils.number(float, 0, above=True), default=0.5, help="factor of the learning rate")
+    add("--gamma", type=number(float, 0, above=True), default=0.5, help="factor of the learning rate")
 
     add = group("output")
     add("--save-dir", default="log", help="directory of the run's files")
-    add("--eval-freq", type=utils.number(int, 0), default=10, help="epochs between two tests; 0: only after the last")
-    add("--print-freq", type=utils.number(int, 1), default=50, help="steps between two lines")
+    add("--eval-freq", type=number(int, 0), default=10, help="epochs between two tests; 0: only after the last")
+    add("--print-freq", type=number(int, 1), default=50, help="steps between two lines")
     add("--plot", action="store_true", help="plot the features of each epoch")
     add("--save-features", action="store_true", help="write the features of each epoch to features/epoch_<N>.npz")
     add("--tensorboard", action="store_true", help="write the figures of each epoch for TensorBoard")
@@ -157,7 +197,7 @@ def build_parser(description: str = "") -> utils.Parser:
     add("--evaluate", metavar="CHECKPOINT", help="test the network of a checkpoint, without training")
 
     add = group("machine")
-    add("--gpu", type=utils.gpu_index, default="0", help="index of the GPU; where there is none, the CPU is used")
+    add("--gpu", type=gpu_index, default="0", help="index of the GPU; where there is none, the CPU is used")
     add("--use-cpu", action="store_true", help="use the CPU")
     add("--amp", **switch, help="run the network in bfloat16")
     add("--compile", **switch, help="compile the network")
@@ -168,7 +208,7 @@ def build_parser(description: str = "") -> utils.Parser:
 
 def parse_args(argv: list[str] | None = None, description: str = "") -> argparse.Namespace:
     """The flags, on top of their recipe's defaults or, to resume or evaluate, of their values in the checkpoint."""
-    parser, local = build_parser(description), utils.Ranks.of_environment().local
+    parser, local = build_parser(description), Ranks.of_environment().local
     if local is not None:
         parser.set_defaults(gpu=None)
     args = parser.parse_args(argv)

@@ -5,24 +5,21 @@ import contextlib
 import csv
 import io
 import json
-import math
 import os
-import signal
 import sys
 import tempfile
-import threading
+import time
+import zipfile
 from collections.abc import Callable, Iterator, Sequence
-from multiprocessing import get_context, parent_process
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 from tqdm import tqdm
 
 # What a run writes below its --save-dir; a new run there takes exactly these away first.
 RUN_FILES = ("log_*.txt", "metrics.csv", "args.json", "checkpoint.pt", "train.gif", "test.gif", "curves.png",
-             "train/epoch_*.*", "test/epoch_*.*", "features/epoch_*.npz", "tensorboard/events.*")  # fmt: skip
+             "confusion.png", "train/epoch_*.*", "test/epoch_*.*", "features/epoch_*.npz",
+             "tensorboard/events.*")  # fmt: skip
 
 
 class RunError(Exception):
@@ -37,50 +34,18 @@ class Diverged(RunError):
     status = 3
 
 
+class WriteError(RunError):
+    """A file of the run could not be written: a full disk, a directory that has gone."""
+
+    status = 1
+
+
 class Stopped(RunError):
     """A signal has ended the run between two batches."""
 
     def __init__(self, number: int, message: str):
         super().__init__(message)
         self.status = 128 + number
-
-
-# ----------------------------------------------------------------------------------------------------- command line
-
-
-class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are one line, without the usage."""
-
-    def error(self, message: str):
-        self.exit(2, f"{self.prog}: error: {message}\n" if Ranks.of_environment().rank == 0 else None)
-
-
-def number(kind: type, low: float, high: float = math.inf, *, above: bool = False) -> Callable[[str], float]:
-    """A type for argparse: a finite int or float of at least low, or above it, and at most high."""
-    rule = f"must be {'an integer' if kind is int else 'a number'} {'above' if above else 'of at least'} {low}"
-    rule += f" and at most {high}" if high < math.inf else ""
-
-    def convert(text: str) -> float:
-        with contextlib.suppress(ValueError):
-            value = kind(text)
-            if math.isfinite(value) and low <= value <= high and not (above and value == low):
-                return value
-        raise argparse.ArgumentTypeError(f"{rule}, got {text}")
-
-    return convert
-
-
-def gpu_index(text: str) -> str:
-    """A type for argparse: the index of one GPU."""
-    indices = text.replace(" ", "").split(",")
-    if len(indices) > 1 and all(index.isdecimal() for index in indices):
-        raise argparse.ArgumentTypeError(
-            f"takes one index, got {text}; for several GPUs: CUDA_VISIBLE_DEVICES={','.join(indices)} "
-            f"torchrun --standalone --nproc_per_node={len(indices)} main.py and the other flags"
-        )
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"must be the index of a GPU, such as 0, got {text}")
-    return text
 
 
 # -------------------------------------------------------------------------------------------------------------- log
@@ -95,41 +60,75 @@ class Log:
     def __call__(self, line: str) -> None:
         if self.quiet:
             return
-        tqdm.write(line)
-        sys.stdout.flush()
+        try:
+            tqdm.write(line)
+            sys.stdout.flush()
+        except OSError as error:
+            with contextlib.suppress(OSError):  # what is left in the buffer must not fail again at the exit
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise WriteError(f"cannot write to the standard output: {error.strerror}") from error
         if self.file is None:
             self.earlier.append(line)
         else:
-            print(line, file=self.file, flush=True)
+            self._write(line)
 
-    def open(self, path: Path, keep: int = 0) -> None:
-        """Starts the file behind its first `keep` bytes: what a checkpoint has recorded, 0 for a new run."""
+    def open(self, path: Path, printed: bytes = b"") -> None:
+        """Starts the file with `printed`, what a resumed run has written until its checkpoint."""
         if self.quiet:
             return
-        self.file = open(path, "r+" if path.exists() else "w", encoding="utf-8")
-        self.file.truncate(keep)
-        self.file.seek(0, os.SEEK_END)
-        for line in self.earlier:
-            print(line, file=self.file, flush=True)
+        start = printed + "".join(f"{line}\n" for line in self.earlier).encode()
+        replace_file(path, lambda part: part.write_bytes(start))
+        self.path, self.file = path, open(path, "ab", buffering=0)
 
     def position(self) -> int:
-        return self.file.tell()
+        return self.file.seek(0, os.SEEK_END)
+
+    def _write(self, line: str) -> None:
+        rest = f"{line}\n".encode()
+        try:
+            while rest:  # a disk that fills up takes a part of it
+                rest = rest[self.file.write(rest) :]
+        except OSError as error:
+            raise _unwritable(self.path, error) from error
 
 
 # ------------------------------------------------------------------------------------------------------------ files
 
+# What every checkpoint has, and of which type.
+CHECKPOINT_TYPES = dict(args=dict, data=dict, epoch=int, partial=dict | None, history=list, centers=torch.Tensor,
+                        rng=torch.Tensor, model=dict, center_loss=dict, scheduler=dict,
+                        optimizer_model=dict)  # fmt: skip
+
 
 def replace_file(path: Path, write: Callable[[Path], object]) -> None:
-    """Lets `write` fill a file beside `path`, then renames it: `path` is the old file or the new one, never a half."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.part")
+    """Lets `write` fill a file beside `path`, then renames it: `path` is the old file or the new one, never a half.
+
+    It makes no directory, so that one that has gone is an error. The file beside `path` is this process's own, for
+    a killed run's drawers may outlive it for a moment.
+    """
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         write(part)
         with open(part, "rb") as file:
             os.fsync(file.fileno())
         os.replace(part, path)
+    except OSError as error:
+        raise _unwritable(path, error) from error
     finally:
-        part.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            part.unlink()
+
+
+def _unwritable(path: Path, error: OSError) -> WriteError:
+    reason = f"{error.strerror or error}; the earlier files are whole, --resume goes on from the last checkpoint"
+    return WriteError(f"cannot write {path}: {reason if path.parent.exists() else 'its directory has gone'}")
+
+
+def read_start(path: Path, size: int) -> bytes:
+    """The first bytes of a file, at most `size`; none where there is no such file."""
+    with contextlib.suppress(FileNotFoundError), open(path, "rb") as file:
+        return file.read(size)
+    return b""
 
 
 def check_save_dir(path: str) -> None:
@@ -144,8 +143,11 @@ def check_save_dir(path: str) -> None:
 
 
 @contextlib.contextmanager
-def claim(save_dir: Path) -> Iterator[None]:
-    """Creates the directory and, in its context, keeps other runs out of it; RunError where one is in it."""
+def claim(save_dir: Path) -> Iterator[Callable[[], None]]:
+    """Creates the directory and, in its context, keeps other runs out of it; RunError where one is in it.
+
+    Gives a function that raises WriteError where the directory has been removed, or replaced by another.
+    """
     try:
         save_dir.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=save_dir).close()
@@ -154,7 +156,7 @@ def claim(save_dir: Path) -> Iterator[None]:
     try:
         import fcntl
     except ImportError:  # Windows
-        yield
+        yield lambda: None
         return
     directory = os.open(save_dir, os.O_RDONLY)
     try:
@@ -162,15 +164,27 @@ def claim(save_dir: Path) -> Iterator[None]:
     except BlockingIOError:
         os.close(directory)
         raise RunError(f"--save-dir {save_dir} is in use by another run; give this one its own") from None
+    # Forked workers outlive a killed run for seconds; with the lock they would keep its resumption out.
+    held = [directory]
+    os.register_at_fork(after_in_child=lambda: [os.close(held.pop()) for _ in list(held)])
+
+    def check() -> None:
+        if not (save_dir.exists() and os.path.samestat(os.stat(save_dir), os.fstat(directory))):
+            raise WriteError(f"--save-dir {save_dir} has been removed while the run was writing to it")
+
     try:
-        yield
+        for stale in (*save_dir.glob(".*.part"), *save_dir.glob("*/.epoch_*.part")):  # of a killed run
+            stale.unlink(missing_ok=True)
+        yield check
     finally:
-        os.close(directory)
+        os.close(held.pop())
 
 
-def clear(save_dir: Path) -> bool:
-    """Takes away an earlier run's files; tells whether there were any."""
-    old = [path for pattern in RUN_FILES for path in save_dir.glob(pattern)]
+def clear(save_dir: Path, after: int | None = None) -> bool:
+    """Takes away an earlier run's files, or only those of epochs after `after`; tells whether there were any."""
+    old = [path for pattern in RUN_FILES for path in save_dir.glob(pattern) if not path.is_dir()]
+    if after is not None:
+        old = [path for path in old if path.stem[:6] == "epoch_" and int(path.stem[6:]) > after]
     for path in old:
         path.unlink()
     return bool(old)
@@ -193,6 +207,7 @@ def save_features(path: Path, splits: dict[str, dict], centers: torch.Tensor) ->
     """features (N, D), labels and predictions (N,) of each split, as train_features and so on, and centers (C, D)."""
     import numpy as np
 
+    path.parent.mkdir(exist_ok=True)
     arrays = {"centers": centers.cpu().numpy()}
     for split, values in splits.items():
         arrays |= {f"{split}_{name}": values[name].cpu().numpy() for name in ("features", "labels", "predictions")}
@@ -213,133 +228,110 @@ def save_checkpoint(path: Path, checkpoint: dict) -> None:
 def load_checkpoint(path: str | Path) -> dict:
     """Reads a checkpoint onto the CPU; RunError where it is missing, damaged or not one of ours."""
     try:
+        with zipfile.ZipFile(path) as records:  # torch would take flipped bits within a tensor as they are
+            if damaged := records.testzip():
+                raise RunError(f"the checkpoint {path} is damaged: wrong checksum of {damaged}")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except RunError:
+        raise
     except FileNotFoundError:
         raise RunError(f"there is no checkpoint {path}") from None
     except Exception as error:  # of zip, pickle and others, depending on where the file is damaged
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise RunError(f"cannot read the checkpoint {path}: {reason}") from error
-    needed = {"epoch", "args", "model", "center_loss", "history", "partial", "centers", "rng"}
-    if not isinstance(checkpoint, dict) or not needed <= checkpoint.keys():
+    if not isinstance(checkpoint, dict) or not all(
+        isinstance(checkpoint.get(name), kind) for name, kind in CHECKPOINT_TYPES.items()
+    ):
         raise RunError(f"{path} is not a checkpoint of main.py")
     return checkpoint
 
 
-# -------------------------------------------------------------------------------------------- signals and processes
+def check_data(saved: dict, present: dict, path: str, to_train: bool) -> None:
+    """Raises RunError where the data at hand are others than those of the checkpoint `path`."""
+    for name, needed in (("classes", True), ("images", to_train)):
+        if needed and saved.get(name) != present[name]:
+            raise RunError(f"the training {name} must be {saved.get(name)}, as in {path}, got {present[name]}")
 
 
-class StopRequest:
-    """In its context, the first SIGINT or SIGTERM only sets `signal`, which the training looks at between batches.
+def total(module: torch.nn.Module) -> float:
+    """The sum of a module's state: finite where all of it is. Waits for the device."""
+    return sum(tensor.double().sum() for tensor in module.state_dict().values()).item()
 
-    A second SIGINT interrupts at once.
+
+def confusion_lines(counts: list[list[int]], classes: Sequence[str], width: int = 100) -> list[str]:
+    """The accuracy (%) of each class and how many of its images were taken for which class.
+
+    All these numbers where they fit into `width`, else the three most frequent mistakes of each class.
+    """
+    accuracies = [100 * row[label] / max(sum(row), 1) for label, row in enumerate(counts)]
+    first = max(len("true class"), *map(len, classes))
+    columns = [max(len(name), *(len(str(row[label])) for row in counts)) for label, name in enumerate(classes)]
+    if first + 12 + sum(columns) + 2 * len(columns) <= width:
+        cells = [(name, f"{right:.2f}", row) for name, right, row in zip(classes, accuracies, counts, strict=True)]
+        return [
+            f"{name:{first}}  {right:>10}" + "".join(f"  {cell:>{n}}" for cell, n in zip(row, columns, strict=True))
+            for name, right, row in (("true class", "accuracy %", classes), *cells)
+        ]
+    lines = [f"{'true class':{first}}  {'accuracy %':>10}  most frequent mistakes"]
+    for label, (name, right, row) in enumerate(zip(classes, accuracies, counts, strict=True)):
+        wrong = [(number, other) for other, number in enumerate(row) if number and other != label]
+        shown = [f"{classes[other]} {number}" for number, other in sorted(wrong, key=lambda each: -each[0])[:3]]
+        rest = sum(number for number, _ in wrong) - sum(sorted((number for number, _ in wrong), reverse=True)[:3])
+        lines.append(f"{name:{first}}  {right:10.2f}  {', '.join(shown + [f'others {rest}'] * (rest > 0))}".rstrip())
+    return lines
+
+
+# ------------------------------------------------------------------------------------------------------------- a run
+
+
+class RunFiles:
+    """The files of a run in --save-dir, which is its own within the context.
+
+    Entering it clears away an earlier run's files or, to resume, what comes after the checkpoint, and starts the log.
     """
 
-    def __init__(self):
-        self.signal: int | None = None
+    def __init__(self, args: argparse.Namespace, run: dict, log: Log, start: float):
+        self.args, self.run, self.log, self.directory, self.start = args, run, log, Path(args.save_dir), start
+        self.context, self.board = contextlib.ExitStack(), None
 
-    def __enter__(self) -> "StopRequest":
-        self.handlers = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+    def __enter__(self) -> "RunFiles":
+        args, log_name = self.args, f"log_{self.args.dataset}.txt"
+        own = args.resume and Path(args.resume).resolve().parent == self.directory.resolve()
+        with self.context:
+            self.check = self.context.enter_context(claim(self.directory))
+            if args.resume:
+                self.log(f"Resuming after epoch {self.run['epoch']}")
+            printed = read_start(Path(args.resume).with_name(log_name), self.run["log_bytes"]) if args.resume else b""
+            if clear(self.directory, after=self.run["epoch"] if own else None) and not own:
+                self.log(f"Replacing the earlier run in {self.directory}")
+            self.log.open(self.directory / log_name, printed)
+            write_json(self.directory / "args.json", vars(args))
+            if args.tensorboard:
+                from torch.utils.tensorboard import SummaryWriter
+
+                self.board = SummaryWriter(self.directory / "tensorboard", purge_step=self.run["epoch"] + 1)
+            self.context = self.context.pop_all()  # all went well: the directory stays claimed
         return self
 
     def __exit__(self, *error) -> None:
-        for number, handler in self.handlers.items():
-            signal.signal(number, handler)
+        self.context.close()
 
-    def _note(self, number: int, frame) -> None:
-        if self.signal and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.signal = number
+    def save(self, run: dict, modules: dict) -> None:
+        """Writes metrics.csv and checkpoint.pt: `run` as it is, the `modules` by their state dicts."""
+        self.check()
+        run.update(elapsed=time.monotonic() - self.start, log_bytes=self.log.position())
+        if run["history"]:
+            write_metrics(self.directory / "metrics.csv", run["history"])
+        states = {name: module.state_dict() for name, module in modules.items()}
+        save_checkpoint(self.directory / "checkpoint.pt", dict(args=vars(self.args), **run, **states))
 
-
-class Ranks(NamedTuple):
-    """This process among those that torchrun has started; one alone without it."""
-
-    rank: int = 0
-    size: int = 1
-    local: int | None = None  # on this machine
-
-    @classmethod
-    def of_environment(cls) -> "Ranks":
-        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-        return cls(*(int(os.environ[name]) for name in names)) if all(name in os.environ for name in names) else cls()
-
-    @contextlib.contextmanager
-    def joined(self) -> Iterator[None]:
-        """In its context, the ranks can speak to each other: NCCL between GPUs, gloo between CPUs."""
-        if self.size > 1:
-            dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
-        try:
-            yield
-        finally:
-            if self.size > 1:
-                dist.destroy_process_group()
-
-    @contextlib.contextmanager
-    def first_alone(self) -> Iterator[None]:
-        """Lets rank 0 through, and then the others: for downloads."""
-        if self.size > 1 and self.rank > 0:
-            dist.barrier()
-        yield
-        if self.size > 1 and self.rank == 0:
-            dist.barrier()
-
-    def total(self, values: torch.Tensor) -> torch.Tensor:
-        """The sum over the ranks."""
-        if self.size > 1:
-            values = values.clone()
-            dist.all_reduce(values)
-        return values
-
-    def any(self, number: int | None) -> int:
-        """The largest of the ranks' numbers, of which None is 0."""
-        if self.size == 1:
-            return number or 0
-        largest = torch.tensor(number or 0)
-        dist.all_reduce(largest, dist.ReduceOp.MAX)
-        return int(largest)
-
-    def gather(self, rows: torch.Tensor) -> torch.Tensor:
-        """The rows of all ranks, which may have different numbers of them, in the order of the ranks."""
-        if self.size == 1:
-            return rows
-        parts = [None] * self.size
-        dist.all_gather_object(parts, rows.cpu())
-        return torch.cat(parts).to(rows.device)
-
-    def check_equal(self, name: str, values: torch.Tensor) -> None:
-        """Raises RunError where a rank's values differ, as far as their sums tell."""
-        sums = torch.stack([values.double().sum(), values.double().square().sum()]).cpu()
-        if len(self.gather(sums.unsqueeze(0)).unique(dim=0)) > 1:
-            raise RunError(f"the ranks' {name} are no longer the same")
-
-
-class Plotter:
-    """Draws in background processes, off the training's way; `finish` waits for them and returns their errors."""
-
-    def __init__(self):
-        self.pool, self.tasks = None, []
-
-    def __call__(self, path: Path, draw: Callable, *arguments) -> None:
-        """Lets draw(part, *arguments) write `path`."""
-        if self.pool is None:
-            from concurrent.futures import ProcessPoolExecutor
-
-            workers = max(1, min(4, (os.cpu_count() or 1) // 2))
-            self.pool = ProcessPoolExecutor(workers, get_context("spawn"), _start_drawing)
-        self.tasks.append((path, self.pool.submit(_draw, path, draw, arguments)))
-
-    def finish(self) -> list[str]:
-        errors = [f"{path}: {task.exception()}" for path, task in self.tasks if task.exception()]
-        self.tasks = []
-        return errors
-
-
-def _draw(path: Path, draw: Callable, arguments: tuple) -> None:
-    replace_file(path, lambda part: draw(part, *arguments))
-
-
-def _start_drawing() -> None:
-    """Ctrl-C reaches all processes of a terminal, but the pictures in hand are finished; a killed run is missed by
-    nobody else, so that its drawers watch for its end themselves."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=lambda: (parent_process().join(), os._exit(1)), daemon=True).start()
+    def save_epoch(self, row: dict, splits: dict[str, dict], centers: torch.Tensor) -> None:
+        """Writes what --save-features and --tensorboard ask for."""
+        self.check()
+        if self.args.save_features:
+            save_features(self.directory / "features" / f"epoch_{row['epoch']}.npz", splits, centers)
+        if self.board:
+            for name, value in row.items():
+                if value is not None and name != "epoch":
+                    self.board.add_scalar(name, value, row["epoch"])
+            self.board.flush()

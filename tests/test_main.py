@@ -1,9 +1,11 @@
 """The whole program on tiny data: its lines, its files, its figures against plain loops, and its refusals."""
 
+import argparse
 import csv
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 from pathlib import Path
@@ -13,6 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import PYTHON, SHARED_DATA, make_folder
+from test_datasets import no_network, write_mnist
 
 import datasets
 import main
@@ -201,6 +204,18 @@ def test_schedules_count_epochs_or_steps(flags, expected):
     assert rates == pytest.approx(expected)
 
 
+def test_onecycle_is_as_long_as_the_run():
+    for flags, steps in ((["--max-iter", "7"], 7), (["--max-epoch", "4"], 12)):
+        args = main.parse_args(["--schedule", "onecycle", *flags])
+        sgd = torch.optim.SGD([torch.zeros(1, requires_grad=True)], args.lr_model, args.momentum)
+        assert recipes.SCHEDULES["onecycle"](sgd, args, 3).total_steps == steps
+
+
+def test_a_class_that_a_cut_pass_has_not_seen_has_a_finite_mean():
+    means = main.class_means(torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]]), torch.tensor([0, 2, 2]), 3)
+    assert means.tolist() == [[1, 2], [0, 0], [4, 5]]
+
+
 def test_caffe_biases_and_one_optimizer_make_parameter_groups():
     args = main.parse_args(["--recipe", "wen2016"])
     model, loss = models.create("cnn-wen2016"), main.CenterLoss(10, 2, use_gpu=False)
@@ -214,8 +229,8 @@ def test_caffe_biases_and_one_optimizer_make_parameter_groups():
 def test_divergence_stops_with_status_3_and_says_what_to_change(run):
     status, _, err = run("--lr-model", "1e20")
     assert status == 3 and len(err.splitlines()) == 1
-    assert "cross entropy is no longer finite in epoch 1, with --weight-cent 1 --lr-model 1e+20" in err
-    assert not Path("log/checkpoint.pt").exists()
+    assert "in epoch 1: cross entropy and center loss no longer finite, with --weight-cent 1 --lr-model 1e+20" in err
+    assert torch.load("log/checkpoint.pt", weights_only=True)["epoch"] == 0
 
 
 BAD_FLAGS = [
@@ -229,7 +244,19 @@ BAD_FLAGS = [
     ["--init", "zeros"], ["--scaling", "none"], ["--unknown"], ["--one-optimizer", "--optimizer", "adamw"],
     ["--evaluate", "nowhere.pt"], ["--resume", "nowhere.pt"], ["--resume"], ["--data-root", "nowhere"],
     ["--save-dir", "/dev/null"], ["--save-dir", "/dev/null/below"], ["--model", "bn-deep"],
+    ["--data-root", "/dev/null"],
+    ["--batch-size", ""], ["--max-epoch", "1e3"], ["--lr-cent", "nan"], ["--weight-decay", "inf"], ["--gamma", "-0.5"],
+    ["--momentum", "nan"], ["--loss-scale", "inf"], ["--milestones"], ["--milestones", "5", "x"], ["--gpu", "0.5"],
+    ["--seed", "99999999999999999999"], ["--image-size", "1025"], ["--seed", "1.0"], ["--lr-model"], ["--evaluate"],
+    ["--evaluate", "."], ["--resume", "."], ["--plot=yes"], ["--max-iter", "-5"], ["7"],
 ]  # fmt: skip
+
+
+def test_every_flag_that_takes_a_value_has_a_wrong_one_in_the_table():
+    tried = {flags[0] for flags in BAD_FLAGS}
+    for action in recipes.build_parser()._actions:
+        if action.nargs != 0 and not isinstance(action, argparse.BooleanOptionalAction):
+            assert tried & set(action.option_strings), action.option_strings
 
 
 @pytest.mark.parametrize("flags", BAD_FLAGS, ids=" ".join)
@@ -238,6 +265,65 @@ def test_a_mistake_is_one_line_status_2_and_writes_nothing(flags, run):
     assert status == 2
     assert err.startswith("main.py: error: ") and err.count("\n") == 1
     assert os.listdir() == []
+
+
+def break_image(root, size):
+    bad = make_folder(root, size=(64, 64)) / "train" / "bee" / "3.png"
+    bad.write_bytes(bad.read_bytes()[:size])
+
+
+def rename_class(root):
+    make_folder(root)
+    (root / "test" / "cat").rename(root / "test" / "dog")
+
+
+def break_mnist(root, name, contents):
+    path = write_mnist(root) / "MNIST" / "raw" / name
+    path.write_bytes(contents(path.read_bytes()))
+
+
+BROKEN_DATA = {
+    "empty": ("folder", lambda root: root.mkdir(exist_ok=True)),
+    "no class": ("folder", lambda root: [(root / split).mkdir() for split in ("train", "test")]),
+    "no images": ("folder", lambda root: make_folder(root, train=0, test=0)),
+    "no test": ("folder", lambda root: make_folder(root) and shutil.rmtree(root / "test")),
+    "one class": ("folder", lambda root: make_folder(root, classes=["ant"])),
+    "other classes to test": ("folder", rename_class),
+    "empty image": ("folder", lambda root: break_image(root, 0)),
+    "half an image": ("folder", lambda root: break_image(root, 2000)),
+    "no network": ("mnist", lambda root: None),
+    "mnist cut": ("mnist", lambda root: break_mnist(root, "train-images-idx3-ubyte", lambda data: data[:500])),
+    "mnist empty": ("mnist", lambda root: break_mnist(root, "t10k-labels-idx1-ubyte", lambda data: b"")),
+    "mnist text": ("mnist", lambda root: break_mnist(root, "train-labels-idx1-ubyte", lambda data: b"hello")),
+    "mnist labels": ("mnist", lambda root: break_mnist(root, "t10k-labels-idx1-ubyte", lambda d: d[:-1] + b"\x63")),
+    "no cifar": ("cifar10", lambda root: (root / "cifar-10-batches-py").mkdir()),
+}
+
+
+@pytest.mark.parametrize("what", BROKEN_DATA)
+def test_broken_data_are_one_line_status_2_and_nothing_is_written(what, run, tmp_path_factory, monkeypatch):
+    monkeypatch.setattr("urllib.request.urlopen", no_network)
+    dataset, build = BROKEN_DATA[what]
+    root = tmp_path_factory.mktemp("broken")
+    build(root)
+    before = sorted(root.rglob("*"))
+    status, _, err = run("--dataset", dataset, "--data-root", root)
+    assert status == 2
+    assert err.startswith("main.py: error: ") and err.count("\n") == 1 and str(root) in err
+    assert os.listdir() == [] and sorted(root.rglob("*")) == before
+
+
+def test_a_save_dir_that_may_not_be_written_is_one_line(run, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write anywhere
+    status, _, err = run("--save-dir", "deep/log")
+    assert status == 2 and err.startswith("main.py: error: --save-dir must be writable, got deep/log")
+    assert err.count("\n") == 1 and os.listdir() == []
+
+
+def test_an_image_that_a_worker_cannot_read_is_one_line(run, tmp_path):
+    break_image(tmp_path / "images", 2000)
+    status, _, err = run("--data-root", tmp_path / "images", "-j", "1")
+    assert status == 2 and err.count("\n") == 1 and "bee/3.png" in err
 
 
 def test_a_mistake_leaves_the_old_run_as_it_was(run):

@@ -17,6 +17,7 @@ import torch
 
 import main
 import models
+from processes import Ranks
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 COMMON = ["--dataset", "folder", "--image-size", "16", "--max-epoch", "2", "--eval-freq", "1", "--use-cpu"]
@@ -165,7 +166,7 @@ def check_batch_norm(ranks):
 
 
 if __name__ == "__main__":
-    ranks = main.utils.Ranks.of_environment()
+    ranks = Ranks.of_environment()
     with ranks.joined():
         check_batch_norm(ranks)
         for flags in json.loads(Path(sys.argv[1]).read_text()):

@@ -7,17 +7,20 @@ import signal
 import pytest
 import torch
 
+import plots
+import processes
+import recipes
 import utils
 
 
 @pytest.mark.parametrize(
     "converter, good, bad",
     [
-        (utils.number(int, 1), ["1", "12"], ["0", "-3", "1.5", "x", "", "nan", "1e3"]),
-        (utils.number(int, 0, 10), ["0", "10"], ["11", "-1"]),
-        (utils.number(float, 0), ["0", "1e-3", "200"], ["-1e-9", "nan", "inf", "-inf", "x"]),
-        (utils.number(float, 0, above=True), ["1e-9"], ["0", "-1", "0.0"]),
-        (utils.number(float, 0, 1), ["0", "0.9", "1"], ["1.1", "-0.1"]),
+        (recipes.number(int, 1), ["1", "12"], ["0", "-3", "1.5", "x", "", "nan", "1e3"]),
+        (recipes.number(int, 0, 10), ["0", "10"], ["11", "-1"]),
+        (recipes.number(float, 0), ["0", "1e-3", "200"], ["-1e-9", "nan", "inf", "-inf", "x"]),
+        (recipes.number(float, 0, above=True), ["1e-9"], ["0", "-1", "0.0"]),
+        (recipes.number(float, 0, 1), ["0", "0.9", "1"], ["1.1", "-0.1"]),
     ],
 )
 def test_number_takes_what_is_in_its_range(converter, good, bad):
@@ -29,13 +32,13 @@ def test_number_takes_what_is_in_its_range(converter, good, bad):
 
 
 def test_gpu_index_answers_a_list_with_the_torchrun_command():
-    assert utils.gpu_index("3") == "3"
+    assert recipes.gpu_index("3") == "3"
     with pytest.raises(argparse.ArgumentTypeError) as error:
-        utils.gpu_index("0, 2")
+        recipes.gpu_index("0, 2")
     assert "CUDA_VISIBLE_DEVICES=0,2 torchrun --standalone --nproc_per_node=2 main.py" in str(error.value)
     for text in ("-1", "a", "0,", ""):
         with pytest.raises(argparse.ArgumentTypeError, match="index"):
-            utils.gpu_index(text)
+            recipes.gpu_index(text)
 
 
 def test_log_writes_earlier_lines_and_goes_on_where_a_checkpoint_says(tmp_path, capsys):
@@ -44,24 +47,25 @@ def test_log_writes_earlier_lines_and_goes_on_where_a_checkpoint_says(tmp_path, 
     log("before")
     log.open(path)
     log("kept")
+    assert path.read_text() == "before\nkept\n"  # at once, and nothing is left to write when the run ends
     position = log.position()
     log("after the checkpoint")
     again = utils.Log()
     again("resumed")
-    again.open(path, position)
+    again.open(path, utils.read_start(path, position))
     assert path.read_text() == "before\nkept\nresumed\n"
     assert capsys.readouterr().out == "before\nkept\nafter the checkpoint\nresumed\n"
 
 
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
-    path = tmp_path / "deep" / "file"
+    path = tmp_path / "file"
     utils.replace_file(path, lambda part: part.write_text("old"))
 
     def fail(part):
         part.write_text("ha")
         raise OSError("disk full")
 
-    with pytest.raises(OSError):
+    with pytest.raises(utils.WriteError, match="cannot write .*file: disk full; the earlier files are whole"):
         utils.replace_file(path, fail)
     assert path.read_text() == "old" and os.listdir(path.parent) == ["file"]
 
@@ -118,7 +122,7 @@ def test_checkpoints_that_cannot_be_used_are_one_line(damage, tmp_path):
 
 
 def test_stop_request_notes_the_first_signal_and_a_second_ctrl_c_interrupts():
-    with utils.StopRequest() as stop:
+    with processes.StopRequest() as stop:
         os.kill(os.getpid(), signal.SIGTERM)
         assert stop.signal == signal.SIGTERM
         with pytest.raises(KeyboardInterrupt):
@@ -136,9 +140,58 @@ def _fail(part):
 
 
 def test_plotter_draws_in_the_background_and_reports_what_failed(tmp_path):
-    plotter = utils.Plotter()
+    plotter = plots.Plotter()
     plotter(tmp_path / "good", _write, "drawn")
     plotter(tmp_path / "bad", _fail)
     assert plotter.finish() == [f"{tmp_path / 'bad'}: no ink"]
     assert (tmp_path / "good").read_text() == "drawn" and not (tmp_path / "bad").exists()
     assert plotter.finish() == []
+
+
+def test_the_lock_ends_with_its_run_though_forked_workers_live_on(tmp_path):
+    read, write = os.pipe()
+    with utils.claim(tmp_path):
+        if (worker := os.fork()) == 0:
+            os.write(write, b"up")
+            signal.pause()
+        os.read(read, 2)
+    try:
+        with utils.claim(tmp_path):
+            pass
+    finally:
+        os.kill(worker, signal.SIGKILL)
+        os.waitpid(worker, 0)
+
+
+def test_parts_that_a_killed_run_has_left_are_taken_away(tmp_path):
+    (tmp_path / "train").mkdir()
+    for name in (".checkpoint.pt.17.part", "train/.epoch_3.png.4.part", "my.part"):
+        (tmp_path / name).touch()
+    with utils.claim(tmp_path):
+        pass
+    assert sorted(path.name for path in tmp_path.rglob("*") if path.is_file()) == ["my.part"]
+
+
+def _die(part):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_drawer_that_dies_costs_pictures_but_not_the_run(tmp_path):
+    plotter = plots.Plotter()
+    plotter(tmp_path / "first", _die)
+    plotter.tasks[0][1].exception()
+    plotter(tmp_path / "second", _write, "drawn")
+    errors = plotter.finish()
+    assert [error.partition(":")[0] for error in errors] == [str(tmp_path / "first"), str(tmp_path / "second")]
+
+
+def test_drawers_outlive_the_signals_that_a_whole_run_gets(tmp_path):
+    plotter = plots.Plotter()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        plotter(tmp_path / str(number), _signal_oneself, number)
+    assert plotter.finish() == [] and len(os.listdir(tmp_path)) == 2
+
+
+def _signal_oneself(part, number):
+    os.kill(os.getpid(), number)
+    part.touch()

@@ -1,0 +1,124 @@
+"""--evaluate tells the figures of the run's last test and changes nothing; its table counts every image."""
+
+import os
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_folder
+from hypothesis import given
+from hypothesis import strategies as st
+
+import datasets
+import models
+import utils
+
+README = Path(utils.__file__).with_name("README.md")
+
+
+def files(directory="log"):
+    return {path: path.read_bytes() for path in Path(directory).rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("flags", [
+    [], ["--weight-cent", "0"], ["--amp"], ["--recipe", "zahn2024-v1.1", "--model", "cnn"],
+    ["-j", "1", "--feat-dim", "3"],
+])  # fmt: skip
+def test_figures_are_those_of_the_runs_last_test(flags, run):
+    _, trained, _ = run("--lr-model", "0.05", *flags)
+    before = files()
+    status, out, err = run("--evaluate", "log/checkpoint.pt", base=False)
+    lines = trained.splitlines()
+    assert (status, err) == (0, "")
+    assert out.splitlines()[3:6] == lines[-4:-1]
+    assert files() == before
+
+
+def test_classes_have_their_accuracy_and_predictions_as_counted_one_by_one(run, folder):
+    run("--lr-model", "0.05", "--max-epoch", "4")
+    _, out, _ = run("--evaluate", "log/checkpoint.pt", base=False)
+    model = models.create("cnn", 3, 1, 8)
+    model.load_state_dict(torch.load("log/checkpoint.pt", weights_only=True)["model"])
+    counts = np.zeros((3, 3), int)
+    for images, labels in datasets.create("folder", folder, 1, image_size=8).test:
+        counts[labels.item(), model(images)[1].argmax().item()] += 1
+    rows = [line.split() for line in out.splitlines()[-4:]]
+    assert rows[0] == ["true", "class", "accuracy", "%", "ant", "bee", "cat"]
+    for name, row, shown in zip(("ant", "bee", "cat"), counts, rows[1:], strict=True):
+        assert shown == [name, f"{100 * row['abc'.index(name[0])] / 4:.2f}", *map(str, row)]
+
+
+@given(st.lists(st.lists(st.integers(0, 9999), min_size=4, max_size=4), min_size=4, max_size=4), st.integers(0, 120))
+def test_no_image_is_lost_in_the_table(counts, width):
+    classes = ["a", "bb", "a longer name", "d"]
+    lines = utils.confusion_lines(counts, classes, width)
+    assert len(lines) == 5
+    for label, line in enumerate(lines[1:]):
+        right, total = counts[label][label], sum(counts[label])
+        name, accuracy, rest = re.fullmatch(r"(.{13})  +(\d+\.\d\d)(.*)", line).groups()
+        assert name.strip() == classes[label]
+        assert float(accuracy) == pytest.approx(100 * right / max(total, 1), abs=0.006)
+        numbers = [int(number) for number in re.findall(r"\d+", rest)]
+        if "mistakes" in lines[0]:
+            assert sum(numbers) == total - right and numbers == sorted(numbers, reverse=True)
+        else:
+            assert numbers == counts[label] and max(map(len, lines)) <= width
+
+
+def test_a_hundred_classes_stay_readable():
+    random = np.random.default_rng(0)
+    counts = random.integers(0, 3, (100, 100)) + 60 * np.eye(100, dtype=int)
+    lines = utils.confusion_lines(counts.tolist(), [f"class number {label}" for label in range(100)])
+    assert len(lines) == 101 and max(map(len, lines)) <= 100
+    for row, line in zip(counts, lines[1:], strict=True):
+        assert int(line.rpartition("others ")[2]) == row.sum() - row.max() - 6  # 6: the three most frequent ones
+
+
+def test_the_confusion_matrix_is_drawn_where_it_is_asked_for_and_nothing_else_changes(run):
+    run("--plot", "--max-epoch", "1", "--save-dir", "runs/one")
+    before = files("runs")
+    assert run("--evaluate", "runs/one/checkpoint.pt", base=False)[0] == 0
+    assert files("runs") == before
+    assert run("--evaluate", "runs/one/checkpoint.pt", "--plot", base=False)[0] == 0
+    picture = Path("runs/one/confusion.png")
+    assert files("runs") == before | {picture: picture.read_bytes()} and picture.stat().st_size > 2000
+    assert run("--evaluate", "runs/one/checkpoint.pt", "--plot", "--save-dir", "pictures/of", base=False)[0] == 0
+    assert os.listdir("pictures/of") == ["confusion.png"] and not Path("log").exists()
+
+
+def test_a_checkpoint_is_enough(run):
+    run("--max-epoch", "1")
+    shutil.move("log/checkpoint.pt", "network.pt")
+    shutil.rmtree("log")
+    assert run("--evaluate", "network.pt", base=False)[0] == 0
+    assert os.listdir() == ["network.pt"]
+
+
+def test_a_run_that_goes_on_can_be_evaluated_meanwhile(run):
+    run("--max-epoch", "1")
+    with utils.claim(Path("log")):
+        assert run("--evaluate", "log/checkpoint.pt", "--plot", base=False)[0] == 0
+
+
+def test_other_classes_are_refused_and_other_images_are_not(run, tmp_path):
+    run("--max-epoch", "1")
+    make_folder(tmp_path / "names", classes=("ant", "bee", "cow"))
+    make_folder(tmp_path / "more", train=9, test=30)
+    make_folder(tmp_path / "two", classes=("ant", "bee"))
+    assert run("--evaluate", "log/checkpoint.pt", "--data-root", "names", base=False)[::2] == (
+        2, "main.py: error: the training classes must be ['ant', 'bee', 'cat'], as in log/checkpoint.pt, "
+           "got ['ant', 'bee', 'cow']\n")  # fmt: skip
+    assert run("--evaluate", "log/checkpoint.pt", "--data-root", "two", base=False)[0] == 2
+    status, out, _ = run("--evaluate", "log/checkpoint.pt", "--data-root", "more", base=False)
+    assert status == 0 and sum(int(number) for line in out.splitlines()[-3:] for number in line.split()[2:]) == 90
+
+
+@pytest.mark.skipif(not README.exists(), reason="there is no README.md")
+def test_the_readmes_snippet_reads_the_features(run, capsys):
+    code = re.search(r"<!-- run: features -->\n+```python\n(.*?)^```$", README.read_text(), re.DOTALL | re.MULTILINE)
+    run("--save-features", "--max-epoch", "2")
+    exec(code[1].replace("epoch_100", "epoch_2"), {})
+    assert capsys.readouterr().out
