@@ -138,6 +138,31 @@ class ConvNet(nn.Module):
         return features, self.classifier(features)
 
 
+class Compiled(nn.Module):
+    """`net`, compiled for batches of one size; one of another size, such as an epoch's last, goes through it as it is.
+
+    On a GPU the compiled passes are CUDA graphs, but not among several ranks, whose gradients are sent off on the way.
+    """
+
+    def __init__(self, net: nn.Module, batch_size: int):
+        super().__init__()
+        parameter = next(net.parameters())
+        try:
+            torch.compile(torch.neg)(parameter.detach())  # fails here, rather than within the first step
+        except Exception as error:  # of torch's compiler, Triton's or the system's
+            reason = str(error).strip().partition("\n")[0] or type(error).__name__
+            raise ModelError(f"--compile needs a C++ compiler that works: {reason}") from error
+        graphs = parameter.is_cuda and not dist.is_initialized()
+        self.net, self.batch_size = net, batch_size
+        self.compiled = torch.compile(net, dynamic=False, mode="reduce-overhead" if graphs else "default")
+
+    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        if len(images) != self.batch_size:
+            return self.net(images)
+        features, logits = self.compiled(images)
+        return features.clone(), logits.clone()  # the next CUDA graph overwrites them
+
+
 def keep_(parameter: torch.Tensor) -> torch.Tensor:
     """As PyTorch's layers have drawn themselves."""
     return parameter
