@@ -1,11 +1,13 @@
 """bench.py runs and prints what its header promises; how fast anything is, no test says."""
 
+import itertools
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import bench
 
@@ -47,7 +49,58 @@ def test_loss_runs_on_two_ranks():
     assert re.search(r"sparse, 1,000 against 10 classes: \d+\.\d\d times the time", text)
 
 
-@pytest.mark.parametrize("arguments", [[], ["loss", "--classes", "0"], ["loss", "--ranks", "two"]])
+def rows_of(text, name):
+    """The table whose first column is `name`: {first cell: {column: cell}}."""
+    lines = text[text.index(f"| {name}") :].splitlines()
+    rows = [line.strip("| ").split(" | ") for line in itertools.takewhile(lambda line: line.startswith("|"), lines)]
+    return {row[0]: dict(zip(rows[0][1:], row[1:], strict=True)) for row in rows[2:]}
+
+
+@pytest.mark.slow  # it compiles
+def test_train_compares_a_plain_script_with_mains_settings():
+    text = output_of("train", "--quick", "--device", "cpu")
+    forms = rows_of(text, "form")
+    assert list(forms) == ["plain", "default", "--amp", "--amp --compile"]
+    assert all(NUMBER.fullmatch(cell) for row in forms.values() for cell in row.values())
+    assert forms["plain"]["plain / form"] == "1.00"
+    for row in forms.values():
+        names = ("step, ms", "steps/s", "test, ms/image", "epoch with test, s")
+        step, per_second, test, epoch = (float(row[name].replace(",", "")) for name in names)
+        assert per_second == pytest.approx(1000 / step, rel=0.02, abs=0.01)
+        assert epoch == pytest.approx(0.469 * step + 10 * test, rel=0.01)
+    assert re.search(r"peak, torch.bfloat16: [\d,]+ GFLOP/s", text) and re.search(r"compilation: -?\d+ s", text)
+
+
+def test_train_counts_the_operations_of_a_step():
+    inside, outside, pixels = (1, 32, 32, 64, 64, 128), (32, 32, 64, 64, 128, 128), (784, 784, 196, 196, 49, 49)
+    passes = (2, 3, 3, 3, 3, 3)  # the images have no gradient
+    sums = [n * 25 * i * o * size for n, i, o, size in zip(passes, inside, outside, pixels, strict=True)]
+    assert bench.step_flops(4) == 4 * 2 * (sum(sums) + 3 * (1152 * 2 + 2 * 10))
+
+
+def test_the_plain_loss_is_the_center_loss():
+    features, labels = torch.randn(7, 2, dtype=torch.float64), torch.arange(7) % 3
+    loss = bench.CenterLoss(3, 2, use_gpu=False).double()
+    assert bench.matrix_loss(features, labels, loss.centers).item() == pytest.approx(loss(features, labels).item())
+
+
+def test_plot_compares_pictures_and_films():
+    text = output_of("plot", "--quick")
+    pictures, films = rows_of(text, "picture"), rows_of(text, "film of 3 frames")
+    assert list(pictures) == ["plain", "ours"] and list(films) == ["all frames in memory", "ours"]
+    assert all(NUMBER.fullmatch(cell) for rows in (pictures, films) for row in rows.values() for cell in row.values())
+    assert re.search(r"the pictures of an epoch: \d+\.\d ms of the training's own time", text)
+
+
+def test_start_finds_nothing_heavy_but_torch():
+    starts = rows_of(output_of("start", "--quick"), "start")
+    assert list(starts) == list(bench.STARTS)
+    assert {row["heavy modules loaded"] for row in starts.values()} == {"none"}
+
+
+@pytest.mark.parametrize(
+    "arguments", [[], ["loss", "--classes", "0"], ["loss", "--ranks", "two"], ["train", "--steps", "0"]]
+)
 def test_wrong_command_lines_end_with_status_2(arguments, capsys):
     with pytest.raises(SystemExit) as stopped:
         bench.main(arguments)

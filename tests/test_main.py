@@ -333,6 +333,61 @@ def test_a_mistake_leaves_the_old_run_as_it_was(run):
     assert {path: path.read_bytes() for path in Path("log").iterdir()} == before
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("flags", [[], ["--amp"]], ids=" ".join)
+def test_compile_compiles_once_and_gives_the_same_figures(flags, run):
+    """The batches are of 10, 10 and 4 images."""
+    from torch._dynamo.utils import counters
+
+    rows, checkpoints = [], []
+    for more in ([], ["--compile"]):
+        torch.compiler.reset()
+        counters.clear()
+        assert run(*flags, *more)[0] == 0
+        rows += [metrics()]
+        checkpoints += [torch.load("log/checkpoint.pt", weights_only=True)]
+    assert counters["stats"]["unique_graphs"] == 2  # the network, and what the compiler is tried on
+    for plain, compiled in zip(*rows, strict=True):
+        difference = [abs(float(plain[name]) - float(compiled[name])) for name in ("train_xent", "train_center")]
+        assert max(difference) < (1e-3 if flags else 1e-5)
+    assert list(checkpoints[1]["model"]) == list(models.create("cnn", 3, 1, 8).state_dict())
+    for name, value in checkpoints[0]["model"].items():
+        assert torch.allclose(value, checkpoints[1]["model"][name], atol=1e-2 if flags else 1e-5)
+    assert run("--resume", "--max-epoch", "3")[0] == 0 and len(metrics()) == 3
+
+
+def test_compile_without_a_compiler_is_one_line(folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("CXX", "/nowhere/g++")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    process = start("--compile", "--dataset", "folder", "--data-root", folder, "--image-size", "8", "--use-cpu",
+                    cwd=tmp_path)  # fmt: skip
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 2 and not (tmp_path / "log").exists()
+    assert err.splitlines()[-1].startswith("main.py: error: --compile needs a C++ compiler that works: ")
+    assert "Traceback" not in err
+
+
+def test_help_mistakes_and_the_loss_alone_load_nothing_heavy_but_torch():
+    code = """
+import contextlib, io, sys, torch
+torchs = set(sys.modules)
+def loaded(): return {name.partition(".")[0] for name in set(sys.modules) - torchs} - sys.stdlib_module_names
+from center_loss import CenterLoss
+print(*loaded())
+import main
+for flags in (["-h"], ["--batch-size", "0"], ["--resume", "nowhere.pt"]):
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):
+        main.cli(flags)
+print(*loaded())
+print(*({"torch._dynamo", "torch._inductor", "torch.onnx"} & set(sys.modules)))
+"""
+    done = subprocess.run([PYTHON, "-c", code], cwd=MAIN.parent, capture_output=True, text=True, timeout=120)
+    loss, program, of_torch = (set(line.split()) for line in done.stdout.splitlines())
+    assert loss == {"center_loss"} and not of_torch
+    own = {path.stem for path in MAIN.parent.glob("*.py")}
+    assert program <= own | {"torch", "tqdm", "numpy"}
+
+
 def start(*flags, cwd):
     return subprocess.Popen([PYTHON, MAIN, *map(str, flags)], cwd=cwd, text=True, stdout=subprocess.PIPE,
                             stderr=subprocess.PIPE)  # fmt: skip

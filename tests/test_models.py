@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import models
@@ -78,3 +79,74 @@ def test_images_too_small_for_the_pools_are_refused(name, smallest):
     models.create(name, image_size=smallest)
     with pytest.raises(models.ModelError, match=f"images of {smallest - 1} pixels"):
         models.create(name, image_size=smallest - 1)
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "slopes, shape", [(1, (5, 6, 7, 7)), (6, (5, 6, 7, 7)), (1, (5, 2)), (2, (5, 2)), (6, (0, 6, 2, 2))]
+)
+def test_prelu_has_the_values_and_gradients_of_torchs(slopes, shape, dtype, channels_last):
+    """Also at 0, where the gradient is that of the negative side, and for slopes of any sign and above 1."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(-3, 4, shape, generator=generator).to(dtype) * 0.37  # a seventh of them zeros
+    if channels_last and len(shape) == 4:
+        images = images.to(memory_format=torch.channels_last)
+    images[:1, :1] = -0.0
+    gradients = torch.randn(shape, generator=generator).to(dtype)
+    results = []
+    for kind in (nn.PReLU, models.PReLU):
+        layer, inputs = kind(slopes).to(dtype), images.clone().requires_grad_()
+        with torch.no_grad():
+            layer.weight.copy_(torch.tensor([0.25, -0.5, 1.5, 0.0, 0.3, 1.0])[:slopes])
+        outputs = layer(inputs)
+        outputs.backward(gradients)
+        results.append((outputs, inputs.grad, layer.weight.grad))
+    theirs, ours = results
+    assert torch.equal(ours[0], theirs[0]) and torch.equal(ours[1], theirs[1])
+    assert ours[1].stride() == theirs[1].stride()
+    assert ours[2].shape == theirs[2].shape and ours[2].dtype == dtype
+    rounding = torch.finfo(dtype).eps
+    assert torch.allclose(ours[2], theirs[2], rtol=2 * rounding, atol=8 * rounding)
+
+
+@pytest.mark.parametrize("slopes", [1, 4])
+def test_prelus_gradients_are_its_differences(slopes):
+    layer = models.PReLU(slopes).double()
+    inputs = torch.randn(3, 4, 2, 2, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x, weight: models.PReLUOnCPU.apply(x, weight), (inputs, layer.weight))
+
+
+def test_prelu_under_autocast_has_the_gradients_of_torchs():
+    results = []
+    for kind in (nn.PReLU, models.PReLU):
+        torch.manual_seed(0)
+        network = nn.Sequential(kind(3), nn.Conv2d(3, 4, 3), kind(4)).to(memory_format=torch.channels_last)
+        images = torch.randn(2, 3, 8, 8).to(memory_format=torch.channels_last).requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16):
+            outputs = network(images)
+        assert outputs.dtype == torch.bfloat16
+        outputs.float().square().sum().backward()
+        results.append([outputs, images.grad, *(parameter.grad for parameter in network.parameters())])
+    for theirs, ours in zip(*results, strict=True):
+        assert ours.dtype == theirs.dtype
+        assert torch.allclose(ours, theirs, rtol=1e-2, atol=1e-2 * theirs.abs().max().item())
+
+
+def test_prelu_draws_nothing_and_has_torchs_state():
+    state = torch.get_rng_state()
+    layer = models.PReLU(3)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert list(layer.state_dict()) == ["weight"] and (layer.weight == 0.25).all()
+
+
+def test_a_networks_gradients_with_ours_are_those_with_torchs(monkeypatch):
+    gradients = []
+    for kind in (nn.PReLU, models.PReLU):
+        monkeypatch.setattr(models, "PReLU", kind)
+        torch.manual_seed(0)
+        model = models.create("cnn-wen2016", image_size=16).double()
+        features, logits = model(torch.randn(4, 1, 16, 16, dtype=torch.float64))
+        (F.cross_entropy(logits, torch.arange(4)) + features.square().sum()).backward()
+        gradients.append([parameter.grad for parameter in model.parameters()])
+    assert all(torch.allclose(ours, theirs, rtol=1e-12) for theirs, ours in zip(*gradients, strict=True))
