@@ -54,8 +54,9 @@ import datasets
 import main as product
 import models
 import plots
-import utils
+import recipes
 from center_loss import CenterLoss
+from processes import Ranks, StopRequest
 
 # A forked child starts at once, because it has torch already; elsewhere a child has to import it again.
 START_METHOD = "fork" if sys.platform == "linux" else "spawn"
@@ -442,15 +443,15 @@ def plain_passes(root: str, args: argparse.Namespace) -> Callable[[], tuple[floa
 
 def product_passes(root: str, flags: list[str], args: argparse.Namespace) -> Callable[[], tuple[float, float]]:
     """The same by main.py with these flags."""
-    settings = product.parse_args(["--data-root", root, "--batch-size", str(args.batch_size), *flags])
+    settings = recipes.parse_args(["--data-root", root, "--batch-size", str(args.batch_size), *flags])
     data = datasets.create("mnist", root, args.batch_size, device=args.device)
     torch.manual_seed(settings.seed)
     model = models.create(settings.model).to(args.device, memory_format=torch.channels_last)
     center_loss = CenterLoss(use_gpu=False).to(args.device)
     net = models.Compiled(model, args.batch_size) if settings.compile else model
-    optimizers = product.create_optimizers(model, center_loss, settings)
-    scheduler = product.SCHEDULES[settings.schedule](optimizers["optimizer_model"], settings, len(data.train))
-    ranks, stop, epochs = utils.Ranks(), utils.StopRequest(), itertools.count(1)
+    optimizers = recipes.create_optimizers(model, center_loss, settings)
+    scheduler = recipes.SCHEDULES[settings.schedule](optimizers["optimizer_model"], settings, len(data.train))
+    ranks, stop, epochs = Ranks(), StopRequest(), itertools.count(1)
 
     def run() -> tuple[float, float]:
         start = time.perf_counter()
@@ -492,7 +493,7 @@ def bench_plot(args: argparse.Namespace) -> None:
             train = dict(features=growing, labels=torch.as_tensor(labels), accuracy=0.0)
             test = train | {name: train[name][: args.points // 6] for name in ("features", "labels")}
             splits = dict(train=train, test=test)
-            product.plot(lambda *task: None, folder, epoch, splits, torch.as_tensor(centers), classes)
+            plots.plot_epoch(lambda *task: None, folder, epoch, splits, torch.as_tensor(centers), classes)
 
         save()
         pictures = {
