@@ -10,9 +10,11 @@ import io
 import math
 import os
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from multiprocessing import parent_process
 from pathlib import Path
 from typing import NamedTuple
 
@@ -178,7 +180,7 @@ def create(
     for split, shuffle in zip(splits, (True, False), strict=True):
         # Testing has a generator of its own: how often one tests changes nothing in the training.
         common = dict(num_workers=workers, generator=None if shuffle else torch.Generator(),
-                      worker_init_fn=_outlive_signals)  # fmt: skip
+                      worker_init_fn=_start_worker)  # fmt: skip
         if workers == 0:
             images, labels = _load_all(split)
             dataset = TensorBatches(normalise(images).to(device), labels.to(device))
@@ -204,11 +206,13 @@ class Collate:
         return default_collate(items) if items else [each.clone() for each in self.empty]
 
 
-def _outlive_signals(worker: int) -> None:
+def _start_worker(worker: int) -> None:
     """Ctrl-C and a cluster's SIGTERM reach all processes of a run; the main one heeds them and needs its batch still.
 
-    A SIGTERM ends the worker ten seconds later, for it is also how Python takes leave of workers at its exit.
+    A SIGTERM ends the worker ten seconds later, for it is also how Python takes leave of workers at its exit. So does
+    the main process's death at once: torch looks for it too, but not where that came while the worker was starting.
     """
+    threading.Thread(target=lambda: (parent_process().join(), os._exit(1)), daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(10))
 

@@ -1,9 +1,12 @@
 """Trains a small network with softmax and center loss and plots its features (Wen et al., ECCV 2016).
 
-python main.py --dataset digits --recipe wen2016 --plot    no download, no GPU, a minute
-python main.py --gpu 0 --plot                              MNIST, on the GPU where there is one
-python main.py --resume                                    go on where the run in --save-dir stopped
-python main.py --evaluate log/checkpoint.pt                test figures of a trained network
+python main.py --gpu 0 --plot                 MNIST, on the GPU where there is one
+python main.py --resume                       go on where the run in --save-dir stopped
+python main.py --evaluate log/checkpoint.pt   test figures of a trained network
+
+Without a download and a GPU, in a minute:
+
+python main.py --dataset digits --init xavier --lr-model 0.01 --weight-cent 0.1 --batch-size 16 --max-epoch 12 --plot
 """
 
 import argparse
@@ -97,11 +100,13 @@ def train(net, center_loss, optimizers, scheduler, loader, args, ranks, log, sto
 
 def check_finite(values: dict[str, float], epoch: int, args) -> None:
     if broken := [name for name, value in values.items() if not math.isfinite(value)]:
+        advice = "lower --lr-model"
+        if args.weight_cent:
+            advice += (f", --lr-cent or --weight-cent: the center loss is a sum over the {args.feat_dim} dimensions, "
+                       "so that λ goes with 1/D, and a λ above 1 needs a --lr-model lower by as much")
         raise utils.Diverged(
             f"the training has diverged in epoch {epoch}: {' and '.join(broken)} no longer finite, with --weight-cent "
-            f"{args.weight_cent:g} --lr-model {args.lr_model:g} --lr-cent {args.lr_cent:g}; lower --lr-model, "
-            f"--lr-cent or --weight-cent: the center loss is a sum over the {args.feat_dim} dimensions, so that λ "
-            "goes with 1/D, and a λ above 1 needs a --lr-model lower by as much"
+            f"{args.weight_cent:g} --lr-model {args.lr_model:g} --lr-cent {args.lr_cent:g}; {advice}"
         )
 
 

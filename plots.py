@@ -245,4 +245,6 @@ def _start_drawing() -> None:
     run is missed by nobody else, so that its drawers watch for its end themselves."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
+    if hasattr(os, "nice"):
+        os.nice(10)  # the training goes first
     threading.Thread(target=lambda: (parent_process().join(), os._exit(1)), daemon=True).start()

@@ -2,13 +2,16 @@
 
 import hashlib
 import pickle
+import select
 import struct
+import subprocess
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torchvision
-from conftest import SHARED_DATA, make_folder
+from conftest import PYTHON, SHARED_DATA, make_folder
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -202,6 +205,18 @@ def test_a_truncated_image_ends_workers_with_its_name(tmp_path):
     loader = datasets.create("folder", tmp_path, 4, workers=1, image_size=8).train
     with pytest.raises(datasets.DatasetError, match="bee/3.png"):
         list(loader)
+
+
+def test_workers_end_with_a_killed_main_process(folder):
+    """Whoever lives holds the standard output open. torch's own watch takes up to five seconds."""
+    code = (f"import datasets; batches = iter(datasets.create('folder', {str(folder)!r}, 1, 2, image_size=8).train); "
+            "next(batches); print('up', flush=True); input()")  # fmt: skip
+    main = subprocess.Popen([PYTHON, "-c", code], cwd=Path(datasets.__file__).parent, stdin=subprocess.PIPE,
+                            stdout=subprocess.PIPE)  # fmt: skip
+    assert main.stdout.readline() == b"up\n"
+    main.kill()
+    main.wait()
+    assert select.select([main.stdout], [], [], 2.5)[0] and main.stdout.read() == b""
 
 
 def test_a_set_too_large_for_memory_names_the_way_out(folder, monkeypatch):
