@@ -77,8 +77,7 @@ def train(net, center_loss, optimizers, scheduler, loader, args, ranks, log, sto
         sums += values * count
         if keep:
             seen.append([features.detach(), labels, predictions])
-        stop.signal = ranks.any(stop.signal)
-        ending = batch == last or stop.signal
+        ending = batch == last or ranks.any(stop.signal)
         if batch % args.print_freq == 0 or ending:
             (xent, center, _), (*totals, _) = ranks.total(torch.stack([values, sums])).tolist()
             check_finite({"cross entropy": totals[0], "center loss": totals[1]}, epoch, args)
@@ -242,7 +241,7 @@ def main(args: argparse.Namespace) -> None:
     with files or contextlib.nullcontext(), StopRequest() as stop:
         if files:
             files.save(run, modules)  # so that a run which is killed in its first epoch can be resumed as well
-        while run["epoch"] < args.max_epoch and not stop.signal:
+        while run["epoch"] < args.max_epoch and not (stopped := ranks.any(stop.signal)):
             epoch, partial = run["epoch"] + 1, run["partial"]
             log(f"==> Epoch {epoch}/{args.max_epoch}")
             data.train_rows.skip = partial["batches"] if partial else 0
@@ -279,8 +278,8 @@ def main(args: argparse.Namespace) -> None:
                 log(f"A picture could not be drawn: {error}")
         if run["epoch"] < args.max_epoch:
             done = f"epoch {run['epoch']}" + (f" and {run['partial']['batches']} batches" if run["partial"] else "")
-            name = signal.Signals(stop.signal).name
-            raise utils.Stopped(stop.signal, f"stopped by {name}; {args.save_dir} holds all up to {done}; to go on: "
+            name = signal.Signals(stopped).name
+            raise utils.Stopped(stopped, f"stopped by {name}; {args.save_dir} holds all up to {done}; to go on: "
                                 f"python main.py --resume --save-dir {args.save_dir}")
         log(f"Finished. Total elapsed time (h:m:s): {timedelta(seconds=round(time.monotonic() - start))}")
         if undrawn:

@@ -97,10 +97,13 @@ def test_a_stop_is_seen_with_workers_as_well_and_they_outlive_its_signal(run, st
 
     flags = ["--max-epoch", "3", "-j", "2"]
     assert run(*flags, "--save-dir", "whole")[0] == 0
-    original, others = main.F.cross_entropy, set(multiprocessing.active_children())
+    original, others, calls = main.F.cross_entropy, set(multiprocessing.active_children()), []
 
     def cross_entropy(*arguments, **options):
-        if workers := set(multiprocessing.active_children()) - others:
+        calls.append(1)
+        if len(calls) == 2:  # each of the two workers has given a batch
+            workers = set(multiprocessing.active_children()) - others
+            assert workers
             for process in workers:
                 os.kill(process.pid, signal.SIGTERM)
                 os.kill(process.pid, signal.SIGINT)
