@@ -25,10 +25,11 @@ LENETPP = (32, 32, POOL, 64, 64, POOL, 128, 128)
 
 @dataclass(frozen=True)
 class Design:
-    """What sets a network apart. `stages` are channels of a 5x5 convolution, or a pool."""
+    """What sets a network apart. `stages` are channels of a 5x5 convolution, (channels, kernel size), or a pool."""
 
-    stages: Sequence[int | str]
+    stages: Sequence[int | tuple[int, int] | str]
     batch_norm: bool = False  # convolution without bias + BatchNorm + ReLU, in place of convolution + PReLU
+    pool_first: bool = False  # a pool stands before the BatchNorm + ReLU, which then have a quarter of the pixels
     prelu_per_channel: bool = False  # in place of one slope a layer
     classifier_bias: bool = True  # without it the class centers spread on a circle, with it on rays to one side
 
@@ -38,6 +39,7 @@ MODELS = {
     "cnn-wen2016": Design((*LENETPP, POOL3), prelu_per_channel=True, classifier_bias=False),  # LeNet++ as in the paper
     "bn-deep": Design((32, 64, POOL, 128, 256, POOL, 512, 512, POOL, 256, 128, 64, POOL), batch_norm=True),
     "bn-shallow": Design((32, 64, POOL, 128, 256, POOL, 512, 512, POOL), batch_norm=True),
+    "bn-fast": Design((8, POOL, 32, POOL, (64, 3), POOL, (64, 3)), batch_norm=True, pool_first=True),
 }
 
 
@@ -109,17 +111,18 @@ class ConvNet(nn.Module):
         layers, channels, size = [], in_channels, image_size
         for stage in design.stages:
             if stage in (POOL, POOL3):
-                layers.append(nn.MaxPool2d(3 if stage == POOL3 else 2, stride=2))
-                size = (size - layers[-1].kernel_size) // 2 + 1
+                pool = nn.MaxPool2d(3 if stage == POOL3 else 2, stride=2)
+                layers.insert(len(layers) - 2 * design.pool_first, pool)
+                size = (size - pool.kernel_size) // 2 + 1
                 if size < 1:
                     pools = sum(isinstance(each, str) for each in design.stages)
                     raise ModelError(
                         f"this network pools {pools} times, for which images of {image_size} pixels are too small"
                     )
                 continue
-            layers.append(nn.Conv2d(channels, stage, 5, padding=2, bias=not design.batch_norm))
-            layers += self._activation(design, stage)
-            channels = stage
+            inputs, (channels, kernel) = channels, stage if isinstance(stage, tuple) else (stage, 5)
+            layers.append(nn.Conv2d(inputs, channels, kernel, padding=kernel // 2, bias=not design.batch_norm))
+            layers += self._activation(design, channels)
         self.body = nn.Sequential(*layers)
         embedding = nn.Linear(channels * size**2, feat_dim)
         self.embedding = (

@@ -55,7 +55,7 @@ def gpu_index(text: str) -> str:
     return text
 
 
-# The reference systems as defaults of the flags. zhou2018 is what the parser itself has.
+# The reference systems, and `fast`, as defaults of the flags. zhou2018 is what the parser itself has.
 RECIPES = {
     "zhou2018": {},
     "wen2016": dict(
@@ -88,6 +88,17 @@ RECIPES = {
 }
 RECIPES["zahn2024-v1.1"] = RECIPES["zahn2024-v1.0"] | dict(distance="euclidean")
 RECIPES["zahn2024-v1.2"] = RECIPES["zahn2024-v1.1"] | dict(model="bn-shallow")
+RECIPES["fast"] = dict(
+    model="bn-fast",
+    batch_size=256,
+    weight_cent=0.01,
+    optimizer="adamw",
+    lr_model=0.02,
+    schedule="onecycle",
+    max_epoch=3,
+    eval_freq=1,
+    amp=True,
+)
 
 # Factories from (parameter groups, args), and from (optimizer, args, steps an epoch). All schedules step by iteration.
 OPTIMIZERS = {

@@ -23,12 +23,15 @@ def shapes(model, kind):
         ("bn-deep", 28, 1, [32, 64, 128, 256, 512, 512, 256, 128, 64], 64),
         ("bn-deep", 32, 3, [32, 64, 128, 256, 512, 512, 256, 128, 64], 256),
         ("bn-shallow", 28, 1, [32, 64, 128, 256, 512, 512], 4608),
+        ("bn-fast", 28, 1, [8, 32, 64, 64], 576),
+        ("bn-fast", 32, 3, [8, 32, 64, 64], 1024),
     ],
 )
 def test_layers_are_those_of_the_reference(name, image_size, in_channels, channels, embedding):
     model = models.create(name, 10, in_channels, image_size)
     inputs = [in_channels, *channels[:-1]]
-    assert shapes(model, nn.Conv2d) == [(c, i, 5, 5) for i, c in zip(inputs, channels, strict=True)]
+    kernels = [5, 5, 3, 3] if name == "bn-fast" else [5] * len(channels)
+    assert shapes(model, nn.Conv2d) == [(c, i, k, k) for i, c, k in zip(inputs, channels, kernels, strict=True)]
     assert shapes(model, nn.Linear) == [(2, embedding), (10, 2)]
     if name.startswith("bn"):
         assert shapes(model, nn.BatchNorm2d) == [(c,) for c in channels] and not shapes(model, nn.PReLU)
@@ -38,6 +41,13 @@ def test_layers_are_those_of_the_reference(name, image_size, in_channels, channe
         assert shapes(model, nn.PReLU) == [((c if per_channel else 1),) for c in [*channels, 2]]
         assert all((m.weight == 0.25).all() for m in model.modules() if isinstance(m, nn.PReLU))
     assert (model.classifier.bias is None) == (name == "cnn-wen2016")
+
+
+def test_the_fast_network_pools_before_its_activations():
+    kinds = [type(layer).__name__ for layer in models.create("bn-fast").body]
+    stage = ["Conv2d", "BatchNorm2d", "ReLU"]
+    assert kinds == [*stage[:1], "MaxPool2d", *stage[1:]] * 3 + stage
+    assert [type(layer).__name__ for layer in models.create("bn-shallow").body][:7] == stage * 2 + ["MaxPool2d"]
 
 
 @pytest.mark.parametrize("name", sorted(models.MODELS))
@@ -74,7 +84,9 @@ def test_xavier_is_uniform_within_its_bound_and_has_zero_biases():
             assert (layer.weight == 0.25).all()
 
 
-@pytest.mark.parametrize("name, smallest", [("cnn", 8), ("cnn-wen2016", 12), ("bn-deep", 16), ("bn-shallow", 8)])
+@pytest.mark.parametrize(
+    "name, smallest", [("cnn", 8), ("cnn-wen2016", 12), ("bn-deep", 16), ("bn-shallow", 8), ("bn-fast", 8)]
+)
 def test_images_too_small_for_the_pools_are_refused(name, smallest):
     models.create(name, image_size=smallest)
     with pytest.raises(models.ModelError, match=f"images of {smallest - 1} pixels"):
