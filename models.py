@@ -25,9 +25,11 @@ LENETPP = (32, 32, POOL, 64, 64, POOL, 128, 128)
 
 @dataclass(frozen=True)
 class Design:
-    """What sets a network apart. `stages` are channels of a 5x5 convolution, (channels, kernel size), or a pool."""
+    """What sets a network apart. `stages`: a pool, or a convolution by its channels (5x5, padding 2), or by a tuple
+    of channels, kernel size and padding.
+    """
 
-    stages: Sequence[int | tuple[int, int] | str]
+    stages: Sequence[int | tuple[int, int, int] | str]
     batch_norm: bool = False  # convolution without bias + BatchNorm + ReLU, in place of convolution + PReLU
     pool_first: bool = False  # a pool stands before the BatchNorm + ReLU, which then have a quarter of the pixels
     prelu_per_channel: bool = False  # in place of one slope a layer
@@ -39,7 +41,9 @@ MODELS = {
     "cnn-wen2016": Design((*LENETPP, POOL3), prelu_per_channel=True, classifier_bias=False),  # LeNet++ as in the paper
     "bn-deep": Design((32, 64, POOL, 128, 256, POOL, 512, 512, POOL, 256, 128, 64, POOL), batch_norm=True),
     "bn-shallow": Design((32, 64, POOL, 128, 256, POOL, 512, 512, POOL), batch_norm=True),
-    "bn-fast": Design((8, POOL, 32, POOL, (64, 3), POOL, (64, 3)), batch_norm=True, pool_first=True),
+    "bn-fast": Design(
+        ((16, 5, 0), POOL, (32, 5, 0), POOL, (64, 3, 1), (64, 3, 1), POOL), batch_norm=True, pool_first=True
+    ),
 }
 
 
@@ -111,18 +115,16 @@ class ConvNet(nn.Module):
         layers, channels, size = [], in_channels, image_size
         for stage in design.stages:
             if stage in (POOL, POOL3):
-                pool = nn.MaxPool2d(3 if stage == POOL3 else 2, stride=2)
-                layers.insert(len(layers) - 2 * design.pool_first, pool)
-                size = (size - pool.kernel_size) // 2 + 1
-                if size < 1:
-                    pools = sum(isinstance(each, str) for each in design.stages)
-                    raise ModelError(
-                        f"this network pools {pools} times, for which images of {image_size} pixels are too small"
-                    )
-                continue
-            inputs, (channels, kernel) = channels, stage if isinstance(stage, tuple) else (stage, 5)
-            layers.append(nn.Conv2d(inputs, channels, kernel, padding=kernel // 2, bias=not design.batch_norm))
-            layers += self._activation(design, channels)
+                kernel, padding, stride = 3 if stage == POOL3 else 2, 0, 2
+                layers.insert(len(layers) - 2 * design.pool_first, nn.MaxPool2d(kernel, stride))
+            else:
+                inputs, stride = channels, 1
+                channels, kernel, padding = (stage, 5, 2) if isinstance(stage, int) else stage
+                layers.append(nn.Conv2d(inputs, channels, kernel, padding=padding, bias=not design.batch_norm))
+                layers += self._activation(design, channels)
+            size = (size + 2 * padding - kernel) // stride + 1
+            if size < 1:
+                raise ModelError(f"images of {image_size} pixels are too small for this network")
         self.body = nn.Sequential(*layers)
         embedding = nn.Linear(channels * size**2, feat_dim)
         self.embedding = (

@@ -23,8 +23,8 @@ def shapes(model, kind):
         ("bn-deep", 28, 1, [32, 64, 128, 256, 512, 512, 256, 128, 64], 64),
         ("bn-deep", 32, 3, [32, 64, 128, 256, 512, 512, 256, 128, 64], 256),
         ("bn-shallow", 28, 1, [32, 64, 128, 256, 512, 512], 4608),
-        ("bn-fast", 28, 1, [8, 32, 64, 64], 576),
-        ("bn-fast", 32, 3, [8, 32, 64, 64], 1024),
+        ("bn-fast", 28, 1, [16, 32, 64, 64], 256),
+        ("bn-fast", 32, 3, [16, 32, 64, 64], 256),
     ],
 )
 def test_layers_are_those_of_the_reference(name, image_size, in_channels, channels, embedding):
@@ -45,8 +45,8 @@ def test_layers_are_those_of_the_reference(name, image_size, in_channels, channe
 
 def test_the_fast_network_pools_before_its_activations():
     kinds = [type(layer).__name__ for layer in models.create("bn-fast").body]
-    stage = ["Conv2d", "BatchNorm2d", "ReLU"]
-    assert kinds == [*stage[:1], "MaxPool2d", *stage[1:]] * 3 + stage
+    stage, pooled = ["Conv2d", "BatchNorm2d", "ReLU"], ["Conv2d", "MaxPool2d", "BatchNorm2d", "ReLU"]
+    assert kinds == [*(pooled * 2), *stage, *pooled]
     assert [type(layer).__name__ for layer in models.create("bn-shallow").body][:7] == stage * 2 + ["MaxPool2d"]
 
 
@@ -85,7 +85,7 @@ def test_xavier_is_uniform_within_its_bound_and_has_zero_biases():
 
 
 @pytest.mark.parametrize(
-    "name, smallest", [("cnn", 8), ("cnn-wen2016", 12), ("bn-deep", 16), ("bn-shallow", 8), ("bn-fast", 8)]
+    "name, smallest", [("cnn", 8), ("cnn-wen2016", 12), ("bn-deep", 16), ("bn-shallow", 8), ("bn-fast", 20)]
 )
 def test_images_too_small_for_the_pools_are_refused(name, smallest):
     models.create(name, image_size=smallest)
