@@ -58,7 +58,6 @@ def train(net, center_loss, optimizers, scheduler, loader, args, ranks, log, sto
         count = min(args.batch_size, size - (batch - 1) * args.batch_size)  # of all ranks
         with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
             features, logits = net(images)
-        features, logits = features.float(), logits.float()
         xent = F.cross_entropy(logits, labels, reduction="sum") / count  # this rank's share of the mean
         # The center loss is that of the joined batch, the same on every rank.
         center = args.weight_cent * center_loss(features, labels) if args.weight_cent else torch.zeros_like(xent)
@@ -118,7 +117,7 @@ def test(model, loader, args, ranks) -> dict:
     for images, labels in tqdm(loader, disable=hidden, leave=False, desc="test", unit="batch"):
         with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
             features, logits = model(images.to(device, non_blocking=True))
-        seen.append((features.float(), logits.float(), labels.to(device, non_blocking=True)))
+        seen.append((features, logits, labels.to(device, non_blocking=True)))
     features, logits, labels = (ranks.gather(torch.cat(each)) for each in zip(*seen, strict=True))
     predictions = logits.argmax(1)
     return dict(xent=F.cross_entropy(logits, labels).item(), accuracy=percentage(predictions == labels),

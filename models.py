@@ -139,8 +139,10 @@ class ConvNet(nn.Module):
         return [PReLU(channels if design.prelu_per_channel else 1)]
 
     def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        features = self.embedding(self.body(images).flatten(1))
-        return features, self.classifier(features)
+        inputs = self.body(images).flatten(1).to(self.classifier.weight.dtype)
+        with torch.autocast(images.device.type, enabled=False):  # bfloat16 would lay the features on a visible grid
+            features = self.embedding(inputs)
+            return features, self.classifier(features)
 
 
 class Compiled(nn.Module):

@@ -59,6 +59,15 @@ def test_forward_gives_features_and_the_logits_of_them(name, channels, size, cla
     assert torch.equal(logits, model.classifier(features))
 
 
+@pytest.mark.parametrize("name", sorted(models.MODELS))
+def test_under_autocast_features_and_logits_are_no_bfloat16_numbers(name):
+    model = models.create(name).eval()
+    with torch.autocast("cpu", torch.bfloat16):
+        outputs = model(torch.randn(8, 1, 28, 28))
+    for values in outputs:
+        assert values.dtype == torch.float32 and not torch.equal(values, values.bfloat16().float())
+
+
 def test_default_init_draws_layer_by_layer_from_the_global_generator():
     torch.manual_seed(7)
     model = models.create("cnn")
