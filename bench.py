@@ -373,12 +373,14 @@ def step_flops(batch_size: int) -> int:
 def matmul_flops(dtype: torch.dtype, size: int, device: str) -> float:
     """Per second: the best of a few products."""
     matrix, seconds = torch.randn(size, size, device=device).to(dtype), []
+    pixels = matrix.T.view(1, size, 1, size)  # of a 1x1 convolution, the same product by the library that convolves
     for _ in range(6):
-        start = time.perf_counter()
-        matrix @ matrix
-        if device == "cuda":
-            torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - start)
+        for multiply in (lambda: matrix @ matrix, lambda: F.conv2d(pixels, matrix.view(size, size, 1, 1))):
+            start = time.perf_counter()
+            multiply()
+            if device == "cuda":
+                torch.cuda.synchronize()
+            seconds.append(time.perf_counter() - start)
     return 2 * size**3 / min(seconds)
 
 
@@ -445,13 +447,8 @@ def product_passes(root: str, flags: list[str], args: argparse.Namespace) -> Cal
     """The same by main.py with these flags."""
     settings = recipes.parse_args(["--data-root", root, "--batch-size", str(args.batch_size), *flags])
     data = datasets.create("mnist", root, args.batch_size, device=args.device)
-    torch.manual_seed(settings.seed)
-    model = models.create(settings.model).to(args.device, memory_format=torch.channels_last)
-    center_loss = CenterLoss(use_gpu=False).to(args.device)
-    net = models.Compiled(model, args.batch_size) if settings.compile else model
-    optimizers = recipes.create_optimizers(model, center_loss, settings)
-    scheduler = recipes.SCHEDULES[settings.schedule](optimizers["optimizer_model"], settings, len(data.train))
     ranks, stop, epochs = Ranks(), StopRequest(), itertools.count(1)
+    model, net, center_loss, optimizers, scheduler = product.build(settings, data, torch.device(args.device), ranks)
 
     def run() -> tuple[float, float]:
         start = time.perf_counter()

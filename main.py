@@ -173,6 +173,25 @@ def evaluate(model, data, centers, args, ranks, log) -> None:
             plots.draw_confusion, counts=confusion.cpu().numpy(), classes=data.classes, title=title))
 
 
+def build(args, data, device, ranks) -> tuple:
+    """The network, what trains it (compiled or in parallel), the center loss, all optimizers and the schedule."""
+    torch.manual_seed(args.seed)
+    model = models.create(args.model, len(data.classes), data.in_channels, data.image_size, args.feat_dim, args.init)
+    center_loss = CenterLoss(len(data.classes), args.feat_dim, use_gpu=False, distance=args.distance,
+                             scale=args.loss_scale, class_average=args.class_average, center_update=args.center_update)
+    models.INITS[args.init](center_loss.centers)
+    model.to(device, memory_format=torch.channels_last)  # the quicker one in float32 as well
+    center_loss.to(device)
+    net = model
+    if ranks.size > 1:
+        net = DistributedDataParallel(SyncBatchNorm.convert_sync_batchnorm(model) if device.type == "cuda" else model)
+    if args.compile:
+        net = models.Compiled(net, len(range(ranks.rank, args.batch_size, ranks.size)))
+    optimizers = create_optimizers(model, center_loss, args)
+    scheduler = SCHEDULES[args.schedule](optimizers["optimizer_model"], args, len(data.train))
+    return model, net, center_loss, optimizers, scheduler
+
+
 def main(args: argparse.Namespace) -> None:
     ranks = Ranks.of_environment()
     start, log = time.monotonic(), utils.Log(quiet=ranks.rank > 0)
@@ -196,20 +215,7 @@ def main(args: argparse.Namespace) -> None:
         args.max_epoch = math.ceil(args.max_iter / len(data.train))
 
     log(f"Creating model: {args.model}")
-    torch.manual_seed(args.seed)
-    model = models.create(args.model, len(data.classes), data.in_channels, data.image_size, args.feat_dim, args.init)
-    center_loss = CenterLoss(len(data.classes), args.feat_dim, use_gpu=False, distance=args.distance,
-                             scale=args.loss_scale, class_average=args.class_average, center_update=args.center_update)
-    models.INITS[args.init](center_loss.centers)
-    model.to(device, memory_format=torch.channels_last)  # the quicker one in float32 as well
-    center_loss.to(device)
-    net = model
-    if ranks.size > 1:
-        net = DistributedDataParallel(SyncBatchNorm.convert_sync_batchnorm(model) if device.type == "cuda" else model)
-    if args.compile:
-        net = models.Compiled(net, len(range(ranks.rank, args.batch_size, ranks.size)))
-    optimizers = create_optimizers(model, center_loss, args)
-    scheduler = SCHEDULES[args.schedule](optimizers["optimizer_model"], args, len(data.train))
+    model, net, center_loss, optimizers, scheduler = build(args, data, device, ranks)
 
     # A checkpoint holds `modules` by their state dicts and `run` as it is.
     modules = dict(model=model, center_loss=center_loss, scheduler=scheduler, **optimizers)

@@ -11,6 +11,7 @@ from PIL import Image
 
 import main
 
+torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL = 1.0  # seconds that torch waits for workers once one has raised
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 
