@@ -6,6 +6,7 @@ Runs that differ in nothing but their seed share a row: the mean of each figure,
 import argparse
 import csv
 import json
+import math
 import re
 import statistics
 from datetime import timedelta
@@ -22,12 +23,12 @@ COLUMNS = (
 
 
 def flags(args: dict) -> str:
-    """The flags that give `args`: the recipe and what is not its default; not the seed, nor what changes no figure."""
+    """The recipe and the flags that are not its defaults; without the seed and what changes no figure."""
     parser = build_parser()
     parser.set_defaults(**RECIPES[args["recipe"]])
     defaults = vars(parser.parse_args([]))
     silent = FREE_ON_RESUME - {"max_epoch"} | {"recipe", "seed"} | ({"max_epoch"} if args["max_iter"] else set())
-    given = [] if args["recipe"] == defaults["recipe"] else [f"--recipe {args['recipe']}"]
+    given = [f"--recipe {args['recipe']}"]
     for name, default in defaults.items():
         value, flag = args[name], name.replace("_", "-")
         if name in silent or value == default:
@@ -35,8 +36,12 @@ def flags(args: dict) -> str:
         if isinstance(value, bool):
             given.append(f"--{flag}" if value else f"--no-{flag}")
         else:
-            given.append(f"--{flag} " + " ".join(map(str, value if isinstance(value, list) else [value])))
+            given.append(f"--{flag} " + " ".join(map(short, value if isinstance(value, list) else [value])))
     return " ".join(given)
+
+
+def short(value) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def read(directory: Path) -> dict:
@@ -73,10 +78,10 @@ def table(directories: list[Path]) -> str:
     lines = [COLUMNS, [":---"] + ["---:"] * (len(COLUMNS) - 1)]
     for (given, epochs), runs in rows.items():
         figures = list(zip(*(run["figures"] for run in runs), strict=True))
-        ratio = [intra / inter for intra, inter in zip(*figures[2:], strict=True)]
+        ratio = [intra / inter if inter else math.inf for intra, inter in zip(*figures[2:], strict=True)]
         passed = sorted({run["passed"] or "–" for run in runs}, key=str)
         seconds = round(statistics.median(run["seconds"] for run in runs))
-        lines.append([f"`{given}`" if given else "", str(len(runs)), str(epochs), *map(spread, [*figures, ratio]),
+        lines.append([f"`{given}`", str(len(runs)), str(epochs), *map(spread, [*figures, ratio]),
                       ", ".join(map(str, passed)), str(timedelta(seconds=seconds))])  # fmt: skip
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 

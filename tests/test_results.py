@@ -18,11 +18,11 @@ REPOSITORY = Path(results.__file__).parent
 
 
 @pytest.mark.parametrize("given", [
-    "",
-    "--dataset digits --lr-model 0.5 --amp",
+    "--recipe zhou2018",
+    "--recipe zhou2018 --dataset digits --lr-model 0.5 --amp",
     "--recipe wen2016 --milestones 3 4 --no-one-optimizer",
     "--recipe wen2016 --max-iter 20",
-    "--recipe fast --max-epoch 7 --weight-cent 0.0 --no-amp",
+    "--recipe fast --max-epoch 7 --weight-cent 0 --no-amp",
 ])  # fmt: skip
 def test_flags_are_the_shortest_that_give_the_run(given):
     """As they stand in args.json, where the seed, paths and what is written do not matter."""
@@ -55,10 +55,10 @@ def test_runs_of_several_seeds_share_a_row(tmp_path):
     assert header.count("|") == rule.count("|") == several.count("|") == one.count("|")
     deviation = statistics.stdev([98.2, 98.6, 97.0])
     assert [cell.strip() for cell in several.split("|")[1:-1]] == [
-        "", "3", "3", f"97.93 ± {deviation:.2f}", "90.00 ± 0.00", "2.33 ± 1.53", "10.00 ± 0.00", "0.23 ± 0.15",
-        "1, 3, –", "0:02:00",
+        "`--recipe zhou2018`", "3", "3", f"97.93 ± {deviation:.2f}", "90.00 ± 0.00", "2.33 ± 1.53",
+        "10.00 ± 0.00", "0.23 ± 0.15", "1, 3, –", "0:02:00",
     ]  # fmt: skip
-    assert one.split("|")[1].strip() == "`--weight-cent 0.0`"
+    assert one.split("|")[1].strip() == "`--recipe zhou2018 --weight-cent 0`"
     assert one.split("|")[-3:-1] == [" – ", f" {timedelta(days=1, seconds=7205)} "]
 
 
