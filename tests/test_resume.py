@@ -147,12 +147,12 @@ def test_a_kill_around_any_replaced_file_loses_nothing(name, after, run, monkeyp
 
 
 @pytest.mark.slow
-def test_real_processes_killed_at_random_moments():
+def test_real_processes_killed_ten_times_at_random_moments():
     script = Path(__file__).with_name("kill_runs.py")
-    done = subprocess.run([PYTHON, script, "--kills", "6", "--seed", str(os.getpid())], capture_output=True, text=True,
+    done = subprocess.run([PYTHON, script, "--kills", "10", "--seed", str(os.getpid())], capture_output=True, text=True,
                           env=os.environ | {"OMP_NUM_THREADS": "1"})  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
-    assert re.search(r"^6 kills .* 0 runs differ", done.stdout, re.MULTILINE)
+    assert re.search(r"^10 kills .* 0 runs differ", done.stdout, re.MULTILINE)
 
 
 def test_the_comparison_sees_a_single_bit(run, tmp_path):
