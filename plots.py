@@ -1,12 +1,15 @@
 """Drawing: the points of an epoch, films of them, curves and confusion matrices, in background processes."""
 
+import contextlib
 import functools
 import os
 import signal
+import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from multiprocessing import get_context, parent_process
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 
@@ -224,7 +227,8 @@ class Plotter:
             workers = max(1, min(4, (os.cpu_count() or 1) // 2))
             self.pool = ProcessPoolExecutor(workers, get_context("spawn"), _start_drawing)
         try:
-            task = self.pool.submit(_draw, path, draw, arguments)
+            with _without_main():
+                task = self.pool.submit(_draw, path, draw, arguments)
         except BrokenProcessPool as error:  # a drawer has died: the training is worth more than its pictures
             task = Future()
             task.set_exception(error)
@@ -234,6 +238,16 @@ class Plotter:
         errors = [f"{path}: {task.exception()}" for path, task in self.tasks if task.exception()]
         self.tasks = []
         return errors
+
+
+@contextlib.contextmanager
+def _without_main() -> Iterator[None]:
+    """A process spawned in its context does not import the script that runs, main.py, and with it torch: seconds."""
+    script, sys.modules["__main__"] = sys.modules["__main__"], ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = script
 
 
 def _draw(path: Path, draw: Callable, arguments: tuple) -> None:

@@ -1,4 +1,7 @@
-"""Everything outside the training itself: command line, log, run directory, checkpoints, signals, ranks."""
+"""Everything outside the training itself: the log, the run directory and its files, checkpoints.
+
+torch is imported where it is used: the processes that draw import this file, and would wait seconds for it.
+"""
 
 import argparse
 import contextlib
@@ -13,7 +16,6 @@ import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-import torch
 from tqdm import tqdm
 
 # What a run writes below its --save-dir; a new run there takes exactly these away first.
@@ -93,12 +95,6 @@ class Log:
 
 
 # ------------------------------------------------------------------------------------------------------------ files
-
-# What every checkpoint has, and of which type.
-CHECKPOINT_TYPES = dict(args=dict, data=dict, epoch=int, partial=dict | None, history=list, centers=torch.Tensor,
-                        rng=torch.Tensor, model=dict, center_loss=dict, scheduler=dict,
-                        optimizer_model=dict)  # fmt: skip
-
 
 def replace_file(path: Path, write: Callable[[Path], object]) -> None:
     """Lets `write` fill a file beside `path`, then renames it: `path` is the old file or the new one, never a half.
@@ -203,7 +199,7 @@ def write_metrics(path: Path, history: Sequence[dict]) -> None:
     replace_file(path, lambda part: part.write_text(table.getvalue()))
 
 
-def save_features(path: Path, splits: dict[str, dict], centers: torch.Tensor) -> None:
+def save_features(path: Path, splits: dict[str, dict], centers) -> None:
     """features (N, D), labels and predictions (N,) of each split, as train_features and so on, and centers (C, D)."""
     import numpy as np
 
@@ -220,6 +216,8 @@ def save_features(path: Path, splits: dict[str, dict], centers: torch.Tensor) ->
 
 
 def save_checkpoint(path: Path, checkpoint: dict) -> None:
+    import torch
+
     buffer = io.BytesIO()  # so that a full disk is Python's own OSError, not an error within torch
     torch.save(checkpoint, buffer)
     replace_file(path, lambda part: part.write_bytes(buffer.getbuffer()))
@@ -227,6 +225,10 @@ def save_checkpoint(path: Path, checkpoint: dict) -> None:
 
 def load_checkpoint(path: str | Path) -> dict:
     """Reads a checkpoint onto the CPU; RunError where it is missing, damaged or not one of ours."""
+    import torch
+
+    types = dict(args=dict, data=dict, epoch=int, partial=dict | None, history=list, centers=torch.Tensor,
+                 rng=torch.Tensor, model=dict, center_loss=dict, scheduler=dict, optimizer_model=dict)  # fmt: skip
     try:
         with zipfile.ZipFile(path) as records:  # torch would take flipped bits within a tensor as they are
             if damaged := records.testzip():
@@ -240,7 +242,7 @@ def load_checkpoint(path: str | Path) -> dict:
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise RunError(f"cannot read the checkpoint {path}: {reason}") from error
     if not isinstance(checkpoint, dict) or not all(
-        isinstance(checkpoint.get(name), kind) for name, kind in CHECKPOINT_TYPES.items()
+        isinstance(checkpoint.get(name), kind) for name, kind in types.items()
     ):
         raise RunError(f"{path} is not a checkpoint of main.py")
     return checkpoint
@@ -253,7 +255,7 @@ def check_data(saved: dict, present: dict, path: str, to_train: bool) -> None:
             raise RunError(f"the training {name} must be {saved.get(name)}, as in {path}, got {present[name]}")
 
 
-def total(module: torch.nn.Module) -> float:
+def total(module) -> float:
     """The sum of a module's state: finite where all of it is. Waits for the device."""
     return sum(tensor.double().sum() for tensor in module.state_dict().values()).item()
 
@@ -325,7 +327,7 @@ class RunFiles:
         states = {name: module.state_dict() for name, module in modules.items()}
         save_checkpoint(self.directory / "checkpoint.pt", dict(args=vars(self.args), **run, **states))
 
-    def save_epoch(self, row: dict, splits: dict[str, dict], centers: torch.Tensor) -> None:
+    def save_epoch(self, row: dict, splits: dict[str, dict], centers) -> None:
         """Writes what --save-features and --tensorboard ask for."""
         self.check()
         if self.args.save_features:

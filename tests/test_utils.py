@@ -3,6 +3,9 @@
 import argparse
 import os
 import signal
+import sys
+from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -11,6 +14,7 @@ import plots
 import processes
 import recipes
 import utils
+from tests import drawers
 
 
 @pytest.mark.parametrize(
@@ -131,22 +135,25 @@ def test_stop_request_notes_the_first_signal_and_a_second_ctrl_c_interrupts():
     assert signal.getsignal(signal.SIGINT) is before
 
 
-def _write(part, text):
-    part.write_text(text)
-
-
-def _fail(part):
-    part.touch()
-    raise ValueError("no ink")
-
-
 def test_plotter_draws_in_the_background_and_reports_what_failed(tmp_path):
     plotter = plots.Plotter()
-    plotter(tmp_path / "good", _write, "drawn")
-    plotter(tmp_path / "bad", _fail)
+    plotter(tmp_path / "good", drawers.write, "drawn")
+    plotter(tmp_path / "bad", drawers.fail)
     assert plotter.finish() == [f"{tmp_path / 'bad'}: no ink"]
     assert (tmp_path / "good").read_text() == "drawn" and not (tmp_path / "bad").exists()
     assert plotter.finish() == []
+
+
+def test_a_drawing_process_loads_neither_the_script_that_runs_nor_torch(tmp_path, monkeypatch):
+    script = ModuleType("__main__")
+    script.__file__ = str(tmp_path / "script.py")
+    Path(script.__file__).write_text("import torch")
+    monkeypatch.setitem(sys.modules, "__main__", script)
+    plotter = plots.Plotter()
+    plotter(tmp_path / "modules", drawers.name_modules)
+    assert plotter.finish() == [] and sys.modules["__main__"] is script
+    modules = (tmp_path / "modules").read_text().split()
+    assert "plots" in modules and "torch" not in modules
 
 
 def test_the_lock_ends_with_its_run_though_forked_workers_live_on(tmp_path):
@@ -173,15 +180,11 @@ def test_parts_that_a_killed_run_has_left_are_taken_away(tmp_path):
     assert sorted(path.name for path in tmp_path.rglob("*") if path.is_file()) == ["my.part"]
 
 
-def _die(part):
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
 def test_a_drawer_that_dies_costs_pictures_but_not_the_run(tmp_path):
     plotter = plots.Plotter()
-    plotter(tmp_path / "first", _die)
+    plotter(tmp_path / "first", drawers.die)
     plotter.tasks[0][1].exception()
-    plotter(tmp_path / "second", _write, "drawn")
+    plotter(tmp_path / "second", drawers.write, "drawn")
     errors = plotter.finish()
     assert [error.partition(":")[0] for error in errors] == [str(tmp_path / "first"), str(tmp_path / "second")]
 
@@ -189,10 +192,5 @@ def test_a_drawer_that_dies_costs_pictures_but_not_the_run(tmp_path):
 def test_drawers_outlive_the_signals_that_a_whole_run_gets(tmp_path):
     plotter = plots.Plotter()
     for number in (signal.SIGINT, signal.SIGTERM):
-        plotter(tmp_path / str(number), _signal_oneself, number)
+        plotter(tmp_path / str(number), drawers.signal_oneself, number)
     assert plotter.finish() == [] and len(os.listdir(tmp_path)) == 2
-
-
-def _signal_oneself(part, number):
-    os.kill(os.getpid(), number)
-    part.touch()
