@@ -1,8 +1,12 @@
 """Tiny image folders, and main.py run in this process as from the command line."""
 
+import os
 import shutil
 import sys
 from pathlib import Path
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # one of several test processes, a core each; read when torch is loaded
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 import pytest
