@@ -290,6 +290,8 @@ def _scan_folder(root: Path) -> str:
     def is_grey(path: str) -> bool:
         try:
             with Image.open(path) as image:
+                if image.mode.startswith(("I", "F")):  # a conversion would clip all but the darkest pixels to white
+                    raise DatasetError(f"images must have at most 8 bits a channel, got mode {image.mode} in {path}")
                 return image.mode in ("1", "L")
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             raise DatasetError(f"cannot read the image {path}: {_one_line(error)}") from error

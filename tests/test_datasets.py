@@ -192,6 +192,13 @@ def test_folders_that_cannot_be_used_are_refused(tmp_path):
     assert "got the file" in refusal("folder", tmp_path / "file", 4)
 
 
+@pytest.mark.parametrize("dtype", [np.uint16, np.int32, np.float32])
+def test_images_of_more_than_8_bits_are_refused(tmp_path, dtype):
+    path = make_folder(tmp_path) / "train" / "bee" / "deep.tif"
+    Image.fromarray(np.full((8, 8), 1000, dtype)).save(path)
+    assert f"at most 8 bits a channel, got mode {Image.open(path).mode} in {path}" in refusal("folder", tmp_path, 4)
+
+
 @pytest.mark.parametrize("damage", [b"", b"no image", None])
 def test_an_unreadable_image_is_named(tmp_path, damage):
     bad = make_folder(tmp_path, size=(64, 64)) / "train" / "bee" / "3.png"
