@@ -71,6 +71,8 @@ def main(argv: list[str] | None = None) -> None:
     for add_command in COMMANDS:
         add_command(commands)
     args = parser.parse_args(argv)
+    if getattr(args, "device", "cpu") == "cuda" and not torch.cuda.is_available():
+        parser.error("--device must be cpu, as there is no GPU that torch can use, got cuda")
     args.run(args)
 
 

@@ -99,9 +99,17 @@ def test_start_finds_nothing_heavy_but_torch():
 
 
 @pytest.mark.parametrize(
-    "arguments", [[], ["loss", "--classes", "0"], ["loss", "--ranks", "two"], ["train", "--steps", "0"]]
+    "arguments",
+    [
+        [],
+        ["loss", "--classes", "0"],
+        ["loss", "--ranks", "two"],
+        ["train", "--steps", "0"],
+        ["train", "--device", "cuda"],
+    ],
 )
-def test_wrong_command_lines_end_with_status_2(arguments, capsys):
+def test_wrong_command_lines_end_with_status_2(arguments, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit) as stopped:
         bench.main(arguments)
     assert stopped.value.code == 2
