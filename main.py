@@ -185,7 +185,7 @@ def build(args, data, device, ranks) -> tuple:
     net = model
     if ranks.size > 1:
         net = DistributedDataParallel(SyncBatchNorm.convert_sync_batchnorm(model) if device.type == "cuda" else model)
-    if args.compile:
+    if args.compile and not args.evaluate:
         net = models.Compiled(net, len(range(ranks.rank, args.batch_size, ranks.size)))
     optimizers = create_optimizers(model, center_loss, args)
     scheduler = SCHEDULES[args.schedule](optimizers["optimizer_model"], args, len(data.train))

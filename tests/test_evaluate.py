@@ -97,6 +97,16 @@ def test_a_checkpoint_is_enough(run):
     assert os.listdir() == ["network.pt"]
 
 
+def test_a_checkpoint_of_a_compiled_run_needs_no_compiler(run, monkeypatch):
+    _, trained, _ = run("--max-epoch", "1")
+    checkpoint = torch.load("log/checkpoint.pt", weights_only=True)
+    checkpoint["args"]["compile"] = True
+    torch.save(checkpoint, "log/checkpoint.pt")
+    monkeypatch.setattr(torch, "compile", lambda *_, **__: pytest.fail("compiles"))
+    status, out, _ = run("--evaluate", "log/checkpoint.pt", base=False)
+    assert status == 0 and trained.splitlines()[-2] in out
+
+
 def test_a_run_that_goes_on_can_be_evaluated_meanwhile(run):
     run("--max-epoch", "1")
     with utils.claim(Path("log")):
