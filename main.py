@@ -314,7 +314,8 @@ def cli(argv: list[str] | None = None) -> int:
         if ranks.size == 1:
             raise
         reason = str(error).strip().partition("\n")[0]
-        status, message = 1, f"error: rank {ranks.rank} has lost the others ({reason}); {kept}; to go on: --resume"
+        failed = f"rank {ranks.rank} has failed or lost the others ({reason})"
+        status, message = 1, f"error: {failed}; {kept}; to go on: --resume"
     if ranks.rank == 0 or status == 1:
         print(f"main.py: {message}", file=sys.stderr)
     return status

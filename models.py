@@ -65,6 +65,7 @@ class BatchNorm2d(nn.BatchNorm2d):
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         if not (self.training and dist.is_initialized() and images.device.type == "cpu"):
             return super().forward(images)
+        given, images = images.dtype, images.to(torch.promote_types(images.dtype, torch.float32))
         over, count = (0, 2, 3), images.new_tensor([images.numel() / images.shape[1]])
         total = SumOverRanks.apply(torch.cat([images.sum(over), count]))
         mean, count = total[:-1] / total[-1], total[-1].item()
@@ -75,7 +76,7 @@ class BatchNorm2d(nn.BatchNorm2d):
             self.running_mean.lerp_(mean, self.momentum)
             self.running_var.lerp_(variance * count / (count - 1), self.momentum)
         scale = self.weight * (variance + self.eps).rsqrt()
-        return centered * scale.view(1, -1, 1, 1) + self.bias.view(1, -1, 1, 1)
+        return (centered * scale.view(1, -1, 1, 1) + self.bias.view(1, -1, 1, 1)).to(given)
 
 
 class PReLUOnCPU(torch.autograd.Function):
@@ -123,7 +124,7 @@ class ConvNet(nn.Module):
                 layers.append(nn.Conv2d(inputs, channels, kernel, padding=padding, bias=not design.batch_norm))
                 layers += self._activation(design, channels)
             size = (size + 2 * padding - kernel) // stride + 1
-            if size < 1:
+            if size < 1 + design.pool_first:  # a BatchNorm of one pixel could not train on a batch of one image
                 raise ModelError(f"images of {image_size} pixels are too small for this network")
         self.body = nn.Sequential(*layers)
         embedding = nn.Linear(channels * size**2, feat_dim)

@@ -94,7 +94,7 @@ def test_xavier_is_uniform_within_its_bound_and_has_zero_biases():
 
 
 @pytest.mark.parametrize(
-    "name, smallest", [("cnn", 8), ("cnn-wen2016", 12), ("bn-deep", 16), ("bn-shallow", 8), ("bn-fast", 20)]
+    "name, smallest", [("cnn", 8), ("cnn-wen2016", 12), ("bn-deep", 16), ("bn-shallow", 8), ("bn-fast", 28)]
 )
 def test_images_too_small_for_the_pools_are_refused(name, smallest):
     models.create(name, image_size=smallest)
