@@ -106,10 +106,13 @@ OPTIMIZERS = {
     "adamw": lambda groups, args: torch.optim.AdamW(groups, args.lr_model, weight_decay=args.weight_decay),
 }
 SCHEDULES = {
-    "step": lambda sgd, args, steps: lr_scheduler.StepLR(sgd, args.stepsize * steps or sys.maxsize, args.gamma),
-    "milestones": lambda sgd, args, steps: lr_scheduler.MultiStepLR(sgd, args.milestones, args.gamma),
-    "onecycle": lambda sgd, args, steps: lr_scheduler.OneCycleLR(
-        sgd, args.lr_model, args.max_iter or args.max_epoch * steps
+    "step": lambda optimizer, args, steps: lr_scheduler.StepLR(
+        optimizer, args.stepsize * steps or sys.maxsize, args.gamma
+    ),
+    "milestones": lambda optimizer, args, steps: lr_scheduler.MultiStepLR(optimizer, args.milestones, args.gamma),
+    "onecycle": lambda optimizer, args, steps: lr_scheduler.OneCycleLR(
+        optimizer, [group["lr"] for group in optimizer.param_groups], args.max_iter or args.max_epoch * steps,
+        cycle_momentum=args.optimizer == "adamw",  # SGD has those of its flags
     ),
 }
 

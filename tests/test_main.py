@@ -211,6 +211,25 @@ def test_onecycle_is_as_long_as_the_run():
         assert recipes.SCHEDULES["onecycle"](sgd, args, 3).total_steps == steps
 
 
+def test_onecycle_leaves_each_group_its_peak_and_sgd_its_momentum():
+    flags = ["--recipe", "wen2016", "--schedule", "onecycle", "--momentum", "0", "--momentum-cent", "0.5"]
+    args = main.parse_args(flags)
+    model, loss = models.create("cnn-wen2016"), main.CenterLoss(10, 2, use_gpu=False)
+    (sgd,) = recipes.create_optimizers(model, loss, args).values()
+    schedule, seen = recipes.SCHEDULES["onecycle"](sgd, args, 3), []
+    for _ in range(args.max_iter - 1):
+        sgd.step()
+        schedule.step()
+        seen.append([(group["lr"], group["momentum"]) for group in sgd.param_groups])
+    for group, peak, momentum in zip(zip(*seen, strict=True), (0.01, 0.02, 0.01), (0, 0, 0.5), strict=True):
+        rates, momenta = zip(*group, strict=True)
+        assert max(rates) == pytest.approx(peak, rel=1e-4) and set(momenta) == {momentum}
+
+
+def test_batch_norm_trains_on_a_last_batch_of_one_image(run):
+    assert run("--model", "bn-fast", "--image-size", "28", "--batch-size", "23", "--max-epoch", "1")[0] == 0
+
+
 def test_a_class_that_a_cut_pass_has_not_seen_has_a_finite_mean():
     means = main.class_means(torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]]), torch.tensor([0, 2, 2]), 3)
     assert means.tolist() == [[1, 2], [0, 0], [4, 5]]
