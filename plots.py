@@ -30,12 +30,12 @@ def plot_epoch(plotter: "Plotter", save_dir: Path, epoch: int, splits: dict[str,
 
 def plot_run(plotter: "Plotter", save_dir: Path, history: Sequence[dict]) -> list[str]:
     """Draws curves.png, the films, and pictures that a killed run has left undrawn; returns what went wrong."""
-    for points in save_dir.glob("t*/epoch_*.npz"):
+    for _, points in utils.epoch_files(save_dir, ["t*/epoch_*.npz"]):
         if points.with_suffix(".png") not in plotter.paths and not points.with_suffix(".png").exists():
             plotter(points.with_suffix(".png"), draw_points, points)
     plotter(save_dir / "curves.png", draw_curves, history)
     for split in ("train", "test"):
-        if any((save_dir / split).glob("epoch_*.npz")):
+        if utils.epoch_files(save_dir / split, ["epoch_*.npz"]):
             plotter(save_dir / f"{split}.gif", draw_film, save_dir / split)
     return plotter.finish()
 
@@ -130,7 +130,7 @@ def draw_film(part: Path, directory: Path) -> None:
     from PIL import Image
     from PIL.GifImagePlugin import getdata, getheader
 
-    sources = sorted(directory.glob("epoch_*.npz"), key=lambda path: int(path.stem.partition("_")[2]))
+    sources = [path for _, path in utils.epoch_files(directory, ["epoch_*.npz"])]
     corners = []
     for source in sources:
         shown = dict(np.load(source))

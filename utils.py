@@ -6,9 +6,11 @@ torch is imported where it is used: the processes that draw import this file, an
 import argparse
 import contextlib
 import csv
+import functools
 import io
 import json
 import os
+import shutil
 import sys
 import tempfile
 import time
@@ -19,9 +21,9 @@ from pathlib import Path
 from tqdm import tqdm
 
 # What a run writes below its --save-dir; a new run there takes exactly these away first.
+EPOCH_FILES = ("train/epoch_*.*", "test/epoch_*.*", "features/epoch_*.npz")
 RUN_FILES = ("log_*.txt", "metrics.csv", "args.json", "checkpoint.pt", "train.gif", "test.gif", "curves.png",
-             "confusion.png", "train/epoch_*.*", "test/epoch_*.*", "features/epoch_*.npz",
-             "tensorboard/events.*")  # fmt: skip
+             "confusion.png", *EPOCH_FILES, "tensorboard/events.*")  # fmt: skip
 
 
 class RunError(Exception):
@@ -178,12 +180,29 @@ def claim(save_dir: Path) -> Iterator[Callable[[], None]]:
 
 def clear(save_dir: Path, after: int | None = None) -> bool:
     """Takes away an earlier run's files, or only those of epochs after `after`; tells whether there were any."""
-    old = [path for pattern in RUN_FILES for path in save_dir.glob(pattern) if not path.is_dir()]
-    if after is not None:
-        old = [path for path in old if path.stem[:6] == "epoch_" and int(path.stem[6:]) > after]
+    if after is None:
+        old = [path for pattern in RUN_FILES for path in save_dir.glob(pattern) if not path.is_dir()]
+    else:
+        old = [path for epoch, path in epoch_files(save_dir) if epoch > after]
     for path in old:
         path.unlink()
     return bool(old)
+
+
+def epoch_files(directory: Path, patterns: Sequence[str] = EPOCH_FILES) -> list[tuple[int, Path]]:
+    """The files of single epochs, with their epochs and in the order of these."""
+    paths = (path for pattern in patterns for path in directory.glob(pattern))
+    numbers = ((path.stem.removeprefix("epoch_"), path) for path in paths)
+    return sorted((int(number), path) for number, path in numbers if number.isdecimal())
+
+
+def copy_epochs(source: Path, target: Path, last: int) -> None:
+    """Copies what --plot and --save-features have written of the epochs up to `last`."""
+    for epoch, path in epoch_files(source):
+        if epoch <= last:
+            copy = target / path.relative_to(source)
+            copy.parent.mkdir(exist_ok=True)
+            replace_file(copy, functools.partial(shutil.copyfile, path))
 
 
 def write_json(path: Path, values: dict) -> None:
@@ -306,6 +325,8 @@ class RunFiles:
             printed = read_start(Path(args.resume).with_name(log_name), self.run["log_bytes"]) if args.resume else b""
             if clear(self.directory, after=self.run["epoch"] if own else None) and not own:
                 self.log(f"Replacing the earlier run in {self.directory}")
+            if args.resume and not own:
+                copy_epochs(Path(args.resume).parent, self.directory, self.run["epoch"])
             self.log.open(self.directory / log_name, printed)
             write_json(self.directory / "args.json", vars(args))
             if args.tensorboard:

@@ -176,13 +176,18 @@ def test_the_comparison_sees_a_single_bit(run, tmp_path):
 
 
 def test_resuming_elsewhere_takes_the_whole_run_along_and_leaves_the_old_one(run):
-    run("--max-epoch", "4", "--save-dir", "whole")
-    run("--max-epoch", "2", "--save-dir", "old")
-    before = {path: path.read_bytes() for path in Path("old").iterdir()}
+    written = ["--plot", "--save-features"]
+    run("--max-epoch", "4", "--save-dir", "whole", *written)
+    run("--max-epoch", "2", "--save-dir", "old", *written)
+    before = {path: path.read_bytes() for path in Path("old").rglob("*.*")}
     status, out, _ = run("--resume", "old/checkpoint.pt", "--save-dir", "new", "--max-epoch", "4", base=False)
     assert status == 0 and "Resuming after epoch 2" in out
-    assert {path: path.read_bytes() for path in Path("old").iterdir()} == before
+    assert {path: path.read_bytes() for path in Path("old").rglob("*.*")} == before
     assert differences(Path("whole"), Path("new")) == []
+    whole, new = ({path.relative_to(root): path for path in Path(root).rglob("*.*")} for root in ("whole", "new"))
+    assert whole.keys() == new.keys()
+    pictures = [path for path in whole if path.suffix in (".png", ".gif")]
+    assert len(pictures) == 11 and all(whole[path].read_bytes() == new[path].read_bytes() for path in pictures)
     assert Path("new/log_folder.txt").read_bytes().startswith(before[Path("old/log_folder.txt")][:500])
 
 
@@ -197,8 +202,18 @@ def test_an_earlier_checkpoint_takes_later_pictures_away(run):
     run("--max-epoch", "1", "--save-features")
     shutil.copy("log/checkpoint.pt", "log/early.pt")
     run("--resume", "--max-epoch", "3", base=False)
+    Path("log/features/epoch_best.npz").touch()  # not ours
     assert run("--resume", "log/early.pt", "--max-epoch", "2", base=False)[0] == 0
-    assert sorted(os.listdir("log/features")) == ["epoch_1.npz", "epoch_2.npz"]
+    assert sorted(os.listdir("log/features")) == ["epoch_1.npz", "epoch_2.npz", "epoch_best.npz"]
+
+
+def test_what_may_differ_from_the_checkpoint_can_be_switched_off_too(run):
+    run("--max-epoch", "1", "--save-features")
+    assert not main.parse_args(["--resume", "--no-use-cpu", "--no-save-features"]).use_cpu
+    kept = main.parse_args(["--resume"])
+    assert kept.use_cpu and kept.save_features
+    assert run("--resume", "--no-save-features", "--max-epoch", "2", base=False)[0] == 0
+    assert os.listdir("log/features") == ["epoch_1.npz"]
 
 
 def test_resuming_into_the_directory_of_another_run_says_that_it_is_replaced(run):
@@ -380,8 +395,7 @@ def test_no_damage_of_a_checkpoint_goes_unseen(tmp_path, data):
     (["--lr-model", "1e-30", "--lr-cent", "3e38", "--batch-size", "24"], "centers"),
 ])  # fmt: skip
 def test_divergence_is_told_within_the_epoch_and_no_checkpoint_has_it(flags, term, run):
-    status, out, err = run("--max-epoch", "1", "--save-dir", "good")
-    status, out, err = run("--print-freq", "1000", *flags)
+    status, _, err = run("--print-freq", "1000", *flags)
     assert status == 3 and err.count("\n") == 1
     assert err.startswith(f"main.py: error: the training has diverged in epoch 1: {term} no longer finite, with --w")
     for name in ("--lr-model", "--lr-cent", "--weight-cent", "lower"):
