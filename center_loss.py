@@ -122,7 +122,7 @@ class CenterLoss(nn.Module):
         self._check(features, labels)
         wide = torch.float64 in (features.dtype, self.centers.dtype)
         dtype = torch.float64 if wide else torch.float32
-        features, labels = features.to(dtype), labels.long()
+        features, labels = features.to(dtype), labels.long().contiguous()
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
             features, labels = _join_ranks(features, labels)
 
