@@ -67,6 +67,11 @@ def limits(*clouds: np.ndarray) -> np.ndarray:
     return np.stack([middle - half, middle + half], axis=1)
 
 
+def literal(name: str) -> str:
+    """The name for matplotlib, which would take what stands between two dollars for a formula."""
+    return name.replace("$", r"\$")
+
+
 def save_points(features: np.ndarray, labels: np.ndarray, centers: np.ndarray, classes: Sequence[str],
                 project: Callable, axes: Sequence[str], title: str, part: Path) -> None:  # fmt: skip
     """What one picture shows, as .npz: pictures are drawn elsewhere, and a film once all its epochs are known."""
@@ -105,7 +110,7 @@ class Scatter:
         if with_legend:
             marks = [self.axes.plot([], [], "o", color=color, markersize=5)[0] for color in colors]
             marks += self.axes.plot([], [], "o", markerfacecolor="white", markeredgecolor="black")
-            names = [name if len(name) <= 14 else name[:13] + "…" for name in (*classes, "center")]
+            names = [literal(name if len(name) <= 14 else name[:13] + "…") for name in (*classes, "center")]
             self.axes.legend(marks, names, loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False,
                              fontsize=9 if count <= 20 else 7, handletextpad=0.2)  # fmt: skip
 
@@ -176,7 +181,7 @@ def draw_curves(part: Path, history: Sequence[dict]) -> None:
         (accuracies, "nearest_center_accuracy", "test: nearest center", "--s"),
     ):
         measured = [(row["epoch"], row[column]) for row in history if row[column] is not None]
-        if any(value > 0 for _, value in measured):  # the center loss of a run without it is left out
+        if measured and (column != "train_center" or any(value > 0 for _, value in measured)):  # λ = 0 has none
             axes.plot(*zip(*measured, strict=True), style, label=name, markersize=3)
     losses.set(xlabel="epoch", ylabel="loss", yscale="log")
     accuracies.set(xlabel="epoch", ylabel="accuracy (%)")
@@ -200,8 +205,9 @@ def draw_confusion(part: Path, counts: np.ndarray, classes: Sequence[str], title
     figure.colorbar(image, label="share of the true class (%)")
     axes.set(xlabel="predicted class", ylabel="true class", title=title)
     if len(classes) <= 25:
-        axes.set_xticks(range(len(classes)), classes, rotation=90 if max(map(len, classes)) > 2 else 0)
-        axes.set_yticks(range(len(classes)), classes)
+        names = [literal(name) for name in classes]
+        axes.set_xticks(range(len(classes)), names, rotation=90 if max(map(len, classes)) > 2 else 0)
+        axes.set_yticks(range(len(classes)), names)
         for row, column in zip(*counts.nonzero(), strict=True):
             color = "white" if shares[row, column] > 50 else "black"
             axes.text(column, row, counts[row, column], ha="center", va="center", color=color, fontsize=7)
@@ -235,7 +241,8 @@ class Plotter:
         self.tasks.append((path, task))
 
     def finish(self) -> list[str]:
-        errors = [f"{path}: {task.exception()}" for path, task in self.tasks if task.exception()]
+        failed = [(path, task.exception()) for path, task in self.tasks if task.exception()]
+        errors = [f"{path}: {' '.join(str(error).split())}" for path, error in failed]
         self.tasks = []
         return errors
 

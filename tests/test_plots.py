@@ -14,9 +14,10 @@ def cloud(classes=3, per_class=20, dim=2, seed=0):
     return centers[labels] + random.normal(size=(len(labels), dim)) * 0.1, labels, centers
 
 
-def write_epoch(path, features, labels, centers, title="train, epoch 1: accuracy 9.99 %"):
+def write_epoch(path, features, labels, centers, title="train, epoch 1: accuracy 9.99 %", classes=None):
     project, axes = plots.plane(features)
-    plots.save_points(features, labels, centers, [str(c) for c in range(len(centers))], project, axes, title, path)
+    classes = classes or [str(c) for c in range(len(centers))]
+    plots.save_points(features, labels, centers, classes, project, axes, title, path)
     return path
 
 
@@ -110,6 +111,12 @@ def test_curves_leave_out_what_was_not_measured(tmp_path):
     plots.draw_curves(tmp_path / "curves.png", [row, row | dict(epoch=2, test_accuracy=50.0, test_xent=1.0)])
     with Image.open(tmp_path / "curves.png") as image:
         assert image.size == (1350, 540)
+
+
+def test_class_names_are_no_formulas(tmp_path):
+    names = ["a$x_$b", "US$", "c"]
+    plots.draw_points(tmp_path / "epoch_1.png", write_epoch(tmp_path / "epoch_1.npz", *cloud(), classes=names))
+    plots.draw_confusion(tmp_path / "c.png", np.eye(3, dtype=int), names, "test")
 
 
 @pytest.mark.parametrize("classes", [3, 60])
