@@ -159,7 +159,7 @@ def build_parser(description: str = "") -> Parser:
     add("--recipe", choices=sorted(RECIPES), default="zhou2018", help="system that sets the other flags' defaults")
     add("--seed", type=number(int, 0, 2**63 - 1), default=1, help="of the network, the centers and the batches")
     add("--max-epoch", type=number(int, 1), default=100, help="epochs")
-    add("--max-iter", type=number(int, 0), default=0, help="steps, in place of --max-epoch; 0: no such limit")
+    add("--max-iter", type=number(int, 0), default=0, help="steps, in place of --max-epoch; 0: as many as that says")
 
     add = group("data")
     add("-d", "--dataset", choices=sorted(datasets.SPECS), default="mnist", help="data set")
@@ -167,14 +167,14 @@ def build_parser(description: str = "") -> Parser:
         "folder the directory that holds train/<class>/* and test/<class>/*")
     add("--image-size", type=number(int, 8, 1024), default=32, help="pixels a side, for --dataset folder")
     add("--scaling", choices=sorted(datasets.SCALINGS), default="standard", help="of pixels p: by the data set's mean "
-        "and deviation (standard), (p - 127.5) / 128 (symmetric), p / 255 (unit)")
-    add("--batch-size", type=number(int, 1), default=128, help="images a step, over all ranks")
+        "and deviation, 0.5 and 0.5 for folder (standard), (p - 127.5) / 128 (symmetric), p / 255 (unit)")
+    add("--batch-size", type=number(int, 1, 10**9), default=128, help="images a step, over all ranks")
     add("-j", "--workers", type=number(int, 0), default=0, help="processes that read images; 0: none, all images "
         "lie on the device")
 
     add = group("network")
     add("--model", choices=sorted(models.MODELS), default="cnn", help="network")
-    add("--feat-dim", type=number(int, 1), default=2, help="D, dimensions of the features")
+    add("--feat-dim", type=number(int, 1, 10**6), default=2, help="D, dimensions of the features")
     add("--init", choices=sorted(models.INITS), default="default", help="first weights and centers")
 
     add = group("loss: cross-entropy + λ · center loss")
@@ -186,7 +186,8 @@ def build_parser(description: str = "") -> Parser:
 
     add = group("optimization")
     add("--optimizer", choices=sorted(OPTIMIZERS), default="sgd", help="of the network; the centers have SGD")
-    add("--lr-model", type=number(float, 0, above=True), default=0.001, help="learning rate of the network")
+    add("--lr-model", type=number(float, 0, above=True), default=0.001, help="learning rate of the network; for "
+        "onecycle its peak")
     add("--lr-cent", type=number(float, 0), default=0.5, help="α, learning rate of the centers")
     add("--momentum", type=number(float, 0, 1), default=0.9, help="of the network's SGD")
     add("--momentum-cent", type=number(float, 0, 1), default=0.0, help="of the centers' SGD")
@@ -194,10 +195,11 @@ def build_parser(description: str = "") -> Parser:
     add("--caffe-biases", **switch, help="biases have twice the learning rate and no weight decay")
     add("--one-optimizer", **switch, help="the centers are in the network's SGD and follow its schedule")
     add("--schedule", choices=sorted(SCHEDULES), default="step", help="of the learning rate")
-    add("--stepsize", type=number(int, 0), default=20, help="epochs between two factors gamma; 0: constant")
+    add("--stepsize", type=number(int, 0), default=20, help="epochs between two factors gamma, for step; "
+        "0: constant")
     add("--milestones", type=number(int, 1), nargs="+", default=[5000, 8000], metavar="ITERATION",
         help="training steps after which to apply gamma, for milestones")
-    add("--gamma", type=number(float, 0, above=True), default=0.5, help="factor of the learning rate")
+    add("--gamma", type=number(float, 0, 100, above=True), default=0.5, help="factor of the learning rate")
 
     add = group("output")
     add("--save-dir", default="log", help="directory of the run's files")
@@ -208,12 +210,13 @@ def build_parser(description: str = "") -> Parser:
     add("--tensorboard", **switch, help="write the figures of each epoch for TensorBoard")
     add("--resume", nargs="?", const="", metavar="CHECKPOINT",
         help="go on from a checkpoint, or from the one in --save-dir, with that run's flags")
-    add("--evaluate", metavar="CHECKPOINT", help="test the network of a checkpoint, without training")
+    add("--evaluate", metavar="CHECKPOINT", help="test the network of a checkpoint, without training; with "
+        "--plot draw confusion.png")
 
     add = group("machine")
     add("--gpu", type=gpu_index, default="0", help="index of the GPU; where there is none, the CPU is used")
     add("--use-cpu", **switch, help="use the CPU")
-    add("--amp", **switch, help="run the network in bfloat16")
+    add("--amp", **switch, help="run the convolutions in bfloat16")
     add("--compile", **switch, help="compile the network")
     add("--deterministic", action="store_true", help="the same figures each time on the same GPU; slower")
     return parser
@@ -225,13 +228,20 @@ def parse_args(argv: list[str] | None = None, description: str = "") -> argparse
     parser, local = build_parser(description), Ranks.of_environment().local
     if local is not None:
         parser.set_defaults(gpu=None)
+    epochs = parser.get_default("max_epoch")
+    parser.set_defaults(max_epoch=None)
     args = parser.parse_args(argv)
+    parser.set_defaults(max_epoch=epochs)
+    if args.evaluate == "":
+        parser.error("--evaluate must be the path of a checkpoint, got an empty one")
     path = args.evaluate or args.resume
     if args.evaluate and args.resume is not None:
         parser.error("--evaluate tests and --resume trains on: give one of them")
     try:
         if path is None:
             parser.set_defaults(**RECIPES[args.recipe])
+            if args.max_epoch:  # given, and so wins over a recipe's steps
+                parser.set_defaults(max_iter=0)
             args = parser.parse_args(argv)
         else:
             path = path or os.path.join(args.save_dir, "checkpoint.pt")
