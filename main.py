@@ -266,7 +266,8 @@ def main(args: argparse.Namespace) -> None:
                     tested = splits["test"] = test(model, data.test, args, ranks)
                     tested |= center_figures(tested["features"], tested["labels"], centers)
                     log_test(log, tested)
-                    check_finite({"cross entropy of the test": tested["xent"]}, epoch, args)
+                    check_finite({"cross entropy of the test": tested["xent"],
+                                  "distances from the centers": tested["intra_distance"]}, epoch, args)
                 row = record(epoch, scheduler.get_last_lr()[0], trained, splits.get("test", {}))
                 run |= dict(epoch=epoch, partial=None, history=[*run["history"], row], centers=centers,
                             rng=torch.get_rng_state())
@@ -295,6 +296,8 @@ def cli(argv: list[str] | None = None) -> int:
     """Parses, runs, and tells in one line what ended the run; returns the exit status."""
     kept = "the files in --save-dir are those of the last whole epoch"
     ranks = Ranks.of_environment()
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # λ, where the terminal or the file has no such letter
     try:
         args = parse_args(argv, __doc__)
         with ranks.joined():
@@ -310,12 +313,15 @@ def cli(argv: list[str] | None = None) -> int:
         status, message = 2, f"error: {str(error).strip().splitlines()[-1]}"  # a worker's has its traceback before it
     except OSError as error:
         status, message = 1, f"error: {error}; {kept}"
-    except RuntimeError as error:
-        if ranks.size == 1:
-            raise
+    except (MemoryError, RuntimeError) as error:
         reason = str(error).strip().partition("\n")[0]
-        failed = f"rank {ranks.rank} has failed or lost the others ({reason})"
-        status, message = 1, f"error: {failed}; {kept}; to go on: --resume"
+        if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in reason:
+            reason = f"out of memory; a smaller --batch-size or --feat-dim, or -j 4, needs less: {reason}"
+        elif ranks.size == 1:
+            raise
+        if ranks.size > 1:
+            reason = f"rank {ranks.rank} has failed or lost the others ({reason})"
+        status, message = 1, f"error: {reason}; {kept}; to go on: --resume"
     if ranks.rank == 0 or status == 1:
         print(f"main.py: {message}", file=sys.stderr)
     return status

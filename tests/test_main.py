@@ -167,6 +167,12 @@ def test_recipes_set_defaults_and_flags_win():
     args = main.parse_args(["--recipe", "wen2016", "--lr-model", "0.5"])
     assert (args.weight_cent, args.center_update, args.lr_model, args.max_iter) == (0.01, "paper", 0.5, 10000)
     assert main.parse_args([]).lr_model == 0.001
+    for flags, limits in {
+        "": (100, 10000), "--max-epoch 3": (3, 0), "--max-epoch 100": (100, 0), "--max-iter 5": (100, 5),
+        "--max-epoch 3 --max-iter 5": (3, 5),
+    }.items():  # fmt: skip
+        args = main.parse_args(["--recipe", "wen2016", *flags.split()])
+        assert (args.max_epoch, args.max_iter) == limits
     parser = recipes.build_parser()
     for recipe in recipes.RECIPES.values():
         assert recipe.keys() <= vars(parser.parse_args([])).keys()
@@ -252,6 +258,19 @@ def test_divergence_stops_with_status_3_and_says_what_to_change(run):
     assert torch.load("log/checkpoint.pt", weights_only=True)["epoch"] == 0
 
 
+@pytest.mark.parametrize("allocate", [lambda *_: torch.empty(10**15), lambda *_: bytearray(10**17)])
+def test_running_out_of_memory_is_told_in_a_line(allocate, run, monkeypatch):
+    monkeypatch.setattr(main, "build", allocate)
+    status, _, err = run()
+    assert status == 1 and err.startswith("main.py: error: out of memory") and err.count("\n") == 1
+
+
+def test_a_terminal_without_greek_gets_the_help():
+    ascii_alone = os.environ | {"PYTHONIOENCODING": "ascii"}
+    done = subprocess.run([PYTHON, main.__file__, "-h"], capture_output=True, env=ascii_alone)
+    assert done.returncode == 0 and b"weight of the center loss" in done.stdout and done.stderr == b""
+
+
 BAD_FLAGS = [
     ["--batch-size", "0"], ["--batch-size", "1.5"], ["--lr-model", "0"], ["--lr-model", "nan"], ["--lr-cent", "-1"],
     ["--weight-cent", "-0.1"], ["--weight-cent", "inf"], ["--max-epoch", "0"], ["--max-iter", "-1"],
@@ -267,7 +286,8 @@ BAD_FLAGS = [
     ["--batch-size", ""], ["--max-epoch", "1e3"], ["--lr-cent", "nan"], ["--weight-decay", "inf"], ["--gamma", "-0.5"],
     ["--momentum", "nan"], ["--loss-scale", "inf"], ["--milestones"], ["--milestones", "5", "x"], ["--gpu", "0.5"],
     ["--seed", "99999999999999999999"], ["--image-size", "1025"], ["--seed", "1.0"], ["--lr-model"], ["--evaluate"],
-    ["--evaluate", "."], ["--resume", "."], ["--plot=yes"], ["--max-iter", "-5"], ["7"],
+    ["--evaluate", "."], ["--resume", "."], ["--plot=yes"], ["--max-iter", "-5"], ["7"], ["--evaluate", ""],
+    ["--batch-size", "99999999999999999999"], ["--feat-dim", "1000001"], ["--gamma", "1e300"],
 ]  # fmt: skip
 
 
