@@ -390,9 +390,10 @@ def test_no_damage_of_a_checkpoint_goes_unseen(tmp_path, data):
     (["--lr-model", "1e20"], "cross entropy and center loss"),
     (["--lr-model", "1e20", "--weight-cent", "0"], "cross entropy"),
     (["--lr-model", "1e-30", "--lr-cent", "1e30"], "center loss"),
-    (["--lr-model", "1e30", "--batch-size", "24"], "cross entropy of the test"),
+    (["--lr-model", "1e30", "--batch-size", "24"], "cross entropy of the test and distances from the centers"),
     (["--lr-model", "3e38", "--weight-cent", "1e6", "--batch-size", "24"], "network's weights"),
     (["--lr-model", "1e-30", "--lr-cent", "3e38", "--batch-size", "24"], "centers"),
+    (["--lr-model", "1e-30", "--lr-cent", "1e25", "--batch-size", "24"], "distances from the centers"),
 ])  # fmt: skip
 def test_divergence_is_told_within_the_epoch_and_no_checkpoint_has_it(flags, term, run):
     status, _, err = run("--print-freq", "1000", *flags)
