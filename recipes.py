@@ -228,10 +228,7 @@ def parse_args(argv: list[str] | None = None, description: str = "") -> argparse
     parser, local = build_parser(description), Ranks.of_environment().local
     if local is not None:
         parser.set_defaults(gpu=None)
-    epochs = parser.get_default("max_epoch")
-    parser.set_defaults(max_epoch=None)
-    args = parser.parse_args(argv)
-    parser.set_defaults(max_epoch=epochs)
+    args = parser.parse_args(argv, argparse.Namespace(max_epoch=None))  # None where it is not given
     if args.evaluate == "":
         parser.error("--evaluate must be the path of a checkpoint, got an empty one")
     path = args.evaluate or args.resume
@@ -240,7 +237,7 @@ def parse_args(argv: list[str] | None = None, description: str = "") -> argparse
     try:
         if path is None:
             parser.set_defaults(**RECIPES[args.recipe])
-            if args.max_epoch:  # given, and so wins over a recipe's steps
+            if args.max_epoch:  # it wins over a recipe's steps
                 parser.set_defaults(max_iter=0)
             args = parser.parse_args(argv)
         else:

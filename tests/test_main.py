@@ -269,6 +269,7 @@ def test_a_terminal_without_greek_gets_the_help():
     ascii_alone = os.environ | {"PYTHONIOENCODING": "ascii"}
     done = subprocess.run([PYTHON, main.__file__, "-h"], capture_output=True, env=ascii_alone)
     assert done.returncode == 0 and b"weight of the center loss" in done.stdout and done.stderr == b""
+    assert b"epochs (default: 100)" in done.stdout
 
 
 BAD_FLAGS = [
