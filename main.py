@@ -4,7 +4,7 @@ python main.py --gpu 0 --plot                 MNIST, on the GPU where there is o
 python main.py --resume                       go on where the run in --save-dir stopped
 python main.py --evaluate log/checkpoint.pt   test figures of a trained network
 
-Without a download and a GPU, in a minute:
+Without a download and a GPU, in a minute or two:
 
 python main.py --dataset digits --init xavier --lr-model 0.01 --weight-cent 0.1 --batch-size 16 --max-epoch 12 --plot
 """
