@@ -1,15 +1,15 @@
 """Networks: images (B, C, H, W) to features (B, feat_dim) and logits (B, num_classes).
 
-`create(name, ...)` builds one of MODELS; each ends in an embedding of feat_dim dimensions, small enough to plot at 2,
-and a linear classifier on it.
+MODELS maps a name to its constructor(num_classes, in_channels, image_size, feat_dim). Each ends in an embedding of
+feat_dim dimensions, small enough to plot at 2, and a linear classifier on it.
 """
 
+import functools
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
@@ -19,64 +19,13 @@ class ModelError(Exception):
     """The network cannot be built as asked; the message is one line for the user."""
 
 
-POOL, POOL3 = "pool 2x2", "pool 3x3 by 2"
-LENETPP = (32, 32, POOL, 64, 64, POOL, 128, 128)
+class Stage(NamedTuple):
+    """A convolution, its activation and a max-pool of stride 2."""
 
-
-@dataclass(frozen=True)
-class Design:
-    """What sets a network apart. `stages`: a pool, or a convolution by its channels (5x5, padding 2), or by a tuple
-    of channels, kernel size and padding.
-    """
-
-    stages: Sequence[int | tuple[int, int, int] | str]
-    batch_norm: bool = False  # convolution without bias + BatchNorm + ReLU, in place of convolution + PReLU
-    pool_first: bool = False  # a pool stands before the BatchNorm + ReLU, which then have a quarter of the pixels
-    prelu_per_channel: bool = False  # in place of one slope a layer
-    classifier_bias: bool = True  # without it the class centers spread on a circle, with it on rays to one side
-
-
-MODELS = {
-    "cnn": Design((*LENETPP, POOL)),  # LeNet++ as in zhou2018
-    "cnn-wen2016": Design((*LENETPP, POOL3), prelu_per_channel=True, classifier_bias=False),  # LeNet++ as in the paper
-    "bn-deep": Design((32, 64, POOL, 128, 256, POOL, 512, 512, POOL, 256, 128, 64, POOL), batch_norm=True),
-    "bn-shallow": Design((32, 64, POOL, 128, 256, POOL, 512, 512, POOL), batch_norm=True),
-    "bn-fast": Design(
-        ((16, 5, 0), POOL, (32, 5, 0), POOL, (64, 3, 1), (64, 3, 1), POOL), batch_norm=True, pool_first=True
-    ),
-}
-
-
-class SumOverRanks(torch.autograd.Function):
-    """The sum over all ranks, through which gradients go back to all of them."""
-
-    @staticmethod
-    def forward(context, values: torch.Tensor) -> torch.Tensor:
-        values = values.clone()
-        dist.all_reduce(values)
-        return values
-
-    backward = forward
-
-
-class BatchNorm2d(nn.BatchNorm2d):
-    """BatchNorm2d; on the CPU, over the joined batch of all ranks (torch's SyncBatchNorm does so on GPUs alone)."""
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        if not (self.training and dist.is_initialized() and images.device.type == "cpu"):
-            return super().forward(images)
-        given, images = images.dtype, images.to(torch.promote_types(images.dtype, torch.float32))
-        over, count = (0, 2, 3), images.new_tensor([images.numel() / images.shape[1]])
-        total = SumOverRanks.apply(torch.cat([images.sum(over), count]))
-        mean, count = total[:-1] / total[-1], total[-1].item()
-        centered = images - mean.view(1, -1, 1, 1)
-        variance = SumOverRanks.apply(centered.square().sum(over)) / count
-        with torch.no_grad():
-            self.num_batches_tracked += 1
-            self.running_mean.lerp_(mean, self.momentum)
-            self.running_var.lerp_(variance * count / (count - 1), self.momentum)
-        scale = self.weight * (variance + self.eps).rsqrt()
-        return (centered * scale.view(1, -1, 1, 1) + self.bias.view(1, -1, 1, 1)).to(given)
+    channels: int
+    pool: int = 0  # its kernel size; 0: no pool
+    kernel: int = 5
+    padding: int = 2
 
 
 class PReLUOnCPU(torch.autograd.Function):
@@ -109,35 +58,54 @@ class PReLU(nn.PReLU):
 
 
 class ConvNet(nn.Module):
-    """Convolutions, an embedding and a linear classifier on it."""
+    """Convolutions, an embedding and a linear classifier on it.
 
-    def __init__(self, design: Design, num_classes: int, in_channels: int, image_size: int, feat_dim: int):
+    Args:
+        num_classes, in_channels, image_size, feat_dim: as in every constructor of MODELS.
+        stages: the convolutions.
+        batch_norm: convolution without bias, BatchNorm and ReLU, in place of convolution and PReLU.
+        pool_first: a pool stands before BatchNorm and ReLU, which then have a quarter of the pixels.
+        prelu_per_channel: a slope for each channel, in place of one for each layer.
+        classifier_bias: without it the class centers spread on a circle, with it on rays to one side.
+
+    Raises:
+        ModelError: the images are too small for the pools.
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        in_channels: int,
+        image_size: int,
+        feat_dim: int,
+        *,
+        stages: Sequence[Stage],
+        batch_norm: bool = False,
+        pool_first: bool = False,
+        prelu_per_channel: bool = False,
+        classifier_bias: bool = True,
+    ):
         super().__init__()
+
+        def activation(channels: int) -> list[nn.Module]:
+            if batch_norm:
+                return [nn.BatchNorm2d(channels), nn.ReLU()]
+            return [PReLU(channels if prelu_per_channel else 1)]
+
         layers, channels, size = [], in_channels, image_size
-        for stage in design.stages:
-            if stage in (POOL, POOL3):
-                kernel, padding, stride = 3 if stage == POOL3 else 2, 0, 2
-                layers.insert(len(layers) - 2 * design.pool_first, nn.MaxPool2d(kernel, stride))
-            else:
-                inputs, stride = channels, 1
-                channels, kernel, padding = (stage, 5, 2) if isinstance(stage, int) else stage
-                layers.append(nn.Conv2d(inputs, channels, kernel, padding=padding, bias=not design.batch_norm))
-                layers += self._activation(design, channels)
-            size = (size + 2 * padding - kernel) // stride + 1
-            if size < 1 + design.pool_first:  # a BatchNorm of one pixel could not train on a batch of one image
+        for stage in stages:
+            pool = [nn.MaxPool2d(stage.pool, stride=2)] if stage.pool else []
+            layers.append(nn.Conv2d(channels, stage.channels, stage.kernel, padding=stage.padding, bias=not batch_norm))
+            layers += pool + activation(stage.channels) if pool_first else activation(stage.channels) + pool
+            channels, size = stage.channels, size + 2 * stage.padding - stage.kernel + 1
+            if stage.pool:
+                size = (size - stage.pool) // 2 + 1
+            if size < 1 + pool_first:  # a BatchNorm of one pixel could not train on a batch of one image
                 raise ModelError(f"images of {image_size} pixels are too small for this network")
         self.body = nn.Sequential(*layers)
         embedding = nn.Linear(channels * size**2, feat_dim)
-        self.embedding = (
-            embedding if design.batch_norm else nn.Sequential(embedding, *self._activation(design, feat_dim))
-        )
-        self.classifier = nn.Linear(feat_dim, num_classes, bias=design.classifier_bias)
-
-    @staticmethod
-    def _activation(design: Design, channels: int) -> list[nn.Module]:
-        if design.batch_norm:
-            return [BatchNorm2d(channels), nn.ReLU()]
-        return [PReLU(channels if design.prelu_per_channel else 1)]
+        self.embedding = embedding if batch_norm else nn.Sequential(embedding, *activation(feat_dim))
+        self.classifier = nn.Linear(feat_dim, num_classes, bias=classifier_bias)
 
     def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         inputs = self.body(images).flatten(1).to(self.classifier.weight.dtype)
@@ -146,10 +114,29 @@ class ConvNet(nn.Module):
             return features, self.classifier(features)
 
 
-class Compiled(nn.Module):
-    """`net`, compiled for batches of one size; one of another size, such as an epoch's last, goes through it as it is.
+LENETPP = (Stage(32), Stage(32, pool=2), Stage(64), Stage(64, pool=2), Stage(128))
+SHALLOW = (Stage(32), Stage(64, pool=2), Stage(128), Stage(256, pool=2), Stage(512), Stage(512, pool=2))
+DEEP = (*SHALLOW, Stage(256), Stage(128), Stage(64, pool=2))
+FAST = (Stage(16, 2, padding=0), Stage(32, 2, padding=0), Stage(64, 0, 3, 1), Stage(64, 2, 3, 1))
 
-    On a GPU the compiled passes are CUDA graphs, but not among several ranks, whose gradients are sent off on the way.
+
+def _conv_net(*stages: Stage, **options) -> Callable[..., ConvNet]:
+    return functools.partial(ConvNet, stages=stages, **options)
+
+
+MODELS: dict[str, Callable[..., nn.Module]] = {
+    "cnn": _conv_net(*LENETPP, Stage(128, pool=2)),  # LeNet++ as in zhou2018
+    "cnn-wen2016": _conv_net(*LENETPP, Stage(128, pool=3), prelu_per_channel=True, classifier_bias=False),
+    "bn-deep": _conv_net(*DEEP, batch_norm=True),
+    "bn-shallow": _conv_net(*SHALLOW, batch_norm=True),
+    "bn-fast": _conv_net(*FAST, batch_norm=True, pool_first=True),
+}
+
+
+class Compiled(nn.Module):
+    """`net`, compiled for batches of one size; batches of another size, such as an epoch's last, run uncompiled.
+
+    On a GPU the compiled passes are CUDA graphs, except among several ranks, whose gradients are exchanged in between.
     """
 
     def __init__(self, net: nn.Module, batch_size: int):
@@ -160,7 +147,7 @@ class Compiled(nn.Module):
         except Exception as error:  # of torch's compiler, Triton's or the system's
             reason = str(error).strip().partition("\n")[0] or type(error).__name__
             raise ModelError(f"--compile needs a C++ compiler that works: {reason}") from error
-        graphs = parameter.is_cuda and not dist.is_initialized()
+        graphs = parameter.is_cuda and not torch.distributed.is_initialized()
         self.net, self.batch_size = net, batch_size
         self.compiled = torch.compile(net, dynamic=False, mode="reduce-overhead" if graphs else "default")
 
@@ -172,7 +159,7 @@ class Compiled(nn.Module):
 
 
 def keep_(parameter: torch.Tensor) -> torch.Tensor:
-    """As PyTorch's layers have drawn themselves."""
+    """PyTorch's own initialisation, which its layers have drawn already."""
     return parameter
 
 
@@ -194,9 +181,9 @@ def create(
     image_size: int = 28,
     feat_dim: int = 2,
     init: str = "default",
-) -> ConvNet:
-    """Builds MODELS[name] and starts it by INITS[init]. Raises ModelError where the images are too small for it."""
-    model = ConvNet(MODELS[name], num_classes, in_channels, image_size, feat_dim)
+) -> nn.Module:
+    """Builds MODELS[name] and initialises it by INITS[init]. Raises ModelError where the images are too small."""
+    model = MODELS[name](num_classes, in_channels, image_size, feat_dim)
     for module in model.modules():
         if isinstance(module, nn.Conv2d | nn.Linear):
             for parameter in module.parameters():

@@ -1,4 +1,4 @@
-"""Other processes: signals that ask this one to stop, and the ranks that torchrun has started beside it."""
+"""Other processes: signals that ask this one to stop, and the ranks that torchrun has started."""
 
 import contextlib
 import os
@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from utils import RunError
 
@@ -36,7 +37,7 @@ class StopRequest:
 
 
 class Ranks(NamedTuple):
-    """This process among those that torchrun has started; one alone without it."""
+    """This process among those that torchrun has started; the only one without it."""
 
     rank: int = 0
     size: int = 1
@@ -49,7 +50,7 @@ class Ranks(NamedTuple):
 
     @contextlib.contextmanager
     def joined(self) -> Iterator[None]:
-        """In its context, the ranks can speak to each other: NCCL between GPUs, gloo between CPUs."""
+        """In its context the ranks can communicate: by NCCL between GPUs, by gloo between CPUs."""
         if self.size > 1:
             dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
         try:
@@ -60,12 +61,16 @@ class Ranks(NamedTuple):
 
     @contextlib.contextmanager
     def first_alone(self) -> Iterator[None]:
-        """Lets rank 0 through, and then the others: for downloads."""
+        """Lets rank 0 through before the others: for downloads."""
         if self.size > 1 and self.rank > 0:
             dist.barrier()
         yield
         if self.size > 1 and self.rank == 0:
             dist.barrier()
+
+    def share(self, batch: torch.Tensor) -> torch.Tensor:
+        """This rank's rows of a batch: every row goes to exactly one rank."""
+        return batch[self.rank :: self.size]
 
     def total(self, values: torch.Tensor) -> torch.Tensor:
         """The sum over the ranks."""
@@ -75,7 +80,7 @@ class Ranks(NamedTuple):
         return values
 
     def any(self, number: int | None) -> int:
-        """The largest of the ranks' numbers, of which None is 0."""
+        """The largest of the ranks' numbers; None counts as 0."""
         if self.size == 1:
             return number or 0
         largest = torch.tensor(number or 0)
@@ -83,7 +88,7 @@ class Ranks(NamedTuple):
         return int(largest)
 
     def gather(self, rows: torch.Tensor) -> torch.Tensor:
-        """The rows of all ranks, which may have different numbers of them, in the order of the ranks."""
+        """The rows of all ranks, in rank order; the ranks may have different numbers of them."""
         if self.size == 1:
             return rows
         parts = [None] * self.size
@@ -91,7 +96,51 @@ class Ranks(NamedTuple):
         return torch.cat(parts).to(rows.device)
 
     def check_equal(self, name: str, values: torch.Tensor) -> None:
-        """Raises RunError where a rank's values differ, as far as their sums tell."""
+        """Raises RunError where the ranks' values differ, as far as their sums show."""
         sums = torch.stack([values.double().sum(), values.double().square().sum()]).cpu()
         if len(self.gather(sums.unsqueeze(0)).unique(dim=0)) > 1:
             raise RunError(f"the ranks' {name} are no longer the same")
+
+    def parallel(self, model: nn.Module) -> nn.Module:
+        """The model with averaged gradients and BatchNorm over the joined batch; without other ranks, as it is."""
+        if self.size == 1:
+            return model
+        if next(model.parameters()).is_cuda:
+            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        else:  # where torch has no SyncBatchNorm
+            for module in model.modules():
+                if type(module) is nn.BatchNorm2d:
+                    module.__class__ = BatchNormOverRanks
+        return nn.parallel.DistributedDataParallel(model)
+
+
+class SumOverRanks(torch.autograd.Function):
+    """The sum over all ranks, through which gradients go back to all of them."""
+
+    @staticmethod
+    def forward(context, values: torch.Tensor) -> torch.Tensor:
+        values = values.clone()
+        dist.all_reduce(values)
+        return values
+
+    backward = forward
+
+
+class BatchNormOverRanks(nn.BatchNorm2d):
+    """BatchNorm2d over the joined batch of all ranks, on CPUs, for which torch's SyncBatchNorm is not made."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        if not self.training:
+            return super().forward(images)
+        dtype, images = images.dtype, images.to(torch.promote_types(images.dtype, torch.float32))
+        over, count = (0, 2, 3), images.new_tensor([images.numel() / images.shape[1]])
+        total = SumOverRanks.apply(torch.cat([images.sum(over), count]))
+        mean, count = total[:-1] / total[-1], total[-1].item()
+        centered = images - mean.view(1, -1, 1, 1)
+        variance = SumOverRanks.apply(centered.square().sum(over)) / count
+        with torch.no_grad():
+            self.num_batches_tracked += 1
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(variance * count / (count - 1), self.momentum)
+        scale = self.weight * (variance + self.eps).rsqrt()
+        return (centered * scale.view(1, -1, 1, 1) + self.bias.view(1, -1, 1, 1)).to(dtype)

@@ -12,7 +12,8 @@ import statistics
 from datetime import timedelta
 from pathlib import Path
 
-from recipes import FREE_ON_RESUME, RECIPES, build_parser
+from cli import build_parser
+from recipes import RECIPES
 from utils import RunError
 
 REFERENCE = [metrics.parent for metrics in sorted(Path(__file__).parent.glob("log/reference/*/metrics.csv"))]
@@ -27,7 +28,7 @@ def flags(args: dict) -> str:
     parser = build_parser()
     parser.set_defaults(**RECIPES[args["recipe"]])
     defaults = vars(parser.parse_args([]))
-    silent = FREE_ON_RESUME - {"max_epoch"} | {"recipe", "seed"} | ({"max_epoch"} if args["max_iter"] else set())
+    silent = parser.free - {"max_epoch"} | {"recipe", "seed"} | ({"max_epoch"} if args["max_iter"] else set())
     given = [f"--recipe {args['recipe']}"]
     for name, default in defaults.items():
         value, flag = args[name], name.replace("_", "-")

@@ -11,6 +11,7 @@ import io
 import json
 import os
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -47,8 +48,10 @@ class WriteError(RunError):
 class Stopped(RunError):
     """A signal has ended the run between two batches."""
 
-    def __init__(self, number: int, message: str):
-        super().__init__(message)
+    def __init__(self, number: int, run: dict, save_dir: str):
+        done = f"epoch {run['epoch']}" + (f" and {run['partial']['batches']} batches" if run["partial"] else "")
+        super().__init__(f"stopped by {signal.Signals(number).name}; {save_dir} holds all up to {done}; to go on: "
+                         f"python main.py --resume --save-dir {save_dir}")  # fmt: skip
         self.status = 128 + number
 
 
@@ -267,16 +270,25 @@ def load_checkpoint(path: str | Path) -> dict:
     return checkpoint
 
 
-def check_data(saved: dict, present: dict, path: str, to_train: bool) -> None:
-    """Raises RunError where the data at hand are others than those of the checkpoint `path`."""
+def restore(path: str, run: dict, modules: dict, to_train: bool) -> dict:
+    """Loads the checkpoint `path` into the modules; returns what it has in place of each entry of `run`.
+
+    Raises RunError where it is of other data, of another network or of another optimizer.
+    """
+    checkpoint = load_checkpoint(path)
     for name, needed in (("classes", True), ("images", to_train)):
-        if needed and saved.get(name) != present[name]:
-            raise RunError(f"the training {name} must be {saved.get(name)}, as in {path}, got {present[name]}")
+        saved, present = checkpoint["data"].get(name), run["data"][name]
+        if needed and saved != present:
+            raise RunError(f"the training {name} must be {saved}, as in {path}, got {present}")
+    try:
+        for name, module in modules.items():
+            module.load_state_dict(checkpoint[name])
+        import torch
 
-
-def total(module) -> float:
-    """The sum of a module's state: finite where all of it is. Waits for the device."""
-    return sum(tensor.double().sum() for tensor in module.state_dict().values()).item()
+        torch.set_rng_state(checkpoint["rng"])
+        return {name: checkpoint[name] for name in run}
+    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise RunError(f"the checkpoint {path} does not fit this network and its optimizers") from error
 
 
 def confusion_lines(counts: list[list[int]], classes: Sequence[str], width: int = 100) -> list[str]:
@@ -303,6 +315,16 @@ def confusion_lines(counts: list[list[int]], classes: Sequence[str], width: int 
 
 
 # ------------------------------------------------------------------------------------------------------------- a run
+
+
+class NoFiles(contextlib.nullcontext):
+    """What the ranks other than 0 write: nothing."""
+
+    def save(self, run: dict, modules: dict) -> None:
+        pass
+
+    def save_epoch(self, row: dict, splits: dict[str, dict], centers) -> None:
+        pass
 
 
 class RunFiles:

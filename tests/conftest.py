@@ -13,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
+import cli
 import main
 
 torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL = 1.0  # seconds that torch waits for workers once one has raised
@@ -28,6 +29,14 @@ def pytest_collection_modifyitems(items):
             item.add_marker(no_mnist)
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(no_gpu)
+
+
+def program(argv: list) -> int:
+    """Runs main.py in this process; its exit status."""
+    try:
+        return cli.run(main.main, [str(each) for each in argv], main.__doc__)
+    except SystemExit as exit:
+        return exit.code
 
 
 def make_folder(root: Path, classes=("ant", "bee", "cat"), train=8, test=4, size=(8, 8), mode="L") -> Path:
@@ -58,11 +67,7 @@ def run(folder, tmp_path, capsys, monkeypatch):
     def call(*flags, base=True):
         common = ["--dataset", "folder", "--data-root", str(folder), "--image-size", "8", "--batch-size", "10",
                   "--max-epoch", "2", "--print-freq", "1", "--eval-freq", "1", "--use-cpu"]  # fmt: skip
-        try:
-            status = main.cli([*(common if base else []), *map(str, flags)])
-        except SystemExit as exit:
-            status = exit.code
-        return status, *capsys.readouterr()
+        return program([*(common if base else []), *flags]), *capsys.readouterr()
 
     return call
 

@@ -23,8 +23,7 @@ import torchvision  # noqa: F401
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import main
-from tests.conftest import make_folder
+from tests.conftest import make_folder, program
 
 # What each run is, on 24 images of 8x8 pixels in batches of 10.
 SETTINGS = {
@@ -85,9 +84,7 @@ def start(flags: list, output: Path) -> int:
         os.dup2(1, 2)
         status = 70
         try:
-            status = main.cli([str(flag) for flag in flags])
-        except SystemExit as exit:
-            status = exit.code
+            status = program(flags)
         finally:
             sys.stdout.flush()
             if status == 0:  # waits for what a whole process waits for

@@ -19,11 +19,12 @@ from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorData
 from torchvision import transforms
 
 import datasets
+from processes import Ranks
 
 
 def batches(loader, seed=1):
     torch.manual_seed(seed)
-    return [(images.clone(), labels.clone()) for images, labels in loader]
+    return [(images.clone(), labels.clone()) for images, labels, _ in loader]
 
 
 def write_mnist(root, train=32, test=16, size=28, name="MNIST"):
@@ -72,10 +73,10 @@ def test_workers_give_the_same_batches_to_the_bit(name, tmp_path, monkeypatch):
     elif name.startswith("cifar"):
         write_cifar(tmp_path, monkeypatch, classes=int(name[5:]))
     elif name != "digits":
-        write_mnist(tmp_path, name=datasets.SPECS[name].source)
+        write_mnist(tmp_path, name={"mnist": "MNIST", "fashion-mnist": "FashionMNIST"}[name])
     size = 300 if name == "digits" else 7
     memory, workers = (datasets.create(name, tmp_path, size, j, image_size=8) for j in (0, 2))
-    assert memory.classes == workers.classes and memory[4:] == workers[4:]
+    assert memory.classes == workers.classes and memory[3:] == workers[3:]
     for split in ("train", "test"):
         pairs = list(zip(batches(getattr(memory, split)), batches(getattr(workers, split)), strict=True))
         assert len(pairs) == len(getattr(memory, split))
@@ -89,7 +90,7 @@ def test_pixels_are_those_of_torchvisions_transforms(tmp_path):
     data = datasets.create("mnist", tmp_path, batch_size=8)
     transform = transforms.Compose([transforms.ToTensor(), transforms.Normalize((0.1307,), (0.3081,))])
     oracle = torchvision.datasets.MNIST(tmp_path, train=False, transform=transform)
-    images = torch.cat([images for images, _ in data.test])
+    images = torch.cat([images for images, _, _ in data.test])
     assert torch.equal(images, torch.stack([image for image, _ in oracle]))
 
 
@@ -101,7 +102,7 @@ def test_scalings_map_0_and_255_to_their_formula(scaling, low, high):
 
 
 def test_standard_scaling_of_digits_has_mean_0_and_deviation_1():
-    images = torch.cat([images for images, _ in datasets.create("digits", "nowhere", 500).train])
+    images = torch.cat([images for images, _, _ in datasets.create("digits", "nowhere", 500).train])
     assert images.mean().item() == pytest.approx(0, abs=2e-3)
     assert images.std().item() == pytest.approx(1, abs=2e-3)
 
@@ -109,7 +110,7 @@ def test_standard_scaling_of_digits_has_mean_0_and_deviation_1():
 def test_digits_are_split_by_class_and_without_overlap():
     data = datasets.create("digits", "nowhere", 500)
     (train, train_labels), (test, test_labels) = (
-        (torch.cat(each) for each in zip(*loader, strict=True)) for loader in (data.train, data.test)
+        (torch.cat(each) for each in zip(*batches(loader), strict=True)) for loader in (data.train, data.test)
     )
     assert (len(train), len(test)) == (1437, 360)
     shares = [torch.bincount(labels) / len(labels) for labels in (train_labels, test_labels)]
@@ -122,31 +123,30 @@ def test_digits_are_split_by_class_and_without_overlap():
 @given(size=st.integers(1, 70), batch_size=st.integers(1, 40), seed=st.integers(0, 2**40))
 def test_batches_are_those_of_a_shuffling_dataloader(size, batch_size, seed):
     plain = DataLoader(TensorDataset(torch.arange(size)), batch_size, shuffle=True)
-    ours = DataLoader(datasets.TensorBatches(torch.arange(size), torch.arange(size)), batch_size=None,
-                      sampler=datasets.BatchRows(size, batch_size, True, "cpu"))  # fmt: skip
+    ours = DataLoader(TensorDataset(torch.arange(size)), batch_size=None,
+                      sampler=datasets.BatchRows(size, batch_size, True, "cpu", Ranks()))  # fmt: skip
     for _ in range(2):  # the second epoch goes on from the first one's random state
         torch.manual_seed(seed)
         expected = [rows.tolist() for _ in range(2) for (rows,) in plain]
         torch.manual_seed(seed)
-        assert [rows.tolist() for _ in range(2) for rows, _ in ours] == expected
+        assert [rows.tolist() for _ in range(2) for (rows,) in ours] == expected
 
 
 @given(size=st.integers(1, 60), batch_size=st.integers(1, 20), ranks=st.integers(1, 5))
 def test_ranks_share_each_batch_without_loss_or_repetition(size, batch_size, ranks):
-    shares = [list(datasets.BatchRows(size, batch_size, False, "cpu", rank, ranks)) for rank in range(ranks)]
+    shares = [list(datasets.BatchRows(size, batch_size, False, "cpu", Ranks(rank, ranks))) for rank in range(ranks)]
     whole = list(BatchSampler(range(size), batch_size, drop_last=False))
     assert [sorted(torch.cat(parts).tolist()) for parts in zip(*shares, strict=True)] == whole
     assert len({len(share) for share in shares}) == 1
 
 
-def test_skip_leaves_out_batches_of_one_pass_only():
-    rows = datasets.BatchRows(10, 3, True, "cpu")
-    torch.manual_seed(5)
-    whole = [each.tolist() for each in rows]
-    rows.skip = 2
-    torch.manual_seed(5)
-    assert [each.tolist() for each in rows] == whole[2:]
-    assert len(list(rows)) == 4
+def test_the_rest_of_a_pass_is_what_the_whole_one_would_have_gone_on_with():
+    train = datasets.create("digits", "nowhere", 500).train
+    whole = batches(train)
+    torch.manual_seed(1)
+    rest = list(train.after(2))
+    assert [size for _, _, size in rest] == [437] and torch.equal(rest[0].labels, whole[2][1])
+    assert torch.equal(rest[0].images, whole[2][0]) and len(list(train)) == 3
 
 
 def test_testing_draws_nothing_from_the_training_randomness():
@@ -243,7 +243,7 @@ def test_broken_or_missing_files_are_refused_and_nothing_is_left(tmp_path, monke
         assert not list(tmp_path.iterdir())
     raw = write_mnist(tmp_path) / "MNIST" / "raw"
     (raw / "train-images-idx3-ubyte").write_bytes(b"\0" * 100)
-    assert "mnist could be neither read" in refusal("mnist", tmp_path, 4)
+    assert "MNIST could be neither read" in refusal("mnist", tmp_path, 4)
     assert (raw / "train-labels-idx1-ubyte").exists()
 
 
@@ -258,7 +258,7 @@ def test_files_that_do_not_fit_together_are_refused(tmp_path):
 @pytest.mark.mnist
 def test_real_mnist():
     data = datasets.create("mnist", SHARED_DATA, 1000)
-    images, labels = (torch.cat(each) for each in zip(*data.train, strict=True))
+    images, labels = (torch.cat(each) for each in zip(*batches(data.train), strict=True))
     assert images.shape == (60000, 1, 28, 28)
     assert torch.bincount(labels).tolist() == [5923, 6742, 5958, 6131, 5842, 5421, 5918, 6265, 5851, 5949]
     assert images.mean().item() == pytest.approx(0, abs=1e-3)
@@ -269,4 +269,4 @@ def test_order_is_randomsamplers():
     torch.manual_seed(0)
     expected = list(RandomSampler(range(20)))
     torch.manual_seed(0)
-    assert torch.cat(list(datasets.BatchRows(20, 6, True, "cpu"))).tolist() == expected
+    assert torch.cat(list(datasets.BatchRows(20, 6, True, "cpu", Ranks()))).tolist() == expected

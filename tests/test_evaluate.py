@@ -43,7 +43,7 @@ def test_classes_have_their_accuracy_and_predictions_as_counted_one_by_one(run, 
     model = models.create("cnn", 3, 1, 8)
     model.load_state_dict(torch.load("log/checkpoint.pt", weights_only=True)["model"])
     counts = np.zeros((3, 3), int)
-    for images, labels in datasets.create("folder", folder, 1, image_size=8).test:
+    for images, labels, _ in datasets.create("folder", folder, 1, image_size=8).test:
         counts[labels.item(), model(images)[1].argmax().item()] += 1
     rows = [line.split() for line in out.splitlines()[-4:]]
     assert rows[0] == ["true", "class", "accuracy", "%", "ant", "bee", "cat"]

@@ -17,10 +17,12 @@ import torch.nn.functional as F
 from conftest import PYTHON, SHARED_DATA, make_folder
 from test_datasets import no_network, write_mnist
 
+import cli
 import datasets
 import main
 import models
 import recipes
+import training
 
 MAIN = Path(main.__file__)
 FIGURE = r"-?\d+\.\d{6}"
@@ -62,7 +64,7 @@ def test_training_takes_the_steps_of_a_plain_loop(weight, run, folder):
     sums, rows = [], metrics()
     for row in rows:
         sums, right = torch.zeros(2), 0
-        for images, labels in data.train:
+        for images, labels, _ in data.train:
             features, logits = model(images)
             xent, center = F.cross_entropy(logits, labels), weight * (features - centers[labels]).pow(2).sum(1).mean()
             sgd.zero_grad()
@@ -89,7 +91,7 @@ def test_test_figures_are_those_of_slow_loops(run, folder):
     model.load_state_dict(checkpoint["model"])
     right = nearest = 0
     distances = []
-    for images, labels in datasets.create("folder", folder, 1, image_size=8).test:
+    for images, labels, _ in datasets.create("folder", folder, 1, image_size=8).test:
         features, logits = model(images)
         right += logits.argmax().item() == labels.item()
         to_centers = [(features[0] - center).norm().item() for center in centers]
@@ -164,16 +166,16 @@ def test_max_iter_ends_within_an_epoch(run):
 
 
 def test_recipes_set_defaults_and_flags_win():
-    args = main.parse_args(["--recipe", "wen2016", "--lr-model", "0.5"])
+    args = cli.parse_args(["--recipe", "wen2016", "--lr-model", "0.5"])
     assert (args.weight_cent, args.center_update, args.lr_model, args.max_iter) == (0.01, "paper", 0.5, 10000)
-    assert main.parse_args([]).lr_model == 0.001
+    assert cli.parse_args([]).lr_model == 0.001
     for flags, limits in {
         "": (100, 10000), "--max-epoch 3": (3, 0), "--max-epoch 100": (100, 0), "--max-iter 5": (100, 5),
         "--max-epoch 3 --max-iter 5": (3, 5),
     }.items():  # fmt: skip
-        args = main.parse_args(["--recipe", "wen2016", *flags.split()])
+        args = cli.parse_args(["--recipe", "wen2016", *flags.split()])
         assert (args.max_epoch, args.max_iter) == limits
-    parser = recipes.build_parser()
+    parser = cli.build_parser()
     for recipe in recipes.RECIPES.values():
         assert recipe.keys() <= vars(parser.parse_args([])).keys()
 
@@ -183,9 +185,9 @@ def test_flags_have_zhou2018s_names_and_defaults():
         dataset="mnist", batch_size=128, lr_model=0.001, lr_cent=0.5, weight_cent=1, max_epoch=100, stepsize=20,
         gamma=0.5, model="cnn", eval_freq=10, print_freq=50, gpu="0", seed=1, use_cpu=False, save_dir="log", plot=False,
     )  # fmt: skip
-    args = vars(main.parse_args([]))
+    args = vars(cli.parse_args([]))
     assert {name: args[name] for name in expected} == expected
-    assert main.parse_args(["-d", "digits", "-j", "3"]).workers == 3
+    assert cli.parse_args(["-d", "digits", "-j", "3"]).workers == 3
 
 
 @pytest.mark.parametrize(
@@ -198,9 +200,9 @@ def test_flags_have_zhou2018s_names_and_defaults():
 )
 def test_schedules_count_epochs_or_steps(flags, expected):
     """Three steps an epoch; the rate in each epoch's last step."""
-    args = main.parse_args(["--lr-model", "1", *flags])
+    args = cli.parse_args(["--lr-model", "1", *flags])
     sgd = torch.optim.SGD([torch.zeros(1, requires_grad=True)], args.lr_model)
-    schedule, rates = recipes.SCHEDULES[args.schedule](sgd, args, 3), []
+    schedule, rates = recipes.SCHEDULES[args.schedule].create(sgd, args, 3, 15), []
     for _ in range(5):
         for _ in range(3):
             sgd.step()
@@ -210,19 +212,18 @@ def test_schedules_count_epochs_or_steps(flags, expected):
     assert rates == pytest.approx(expected)
 
 
-def test_onecycle_is_as_long_as_the_run():
+def test_onecycle_is_as_long_as_the_run(run):
     for flags, steps in ((["--max-iter", "7"], 7), (["--max-epoch", "4"], 12)):
-        args = main.parse_args(["--schedule", "onecycle", *flags])
-        sgd = torch.optim.SGD([torch.zeros(1, requires_grad=True)], args.lr_model, args.momentum)
-        assert recipes.SCHEDULES["onecycle"](sgd, args, 3).total_steps == steps
+        assert run("--schedule", "onecycle", *flags)[0] == 0
+        assert torch.load("log/checkpoint.pt", weights_only=True)["scheduler"]["total_steps"] == steps
 
 
 def test_onecycle_leaves_each_group_its_peak_and_sgd_its_momentum():
     flags = ["--recipe", "wen2016", "--schedule", "onecycle", "--momentum", "0", "--momentum-cent", "0.5"]
-    args = main.parse_args(flags)
+    args = cli.parse_args(flags)
     model, loss = models.create("cnn-wen2016"), main.CenterLoss(10, 2, use_gpu=False)
     (sgd,) = recipes.create_optimizers(model, loss, args).values()
-    schedule, seen = recipes.SCHEDULES["onecycle"](sgd, args, 3), []
+    schedule, seen = recipes.SCHEDULES["onecycle"].create(sgd, args, 3, args.max_iter), []
     for _ in range(args.max_iter - 1):
         sgd.step()
         schedule.step()
@@ -237,12 +238,12 @@ def test_batch_norm_trains_on_a_last_batch_of_one_image(run):
 
 
 def test_a_class_that_a_cut_pass_has_not_seen_has_a_finite_mean():
-    means = main.class_means(torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]]), torch.tensor([0, 2, 2]), 3)
+    means = training.class_means(torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]]), torch.tensor([0, 2, 2]), 3)
     assert means.tolist() == [[1, 2], [0, 0], [4, 5]]
 
 
 def test_caffe_biases_and_one_optimizer_make_parameter_groups():
-    args = main.parse_args(["--recipe", "wen2016"])
+    args = cli.parse_args(["--recipe", "wen2016"])
     model, loss = models.create("cnn-wen2016"), main.CenterLoss(10, 2, use_gpu=False)
     (sgd,) = recipes.create_optimizers(model, loss, args).values()
     weights, biases, centers = sgd.param_groups
@@ -294,7 +295,7 @@ BAD_FLAGS = [
 
 def test_every_flag_that_takes_a_value_has_a_wrong_one_in_the_table():
     tried = {flags[0] for flags in BAD_FLAGS}
-    for action in recipes.build_parser()._actions:
+    for action in cli.build_parser()._actions:
         if action.nargs != 0 and not isinstance(action, argparse.BooleanOptionalAction):
             assert tried & set(action.option_strings), action.option_strings
 
@@ -417,7 +418,7 @@ print(*loaded())
 import main
 for flags in (["-h"], ["--batch-size", "0"], ["--resume", "nowhere.pt"]):
     with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):
-        main.cli(flags)
+        main.cli.run(main.main, flags)
 print(*loaded())
 print(*({"torch._dynamo", "torch._inductor", "torch.onnx"} & set(sys.modules)))
 """

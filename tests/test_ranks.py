@@ -3,6 +3,7 @@
 Run by torchrun, this file is the ranks' own program: it runs main.py once for each list of flags in a JSON file.
 """
 
+import contextlib
 import itertools
 import json
 import os
@@ -13,12 +14,15 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from conftest import make_folder, program
 
+import cli
+import datasets
 import main
-import models
-from processes import Ranks
+from processes import BatchNormOverRanks, Ranks
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 COMMON = ["--dataset", "folder", "--image-size", "16", "--max-epoch", "2", "--eval-freq", "1", "--use-cpu"]
@@ -31,18 +35,32 @@ VARIANTS = {
     "one optimizer": ["--lr-model", "0.01", "--batch-size", "9", "--one-optimizer"],
     "wen2016": ["--recipe", "wen2016", "--batch-size", "9", "--max-iter", "5"],
     "zahn2024-v1.0": ["--recipe", "zahn2024-v1.0", "--batch-size", "8"],
-    # Not 8: after a batch of one, one process with two threads differs from itself with one thread by 8e-3.
-    "zahn2024-v1.2": ["--recipe", "zahn2024-v1.2", "--batch-size", "9"],
+    "zahn2024-v1.2": ["--recipe", "zahn2024-v1.2", "--batch-size", "8"],
     "paper, adamw, onecycle": ["--center-update", "paper", "--optimizer", "adamw", "--schedule", "onecycle",
                                "--batch-size", "9", "--weight-cent", "0.1"],
 }  # fmt: skip
 BFLOAT16 = {"batch norm": ["--model", "bn-fast", "--image-size", "28", "--amp", "--batch-size", "9"]}
 
 
+@contextlib.contextmanager
+def float64():
+    """Runs main.py in float64, where the rounding that BatchNorm layers amplify stays far below any real difference."""
+    normalise = datasets.Normalise.__call__
+    datasets.Normalise.__call__ = lambda self, images: normalise(self, images).double()
+    torch.set_default_dtype(torch.float64)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)
+        datasets.Normalise.__call__ = normalise
+
+
+def run_as(name):
+    return contextlib.nullcontext() if name in BFLOAT16 else float64()
+
+
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
-    from conftest import make_folder
-
     root = make_folder(tmp_path_factory.mktemp("ranks") / "images", train=8, test=3, size=(16, 16))
     (root / "train" / "ant" / "9.png").write_bytes((root / "train" / "ant" / "1.png").read_bytes())
     return root
@@ -55,8 +73,9 @@ def both(images, tmp_path_factory):
     for index, (name, flags) in enumerate((VARIANTS | BFLOAT16).items()):
         pairs[name] = base / f"{index}-one", base / f"{index}-two"
         flags = [*COMMON, "--data-root", str(images), *flags, "--save-dir"]
-        assert main.cli([*flags, str(pairs[name][0])]) == 0
-        jobs.append([*flags, str(pairs[name][1])])
+        with run_as(name):
+            assert program([*flags, pairs[name][0]]) == 0
+        jobs.append([name, [*flags, str(pairs[name][1])]])
     (base / "jobs.json").write_text(json.dumps(jobs))
     environment = os.environ | {"PYTHONPATH": str(Path(main.__file__).parent)}
     result = subprocess.run([*TORCHRUN, __file__, base / "jobs.json"], capture_output=True, text=True, timeout=300,
@@ -71,9 +90,7 @@ def checkpoint(directory):
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_two_ranks_end_where_one_process_does(name, both):
-    # Nine BatchNorm layers carry a rounding far: another instruction set on the same CPU moves one process's weights
-    # by up to 1e-3. check_batch_norm, which the ranks have run, is exact.
-    tolerance = 5e-3 if name.startswith("zahn2024") else 1e-4
+    tolerance = 1e-8
     one, two = (checkpoint(directory) for directory in both[0][name])
     assert one["model"].keys() == two["model"].keys()
     for key, value in one["model"].items():
@@ -97,26 +114,24 @@ def test_rank_0_alone_prints_and_writes(both):
         assert sorted(path.name for path in one.iterdir()) == sorted(path.name for path in two.iterdir())
         lines = [(directory / "log_folder.txt").read_text().splitlines()[:-1] for directory in (one, two)]
         figures = [[float(figure) for line in each for figure in re.findall(r"\d+\.\d+", line)] for each in lines]
-        assert figures[0] == pytest.approx(figures[1], abs=2e-2)
+        assert figures[0] == pytest.approx(figures[1], abs=1e-6)
         texts = [[re.sub(r"[\d.]+", "#", line) for line in each] for each in lines]
         assert texts[0] == texts[1]
 
 
 def test_features_of_all_ranks_are_gathered(both):
-    import numpy as np
-
     one, two = (np.load(directory / "features" / "epoch_2.npz") for directory in both[0]["softmax only"])
     for split, count in (("train", 25), ("test", 9)):
         ours, theirs = (each[f"{split}_features"] for each in (one, two))
         assert len(ours) == len(theirs) == count
-        assert ours[np.lexsort(ours.T)] == pytest.approx(theirs[np.lexsort(theirs.T)], abs=1e-4)
+        assert ours[np.lexsort(ours.T)] == pytest.approx(theirs[np.lexsort(theirs.T)], abs=1e-8)
 
 
 def test_one_process_goes_on_from_two_ranks_checkpoint(both, images, tmp_path):
     one, two = both[0]["zhou2018"]
     for directory in (one, two):
         flags = ["--resume", directory / "checkpoint.pt", "--save-dir", tmp_path / directory.name, "--max-epoch", "3"]
-        assert main.cli([str(flag) for flag in flags]) == 0
+        assert program(flags) == 0
     ends = [checkpoint(tmp_path / directory.name) for directory in (one, two)]
     assert all(torch.allclose(value, ends[1]["model"][key], atol=1e-4) for key, value in ends[0]["model"].items())
 
@@ -144,7 +159,7 @@ def test_a_rank_that_dies_ends_the_others_and_resume_goes_on(images, tmp_path):
     assert "main.py: error: rank 0 has failed or lost the others" in err and "to go on: --resume" in err
     epochs = checkpoint(tmp_path)["epoch"]
     assert epochs >= 2
-    assert main.cli(["--resume", "--save-dir", str(tmp_path), "--max-epoch", str(epochs + 1)]) == 0
+    assert program(["--resume", "--save-dir", tmp_path, "--max-epoch", epochs + 1]) == 0
     assert checkpoint(tmp_path)["epoch"] == epochs + 1
 
 
@@ -152,9 +167,9 @@ def test_a_gpu_index_under_torchrun_is_refused(monkeypatch, capsys):
     for name, value in (("RANK", "0"), ("WORLD_SIZE", "2"), ("LOCAL_RANK", "1")):
         monkeypatch.setenv(name, value)
     with pytest.raises(SystemExit) as exit:
-        main.parse_args(["--gpu", "1"])
+        cli.parse_args(["--gpu", "1"])
     assert exit.value.code == 2 and "--gpu must be left out under torchrun" in capsys.readouterr().err
-    assert main.parse_args([]).gpu == "1"
+    assert cli.parse_args([]).gpu == "1"
 
 
 def check_batch_norm(ranks):
@@ -164,7 +179,7 @@ def check_batch_norm(ranks):
         joined = torch.randn(sum(shares), 4, 3, 3).to(dtype).double().requires_grad_()
         weights = torch.randn_like(joined)
         oracle = torch.nn.BatchNorm2d(4).double()
-        ours = models.BatchNorm2d(4).to(torch.promote_types(dtype, torch.float32))
+        ours = BatchNormOverRanks(4).to(torch.promote_types(dtype, torch.float32))
         (oracle(joined) * weights).sum().backward()
         rows = slice(0, shares[0]) if ranks.rank == 0 else slice(shares[0], None)
         share = joined.detach()[rows].to(dtype).requires_grad_()
@@ -182,5 +197,6 @@ if __name__ == "__main__":
     ranks = Ranks.of_environment()
     with ranks.joined():
         check_batch_norm(ranks)
-        for flags in json.loads(Path(sys.argv[1]).read_text()):
-            main.main(main.parse_args(flags))
+        for name, flags in json.loads(Path(sys.argv[1]).read_text()):
+            with run_as(name):
+                main.main(cli.parse_args(flags))

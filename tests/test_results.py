@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-import main
+import cli
 import results
 
 REPOSITORY = Path(results.__file__).parent
@@ -26,13 +26,13 @@ REPOSITORY = Path(results.__file__).parent
 ])  # fmt: skip
 def test_flags_are_the_shortest_that_give_the_run(given):
     """As they stand in args.json, where the seed, paths and what is written do not matter."""
-    args = vars(main.parse_args([*given.split(), "--seed", "5", "--save-dir", "log/x", "--plot", "--eval-freq", "3"]))
+    args = vars(cli.parse_args([*given.split(), "--seed", "5", "--save-dir", "log/x", "--plot", "--eval-freq", "3"]))
     assert set(results.flags(args).split()) == set(given.split())
 
 
 def make_run(directory, seed, accuracies, elapsed, **flags):
     directory.mkdir()
-    args = vars(main.parse_args(["--seed", str(seed)])) | flags
+    args = vars(cli.parse_args(["--seed", str(seed)])) | flags
     (directory / "args.json").write_text(json.dumps(args))
     with open(directory / "metrics.csv", "w", newline="") as file:
         writer = csv.writer(file)
@@ -78,7 +78,7 @@ def test_the_readmes_table_is_that_of_the_reference_runs():
 @pytest.mark.parametrize("directory", results.REFERENCE, ids=lambda directory: directory.name)
 def test_a_reference_run_has_the_flags_of_its_row(directory):
     args = json.loads((directory / "args.json").read_text())
-    again = vars(main.parse_args(shlex.split(results.flags(args))))
-    free = results.FREE_ON_RESUME - {"max_epoch"} | {"seed"} | ({"max_epoch"} if args["max_iter"] else set())
+    again = vars(cli.parse_args(shlex.split(results.flags(args))))
+    free = cli.build_parser().free - {"max_epoch"} | {"seed"} | ({"max_epoch"} if args["max_iter"] else set())
     assert {name: again[name] for name in again.keys() - free} == {name: args[name] for name in again.keys() - free}
     assert args["save_dir"] == f"log/reference/{directory.name}"

@@ -6,6 +6,7 @@ does. tests/kill_runs.py kills real processes.
 
 import errno
 import json
+import math
 import os
 import re
 import shutil
@@ -17,13 +18,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import PYTHON, make_folder
+from conftest import PYTHON, make_folder, program
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from kill_runs import differences
 
+import cli
 import main
-import recipes
+import training
 import utils
 
 MAIN = Path(main.__file__)
@@ -36,7 +38,7 @@ class Killed(BaseException):
 @pytest.fixture
 def stop_at(monkeypatch):
     """stop_at(step, what): at the training's step of that number from now, raises Killed or sends itself a signal."""
-    original, count = main.F.cross_entropy, {}
+    original, count = training.F.cross_entropy, {}
 
     def cross_entropy(*arguments, **options):
         if torch.is_grad_enabled():  # no test
@@ -51,7 +53,7 @@ def stop_at(monkeypatch):
         count.update(now=0, step=step, what=what)
 
     stop(0)
-    monkeypatch.setattr(main.F, "cross_entropy", cross_entropy)
+    monkeypatch.setattr(training.F, "cross_entropy", cross_entropy)
     return stop
 
 
@@ -97,7 +99,7 @@ def test_a_stop_is_seen_with_workers_as_well_and_they_outlive_its_signal(run, st
 
     flags = ["--max-epoch", "3", "-j", "2"]
     assert run(*flags, "--save-dir", "whole")[0] == 0
-    original, others, calls = main.F.cross_entropy, set(multiprocessing.active_children()), []
+    original, others, calls = training.F.cross_entropy, set(multiprocessing.active_children()), []
 
     def cross_entropy(*arguments, **options):
         calls.append(1)
@@ -109,11 +111,11 @@ def test_a_stop_is_seen_with_workers_as_well_and_they_outlive_its_signal(run, st
                 os.kill(process.pid, signal.SIGINT)
             time.sleep(0.3)
             assert all(process.is_alive() for process in workers)
-            monkeypatch.setattr(main.F, "cross_entropy", original)
+            monkeypatch.setattr(training.F, "cross_entropy", original)
             os.kill(os.getpid(), signal.SIGTERM)
         return original(*arguments, **options)
 
-    monkeypatch.setattr(main.F, "cross_entropy", cross_entropy)
+    monkeypatch.setattr(training.F, "cross_entropy", cross_entropy)
     assert run(*flags, "--save-dir", "stopped")[0] == 143
     assert run("--resume", "--save-dir", "stopped", "-j", "0", base=False)[0] == 0
     assert differences(Path("whole"), Path("stopped")) == []
@@ -209,8 +211,8 @@ def test_an_earlier_checkpoint_takes_later_pictures_away(run):
 
 def test_what_may_differ_from_the_checkpoint_can_be_switched_off_too(run):
     run("--max-epoch", "1", "--save-features")
-    assert not main.parse_args(["--resume", "--no-use-cpu", "--no-save-features"]).use_cpu
-    kept = main.parse_args(["--resume"])
+    assert not cli.parse_args(["--resume", "--no-use-cpu", "--no-save-features"]).use_cpu
+    kept = cli.parse_args(["--resume"])
     assert kept.use_cpu and kept.save_features
     assert run("--resume", "--no-save-features", "--max-epoch", "2", base=False)[0] == 0
     assert os.listdir("log/features") == ["epoch_1.npz"]
@@ -422,8 +424,8 @@ def test_looking_for_divergence_never_waits_for_the_device_within_an_epoch(run, 
 def test_the_last_good_checkpoint_is_untouched_by_a_divergence(run, monkeypatch):
     run("--max-epoch", "1")
     before = torch.load("log/checkpoint.pt", weights_only=True)["model"]
-    original = main.F.cross_entropy
-    monkeypatch.setattr(main.F, "cross_entropy", lambda *given, **options: original(*given, **options) * float("nan"))
+    original = training.F.cross_entropy
+    monkeypatch.setattr(training.F, "cross_entropy", lambda *given, **options: original(*given, **options) * math.nan)
     saved = []
     original_save = utils.save_checkpoint
     monkeypatch.setattr(utils, "save_checkpoint", lambda path, checkpoint: (
@@ -471,20 +473,20 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on_once_there_is_room(leave, r
     flags = ["--max-epoch", "1", "--save-features", "--save-dir", log]
     assert run(*flags)[0] == 0
     before = torch.load(log / "checkpoint.pt", weights_only=True)
-    original = main.train
+    original = training.train_epoch
 
     def train(*arguments):
         fill(small_disk, leave)
         return original(*arguments)
 
-    monkeypatch.setattr(main, "train", train)
+    monkeypatch.setattr(training, "train_epoch", train)
     status, _, err = run("--resume", "--max-epoch", "3", "--save-dir", log, base=False)
     assert status == 1 and err.count("\n") == 1
     assert re.match(r"main.py: error: cannot write .*: No space left on device; the earlier files are whole", err)
     now = torch.load(log / "checkpoint.pt", weights_only=True)
     assert all(torch.equal(now["model"][name], value) for name, value in before["model"].items())
     assert not list(log.rglob("*.part"))
-    monkeypatch.setattr(main, "train", original)
+    monkeypatch.setattr(training, "train_epoch", original)
     (small_disk / "filler").unlink()
     assert run("--resume", "--save-dir", log, base=False)[0] == 0
     assert differences(Path("whole"), log) == []
@@ -507,13 +509,13 @@ def test_a_file_that_cannot_be_written_is_named(name, run, monkeypatch):
 
 
 def test_a_picture_that_cannot_be_drawn_is_told_and_drawn_when_there_is_room(run, monkeypatch):
-    original = main.train
+    original = training.train_epoch
 
     def train(*arguments):
         Path("log/train/epoch_1.png/x").mkdir(parents=True)  # a directory in the picture's place
         return original(*arguments)
 
-    monkeypatch.setattr(main, "train", train)
+    monkeypatch.setattr(training, "train_epoch", train)
     status, out, err = run("--plot", "--max-epoch", "1")
     assert status == 1 and err.count("\n") == 1 and "log/train/epoch_1.png" in err and "--resume draws" in err
     assert "A picture could not be drawn" in out and "Finished." in out
@@ -525,7 +527,7 @@ def test_a_picture_that_cannot_be_drawn_is_told_and_drawn_when_there_is_room(run
 @pytest.mark.parametrize("stopped", [False, True], ids=["at the epoch's end", "in its middle"])
 @pytest.mark.parametrize("then", ["gone", "replaced", "moved"])
 def test_a_directory_that_vanishes_ends_the_run_with_one_line(then, stopped, run, stop_at, monkeypatch):
-    original = main.train
+    original = training.train_epoch
 
     def train(*arguments):
         shutil.move("log", "elsewhere") if then == "moved" else shutil.rmtree("log")
@@ -533,7 +535,7 @@ def test_a_directory_that_vanishes_ends_the_run_with_one_line(then, stopped, run
             os.mkdir("log")
         return original(*arguments)
 
-    monkeypatch.setattr(main, "train", train)
+    monkeypatch.setattr(training, "train_epoch", train)
     stop_at(2 if stopped else 0, signal.SIGTERM)
     status, _, err = run("--max-epoch", "1", "--save-features")
     assert status == 1 and err == "main.py: error: --save-dir log has been removed while the run was writing to it\n"
@@ -559,20 +561,17 @@ def test_an_output_that_is_full_or_closed_is_one_line(target, reason, folder, tm
 
 
 def test_a_second_run_in_the_same_directory_is_refused_while_the_first_lives(run, monkeypatch):
-    original, seen = main.train, []
+    original, seen = training.train_epoch, []
 
     def train(*arguments):
-        monkeypatch.setattr(main, "train", original)
+        monkeypatch.setattr(training, "train_epoch", original)
         before = {path: path.read_bytes() for path in Path("log").iterdir()}
         for flags in ([], ["--resume"]):
-            try:
-                seen.append(main.cli(flags or ["--dataset", "digits", "--use-cpu", "--max-iter", "1"]))
-            except SystemExit as exit:
-                seen.append(exit.code)
+            seen.append(program(flags or ["--dataset", "digits", "--use-cpu", "--max-iter", "1"]))
         assert {path: path.read_bytes() for path in Path("log").iterdir()} == before
         return original(*arguments)
 
-    monkeypatch.setattr(main, "train", train)
+    monkeypatch.setattr(training, "train_epoch", train)
     status, _, err = run("--max-epoch", "1")
     assert status == 0 and seen == [2, 2]
     assert err == "main.py: error: --save-dir log is in use by another run; give this one its own\n" * 2
@@ -614,7 +613,7 @@ def test_tensorboard_has_the_records_and_each_epoch_once(run, monkeypatch):
 
 
 def test_tensorboard_without_its_package_is_refused_before_any_work(run, monkeypatch):
-    monkeypatch.setattr(recipes.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(cli.importlib.util, "find_spec", lambda name: None)
     status, out, err = run("--tensorboard")
     assert (status, out) == (2, "") and err.count("\n") == 1 and "pip install tensorboard" in err
     assert os.listdir() == []
@@ -647,4 +646,4 @@ def test_args_and_checkpoint_say_the_same(run):
     run("--max-epoch", "1", "--recipe", "wen2016", "--model", "cnn", "--max-iter", "2")
     args = torch.load("log/checkpoint.pt", weights_only=True)["args"]
     assert json.loads(Path("log/args.json").read_text()) == args
-    assert set(vars(main.parse_args([]))) == set(args)
+    assert set(vars(cli.parse_args([]))) == set(args)

@@ -10,9 +10,9 @@ from types import ModuleType
 import pytest
 import torch
 
+import cli
 import plots
 import processes
-import recipes
 import utils
 from tests import drawers
 
@@ -20,11 +20,11 @@ from tests import drawers
 @pytest.mark.parametrize(
     "converter, good, bad",
     [
-        (recipes.number(int, 1), ["1", "12"], ["0", "-3", "1.5", "x", "", "nan", "1e3"]),
-        (recipes.number(int, 0, 10), ["0", "10"], ["11", "-1"]),
-        (recipes.number(float, 0), ["0", "1e-3", "200"], ["-1e-9", "nan", "inf", "-inf", "x"]),
-        (recipes.number(float, 0, above=True), ["1e-9"], ["0", "-1", "0.0"]),
-        (recipes.number(float, 0, 1), ["0", "0.9", "1"], ["1.1", "-0.1"]),
+        (cli.number(int, 1), ["1", "12"], ["0", "-3", "1.5", "x", "", "nan", "1e3"]),
+        (cli.number(int, 0, 10), ["0", "10"], ["11", "-1"]),
+        (cli.number(float, 0), ["0", "1e-3", "200"], ["-1e-9", "nan", "inf", "-inf", "x"]),
+        (cli.number(float, 0, above=True), ["1e-9"], ["0", "-1", "0.0"]),
+        (cli.number(float, 0, 1), ["0", "0.9", "1"], ["1.1", "-0.1"]),
     ],
 )
 def test_number_takes_what_is_in_its_range(converter, good, bad):
@@ -36,13 +36,13 @@ def test_number_takes_what_is_in_its_range(converter, good, bad):
 
 
 def test_gpu_index_answers_a_list_with_the_torchrun_command():
-    assert recipes.gpu_index("3") == "3"
+    assert cli.gpu_index("3") == "3"
     with pytest.raises(argparse.ArgumentTypeError) as error:
-        recipes.gpu_index("0, 2")
+        cli.gpu_index("0, 2")
     assert "CUDA_VISIBLE_DEVICES=0,2 torchrun --standalone --nproc_per_node=2 main.py" in str(error.value)
     for text in ("-1", "a", "0,", ""):
         with pytest.raises(argparse.ArgumentTypeError, match="index"):
-            recipes.gpu_index(text)
+            cli.gpu_index(text)
 
 
 def test_log_writes_earlier_lines_and_goes_on_where_a_checkpoint_says(tmp_path, capsys):

@@ -1,0 +1,238 @@
+"""The command line: its flags, their checks, and the exit status of what ends a run."""
+
+import argparse
+import contextlib
+import importlib.util
+import math
+import os
+import sys
+from collections.abc import Callable
+
+import torch
+
+import center_loss
+import datasets
+import models
+import utils
+from processes import Ranks
+from recipes import OPTIMIZERS, RECIPES, SCHEDULES
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are one line, without the usage."""
+
+    def error(self, message: str):
+        self.exit(2, f"{self.prog}: error: {message}\n" if Ranks.of_environment().rank == 0 else None)
+
+
+def number(kind: type, low: float, high: float = math.inf, *, above: bool = False) -> Callable[[str], float]:
+    """A type for argparse: a finite int or float of at least low, or above it, and at most high."""
+    rule = f"must be {'an integer' if kind is int else 'a number'} {'above' if above else 'of at least'} {low}"
+    rule += f" and at most {high}" if high < math.inf else ""
+
+    def convert(text: str) -> float:
+        with contextlib.suppress(ValueError):
+            value = kind(text)
+            if math.isfinite(value) and low <= value <= high and not (above and value == low):
+                return value
+        raise argparse.ArgumentTypeError(f"{rule}, got {text}")
+
+    return convert
+
+
+def gpu_index(text: str) -> str:
+    """A type for argparse: the index of one GPU."""
+    indices = text.replace(" ", "").split(",")
+    if len(indices) > 1 and all(index.isdecimal() for index in indices):
+        raise argparse.ArgumentTypeError(
+            f"takes one index, got {text}; for several GPUs: CUDA_VISIBLE_DEVICES={','.join(indices)} "
+            f"torchrun --standalone --nproc_per_node={len(indices)} main.py and the other flags"
+        )
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"must be the index of a GPU, such as 0, got {text}")
+    return text
+
+
+# fmt: off  (a flag a line, where it fits)
+def build_parser(description: str = "") -> Parser:
+    """All flags. `parser.free` names those that may differ from their checkpoint's when a run is resumed."""
+    parser = Parser(prog="main.py", description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
+                    allow_abbrev=False)
+    parser.free = set()
+
+    def group(title: str):
+        section = parser.add_argument_group(title)
+
+        def add(*names: str, help: str, free: bool = False, **options) -> None:
+            action = section.add_argument(*names, help=help, **options)
+            if "default" in options:
+                action.help = help + " (default: %(default)s)"
+            if free:
+                parser.free.add(action.dest)
+
+        return add
+
+    switch = dict(action=argparse.BooleanOptionalAction, default=False)
+    add = group("experiment")
+    add("--recipe", choices=sorted(RECIPES), default="zhou2018", help="settings that set the other flags' defaults; "
+        "with -h, shows them")
+    add("--seed", type=number(int, 0, 2**63 - 1), default=1, help="of the network, the centers and the batches")
+    add("--max-epoch", type=number(int, 1), default=100, free=True, help="epochs")
+    add("--max-iter", type=number(int, 0), default=0, help="training steps, instead of --max-epoch; 0: use that")
+
+    add = group("data")
+    add("-d", "--dataset", choices=sorted(datasets.SPECS), default="mnist", help="data set")
+    add("--data-root", default="data", free=True, help="directory of the data sets, downloaded to it on first use; for "
+        "--dataset folder the directory that holds train/<class>/* and test/<class>/*")
+    add("--image-size", type=number(int, 8, 1024), default=32, help="pixels per side, for --dataset folder")
+    add("--scaling", choices=sorted(datasets.SCALINGS), default="standard", help="of pixels p: by the data set's mean "
+        "and deviation, 0.5 and 0.5 for folder (standard), (p - 127.5) / 128 (symmetric), p / 255 (unit)")
+    add("--batch-size", type=number(int, 1, 10**9), default=128, help="images per step, over all ranks")
+    add("-j", "--workers", type=number(int, 0), default=0, free=True, help="worker processes that read images; 0: "
+        "none, all images are kept on the device")
+
+    add = group("network")
+    add("--model", choices=sorted(models.MODELS), default="cnn", help="network")
+    add("--feat-dim", type=number(int, 1, 10**6), default=2, help="D, dimensions of the features")
+    add("--init", choices=sorted(models.INITS), default="default", help="initialisation of weights and centers")
+
+    add = group("loss: cross-entropy + λ · center loss")
+    add("--weight-cent", type=number(float, 0), default=1.0, help="λ, weight of the center loss; 0: softmax only")
+    add("--distance", choices=sorted(center_loss.DISTANCES), default="squared", help="of a feature from its center")
+    add("--loss-scale", type=number(float, 0, above=True), default=1.0, help="factor of the center loss")
+    add("--class-average", **switch, help="divide each sample's term by the size of its class in the batch")
+    add("--center-update", choices=sorted(center_loss.CENTER_UPDATES), default="gradient",
+        help="what the centers follow: the gradient of the loss, or the paper's Eq. 4")
+
+    add = group("optimization")
+    add("--optimizer", choices=sorted(OPTIMIZERS), default="sgd", help="of the network; the centers have SGD")
+    add("--lr-model", type=number(float, 0, above=True), default=0.001, help="learning rate of the network; for "
+        "onecycle its peak")
+    add("--lr-cent", type=number(float, 0), default=0.5, help="α, learning rate of the centers")
+    add("--momentum", type=number(float, 0, 1), default=0.9, help="of the network's SGD")
+    add("--momentum-cent", type=number(float, 0, 1), default=0.0, help="of the centers' SGD")
+    add("--weight-decay", type=number(float, 0), default=5e-4, help="of the network")
+    add("--caffe-biases", **switch, help="biases have twice the learning rate and no weight decay")
+    add("--one-optimizer", **switch, help="the centers are in the network's SGD and follow its schedule")
+    add("--schedule", choices=sorted(SCHEDULES), default="step", help="of the learning rate")
+    add("--stepsize", type=number(int, 0), default=20, help="epochs between two decays, for step; 0: constant")
+    add("--milestones", type=number(int, 1), nargs="+", default=[5000, 8000], metavar="ITERATION",
+        help="training steps after which to decay, for milestones")
+    add("--gamma", type=number(float, 0, 100, above=True), default=0.5, help="factor of a decay")
+
+    add = group("output")
+    add("--save-dir", default="log", free=True, help="directory of the run's files")
+    add("--eval-freq", type=number(int, 0), default=10, free=True, help="epochs between two tests; 0: only after the "
+        "last")
+    add("--print-freq", type=number(int, 1), default=50, free=True, help="training steps between two lines of the log")
+    add("--plot", **switch, free=True, help="plot the features of each epoch")
+    add("--save-features", **switch, free=True, help="write the features of each epoch to features/epoch_<N>.npz")
+    add("--tensorboard", **switch, free=True, help="write the metrics of each epoch for TensorBoard")
+    add("--resume", nargs="?", const="", metavar="CHECKPOINT", free=True,
+        help="go on from a checkpoint, or from the one in --save-dir, with that run's flags")
+    add("--evaluate", metavar="CHECKPOINT", free=True, help="test the network of a checkpoint, without training; with "
+        "--plot draw confusion.png")
+
+    add = group("machine")
+    add("--gpu", type=gpu_index, default="0", free=True, help="index of the GPU; without a GPU, the CPU is used")
+    add("--use-cpu", **switch, free=True, help="use the CPU")
+    add("--amp", **switch, help="run the convolutions in bfloat16")
+    add("--compile", **switch, help="compile the network")
+    add("--deterministic", action="store_true", help="the same metrics each time on the same GPU; slower")
+    return parser
+# fmt: on
+
+
+def parse_args(argv: list[str] | None = None, description: str = "") -> argparse.Namespace:
+    """The flags, on top of their recipe's defaults or, to resume or evaluate, of their values in the checkpoint."""
+    parser, local = build_parser(description), Ranks.of_environment().local
+    if local is not None:
+        parser.set_defaults(gpu=None)
+    parser.set_defaults(**RECIPES.get(_recipe(argv), {}))  # before -h is met, which shows them
+    args = parser.parse_args(argv, argparse.Namespace(max_epoch=None))  # None where it is not given
+    if args.evaluate == "":
+        parser.error("--evaluate must be the path of a checkpoint, got an empty one")
+    if args.evaluate and args.resume is not None:
+        parser.error("--evaluate tests and --resume trains on: give one of them")
+    try:
+        if args.evaluate or args.resume is not None:
+            args = _with_checkpoint(parser, argv, args)
+        else:
+            if args.max_epoch:  # it wins over a recipe's steps
+                parser.set_defaults(max_iter=0)
+            args = parser.parse_args(argv)
+        if args.plot or not args.evaluate:
+            utils.check_save_dir(args.save_dir)
+    except utils.RunError as error:
+        parser.error(str(error))
+    if args.one_optimizer and args.optimizer != "sgd":
+        parser.error(f"--one-optimizer goes with --optimizer sgd, got {args.optimizer}")
+    if args.tensorboard and importlib.util.find_spec("tensorboard") is None:
+        parser.error("--tensorboard needs a package that is not installed: pip install tensorboard")
+    if local is not None and args.gpu:
+        parser.error(f"--gpu must be left out under torchrun, whose local ranks are the indices, got {args.gpu}")
+    args.gpu = args.gpu or str(local)
+    gpus = 0 if args.use_cpu else torch.cuda.device_count()
+    if gpus and int(args.gpu) >= gpus:
+        parser.error(f"--gpu must be below {gpus}, the number of GPUs here, got {args.gpu}")
+    return args
+
+
+def _recipe(argv: list[str] | None) -> str | None:
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--recipe", nargs="?")
+    return parser.parse_known_args(argv)[0].recipe
+
+
+def _with_checkpoint(parser: Parser, argv: list[str] | None, given: argparse.Namespace) -> argparse.Namespace:
+    """The flags of a run to resume or evaluate: those of its checkpoint, of which only some may be given otherwise."""
+    path = given.evaluate or given.resume or os.path.join(given.save_dir, "checkpoint.pt")
+    saved = utils.load_checkpoint(path)["args"]
+    parser.set_defaults(**saved | dict(save_dir=os.path.dirname(path) or ".", gpu=given.gpu))
+    if given.evaluate:
+        parser.set_defaults(plot=False, tensorboard=False)
+    args = parser.parse_args(argv)
+    args.resume = None if given.evaluate else path
+    fixed = saved.keys() - parser.free
+    if saved.get("max_iter") or (saved.get("schedule") in SCHEDULES and SCHEDULES[saved["schedule"]].fixed_length):
+        fixed.add("max_epoch")
+    for name in sorted(fixed):
+        if getattr(args, name) != saved[name]:
+            flag = "--" + name.replace("_", "-")
+            parser.error(f"{flag} must be {saved[name]}, as in {path}, got {getattr(args, name)}")
+    return args
+
+
+def run(main: Callable[[argparse.Namespace], None], argv: list[str] | None = None, description: str = "") -> int:
+    """Parses the flags, runs `main` with them, and says in one line what ended it; returns the exit status."""
+    kept = "the files in --save-dir are those of the last whole epoch"
+    ranks = Ranks.of_environment()
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")  # λ, where the terminal or the file has no such letter
+    try:
+        args = parse_args(argv, description)
+        with ranks.joined():
+            main(args)
+        return 0
+    except utils.Stopped as stop:
+        status, message = stop.status, stop
+    except KeyboardInterrupt:
+        status, message = 130, f"interrupted; {kept}"
+    except utils.RunError as error:
+        status, message = error.status, f"error: {error}"
+    except (datasets.DatasetError, models.ModelError) as error:
+        status, message = 2, f"error: {str(error).strip().splitlines()[-1]}"  # a worker's comes after its traceback
+    except OSError as error:
+        status, message = 1, f"error: {error}; {kept}"
+    except (MemoryError, RuntimeError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in reason:
+            reason = f"out of memory; a smaller --batch-size or --feat-dim, or -j 4, needs less: {reason}"
+        elif ranks.size == 1:
+            raise
+        if ranks.size > 1:
+            reason = f"rank {ranks.rank} has failed or lost the others ({reason})"
+        status, message = 1, f"error: {reason}; {kept}; to go on: --resume"
+    if ranks.rank == 0 or status == 1:
+        print(f"main.py: {message}", file=sys.stderr)
+    return status
