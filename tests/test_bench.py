@@ -1,4 +1,4 @@
-"""bench.py runs and prints what its header promises; how fast anything is, no test says."""
+"""`python -m bench` runs and prints what its help promises; how fast anything is, no test says."""
 
 import itertools
 import re
@@ -9,14 +9,16 @@ from pathlib import Path
 import pytest
 import torch
 
-import bench
+import center_loss
+from bench import __main__ as bench
+from bench import common, train
 
-ROOT = Path(bench.__file__).parent
+ROOT = Path(center_loss.__file__).parent
 NUMBER = re.compile(r"< 1|[\d,]+(\.\d+)?")
 
 
 def output_of(*arguments):
-    command = [sys.executable, "bench.py", *arguments]
+    command = [sys.executable, "-m", "bench", *arguments]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -60,7 +62,7 @@ def rows_of(text, name):
 def test_train_compares_a_plain_script_with_mains_settings():
     text = output_of("train", "--quick", "--device", "cpu")
     forms = rows_of(text, "form")
-    assert list(forms) == ["plain", "default", "--amp", "--amp --compile"]
+    assert list(forms) == ["plain", "default", "--amp", "--amp --compile", "--amp, torch's PReLU"]
     assert all(NUMBER.fullmatch(cell) for row in forms.values() for cell in row.values())
     assert forms["plain"]["plain / form"] == "1.00"
     for row in forms.values():
@@ -75,27 +77,13 @@ def test_train_counts_the_operations_of_a_step():
     inside, outside, pixels = (1, 32, 32, 64, 64, 128), (32, 32, 64, 64, 128, 128), (784, 784, 196, 196, 49, 49)
     passes = (2, 3, 3, 3, 3, 3)  # the images have no gradient
     sums = [n * 25 * i * o * size for n, i, o, size in zip(passes, inside, outside, pixels, strict=True)]
-    assert bench.step_flops(4) == 4 * 2 * (sum(sums) + 3 * (1152 * 2 + 2 * 10))
+    assert train.step_flops(4) == 4 * 2 * (sum(sums) + 3 * (1152 * 2 + 2 * 10))
 
 
 def test_the_plain_loss_is_the_center_loss():
     features, labels = torch.randn(7, 2, dtype=torch.float64), torch.arange(7) % 3
-    loss = bench.CenterLoss(3, 2, use_gpu=False).double()
-    assert bench.matrix_loss(features, labels, loss.centers).item() == pytest.approx(loss(features, labels).item())
-
-
-def test_plot_compares_pictures_and_films():
-    text = output_of("plot", "--quick")
-    pictures, films = rows_of(text, "picture"), rows_of(text, "film of 3 frames")
-    assert list(pictures) == ["plain", "ours"] and list(films) == ["all frames in memory", "ours"]
-    assert all(NUMBER.fullmatch(cell) for rows in (pictures, films) for row in rows.values() for cell in row.values())
-    assert re.search(r"the pictures of an epoch: \d+\.\d ms of the training's own time", text)
-
-
-def test_start_finds_nothing_heavy_but_torch():
-    starts = rows_of(output_of("start", "--quick"), "start")
-    assert list(starts) == list(bench.STARTS)
-    assert {row["heavy modules loaded"] for row in starts.values()} == {"none"}
+    loss = center_loss.CenterLoss(3, 2, use_gpu=False).double()
+    assert common.matrix_loss(features, labels, loss.centers).item() == pytest.approx(loss(features, labels).item())
 
 
 @pytest.mark.parametrize(
