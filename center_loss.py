@@ -12,8 +12,24 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-DISTANCES = ("squared", "euclidean")
-CENTER_UPDATES = ("gradient", "paper")
+
+def _squared(offsets: Tensor) -> Tensor:
+    return offsets.pow(2).sum(1)
+
+
+def _euclidean(offsets: Tensor) -> Tensor:
+    squares = _squared(offsets)
+    # The slope of the root is infinite at 0; 1 stands in there to keep all derivatives 0.
+    on_center = squares == 0
+    return squares.masked_fill(on_center, 1).sqrt().masked_fill(on_center, 0)
+
+
+# From offsets x - c (B, D) to distances (B,).
+DISTANCES = {"squared": _squared, "euclidean": _euclidean}
+
+# What a center's sum of offsets is divided by, as a function of the class's count in the batch; None: the centers
+# receive the gradient of the loss.
+CENTER_UPDATES = {"gradient": None, "paper": lambda counts: 1 + counts}
 
 
 class CenterLoss(nn.Module):
@@ -106,9 +122,9 @@ class CenterLoss(nn.Module):
             if size < 1:
                 raise ValueError(f"{name} must be at least 1, got {size}")
         if distance not in DISTANCES:
-            raise ValueError(f"distance must be one of {DISTANCES}, got {distance!r}")
+            raise ValueError(f"distance must be one of {tuple(DISTANCES)}, got {distance!r}")
         if center_update not in CENTER_UPDATES:
-            raise ValueError(f"center_update must be one of {CENTER_UPDATES}, got {center_update!r}")
+            raise ValueError(f"center_update must be one of {tuple(CENTER_UPDATES)}, got {center_update!r}")
         if not 0 < scale < math.inf:
             raise ValueError(f"scale must be finite and > 0, got {scale!r}")
         self.num_classes, self.feat_dim, self.use_gpu = num_classes, feat_dim, use_gpu
@@ -126,23 +142,19 @@ class CenterLoss(nn.Module):
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
             features, labels = _join_ranks(features, labels)
 
-        paper = self.center_update == "paper"
+        divisor = CENTER_UPDATES[self.center_update]
         centers = F.embedding(labels, self.centers, sparse=self.sparse).to(dtype)  # (B, D), one per sample
         # Subtract, then square: |x|^2 + |c|^2 - 2xc would cancel where features are near their centers.
-        distances = (features - (centers.detach() if paper else centers)).pow(2).sum(1)  # (B,)
-        if self.distance == "euclidean":
-            # The slope of the root is infinite at 0; 1 stands in there to keep all derivatives 0.
-            on_center = distances == 0
-            distances = distances.masked_fill(on_center, 1).sqrt().masked_fill(on_center, 0)
-        if self.class_average or paper:
+        distances = DISTANCES[self.distance](features - (centers.detach() if divisor else centers))  # (B,)
+        if self.class_average or divisor:
             ordered = labels.sort().values  # counts without an array over all classes
             counts = torch.searchsorted(ordered, labels, right=True) - torch.searchsorted(ordered, labels)
         if self.class_average:
             distances = distances / counts
         loss = self.scale * distances.sum() / max(labels.shape[0], 1)
-        if paper:
+        if divisor:
             # Delta is the gradient of this sum with respect to the centers; its value must not count.
-            pull = (centers - features.detach()).pow(2).sum(1).div(2 * (1 + counts)).sum()
+            pull = (centers - features.detach()).pow(2).sum(1).div(2 * divisor(counts)).sum()
             loss = loss + (pull - pull.detach())
         return loss
 

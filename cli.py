@@ -19,7 +19,27 @@ from recipes import OPTIMIZERS, RECIPES, SCHEDULES
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are one line, without the usage."""
+    """An ArgumentParser whose errors are one line, without the usage.
+
+    `free` names the flags that a resumed run may have otherwise than its checkpoint.
+    """
+
+    def __init__(self, **options):
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **options)
+        self.free = set()
+
+    def group(self, title: str) -> Callable[..., None]:
+        """A group of flags; the function that is returned adds one, with its default in its help."""
+        section = self.add_argument_group(title)
+
+        def add(*names: str, help: str, free: bool = False, **options) -> None:
+            action = section.add_argument(*names, help=help, **options)
+            if "default" in options:
+                action.help += " (default: %(default)s)"
+            if free:
+                self.free.add(action.dest)
+
+        return add
 
     def error(self, message: str):
         self.exit(2, f"{self.prog}: error: {message}\n" if Ranks.of_environment().rank == 0 else None)
@@ -55,32 +75,16 @@ def gpu_index(text: str) -> str:
 
 # fmt: off  (a flag a line, where it fits)
 def build_parser(description: str = "") -> Parser:
-    """All flags. `parser.free` names those that may differ from their checkpoint's when a run is resumed."""
-    parser = Parser(prog="main.py", description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
-                    allow_abbrev=False)
-    parser.free = set()
-
-    def group(title: str):
-        section = parser.add_argument_group(title)
-
-        def add(*names: str, help: str, free: bool = False, **options) -> None:
-            action = section.add_argument(*names, help=help, **options)
-            if "default" in options:
-                action.help = help + " (default: %(default)s)"
-            if free:
-                parser.free.add(action.dest)
-
-        return add
-
+    parser = Parser(prog="main.py", description=description)
     switch = dict(action=argparse.BooleanOptionalAction, default=False)
-    add = group("experiment")
+    add = parser.group("experiment")
     add("--recipe", choices=sorted(RECIPES), default="zhou2018", help="settings that set the other flags' defaults; "
         "with -h, shows them")
     add("--seed", type=number(int, 0, 2**63 - 1), default=1, help="of the network, the centers and the batches")
     add("--max-epoch", type=number(int, 1), default=100, free=True, help="epochs")
     add("--max-iter", type=number(int, 0), default=0, help="training steps, instead of --max-epoch; 0: use that")
 
-    add = group("data")
+    add = parser.group("data")
     add("-d", "--dataset", choices=sorted(datasets.SPECS), default="mnist", help="data set")
     add("--data-root", default="data", free=True, help="directory of the data sets, downloaded to it on first use; for "
         "--dataset folder the directory that holds train/<class>/* and test/<class>/*")
@@ -91,12 +95,12 @@ def build_parser(description: str = "") -> Parser:
     add("-j", "--workers", type=number(int, 0), default=0, free=True, help="worker processes that read images; 0: "
         "none, all images are kept on the device")
 
-    add = group("network")
+    add = parser.group("network")
     add("--model", choices=sorted(models.MODELS), default="cnn", help="network")
     add("--feat-dim", type=number(int, 1, 10**6), default=2, help="D, dimensions of the features")
     add("--init", choices=sorted(models.INITS), default="default", help="initialisation of weights and centers")
 
-    add = group("loss: cross-entropy + λ · center loss")
+    add = parser.group("loss: cross-entropy + λ · center loss")
     add("--weight-cent", type=number(float, 0), default=1.0, help="λ, weight of the center loss; 0: softmax only")
     add("--distance", choices=sorted(center_loss.DISTANCES), default="squared", help="of a feature from its center")
     add("--loss-scale", type=number(float, 0, above=True), default=1.0, help="factor of the center loss")
@@ -104,7 +108,7 @@ def build_parser(description: str = "") -> Parser:
     add("--center-update", choices=sorted(center_loss.CENTER_UPDATES), default="gradient",
         help="what the centers follow: the gradient of the loss, or the paper's Eq. 4")
 
-    add = group("optimization")
+    add = parser.group("optimization")
     add("--optimizer", choices=sorted(OPTIMIZERS), default="sgd", help="of the network; the centers have SGD")
     add("--lr-model", type=number(float, 0, above=True), default=0.001, help="learning rate of the network; for "
         "onecycle its peak")
@@ -120,7 +124,7 @@ def build_parser(description: str = "") -> Parser:
         help="training steps after which to decay, for milestones")
     add("--gamma", type=number(float, 0, 100, above=True), default=0.5, help="factor of a decay")
 
-    add = group("output")
+    add = parser.group("output")
     add("--save-dir", default="log", free=True, help="directory of the run's files")
     add("--eval-freq", type=number(int, 0), default=10, free=True, help="epochs between two tests; 0: only after the "
         "last")
@@ -133,7 +137,7 @@ def build_parser(description: str = "") -> Parser:
     add("--evaluate", metavar="CHECKPOINT", free=True, help="test the network of a checkpoint, without training; with "
         "--plot draw confusion.png")
 
-    add = group("machine")
+    add = parser.group("machine")
     add("--gpu", type=gpu_index, default="0", free=True, help="index of the GPU; without a GPU, the CPU is used")
     add("--use-cpu", **switch, free=True, help="use the CPU")
     add("--amp", **switch, help="run the convolutions in bfloat16")
