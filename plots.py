@@ -131,9 +131,8 @@ def draw_points(part: Path, source: Path) -> None:
 
 
 def draw_film(part: Path, directory: Path) -> None:
-    """Draws all epochs that save_points has written to `directory` as a GIF with one pair of axes, frame by frame."""
+    """Draws all epochs that save_points has written to `directory` as a GIF with the same axes in every frame."""
     from PIL import Image
-    from PIL.GifImagePlugin import getdata, getheader
 
     sources = [path for _, path in utils.epoch_files(directory, ["epoch_*.npz"])]
     corners = []
@@ -144,15 +143,16 @@ def draw_film(part: Path, directory: Path) -> None:
     scatter = Scatter(shown, axis_limits, dpi=80)
     palette = Image.new("P", (1, 1))
     palette.putpalette(film_palette(scatter.colors).tobytes())
-    with open(part, "wb") as file:
-        file.writelines(getheader(palette.resize(scatter.figure.canvas.get_width_height()), info={"loop": 0})[0])
-        for source in sources:
-            scatter.show(dict(np.load(source)))
-            scatter.figure.canvas.draw()
-            frame = Image.fromarray(np.asarray(scatter.figure.canvas.buffer_rgba())).convert("RGB")
-            milliseconds = 3000 if source == sources[-1] else min(max(12000 // len(sources), 100), 400)
-            file.writelines(getdata(frame.quantize(palette=palette, dither=Image.Dither.NONE), duration=milliseconds))
-        file.write(b";")
+
+    def frame(source: Path) -> Image.Image:
+        scatter.show(dict(np.load(source)))
+        scatter.figure.canvas.draw()
+        drawn = Image.fromarray(np.asarray(scatter.figure.canvas.buffer_rgba())).convert("RGB")
+        return drawn.quantize(palette=palette, dither=Image.Dither.NONE)
+
+    frames = map(frame, sources)  # drawn one by one as Pillow asks for them
+    milliseconds = [min(max(12000 // len(sources), 100), 400)] * (len(sources) - 1) + [3000]
+    next(frames).save(part, format="GIF", save_all=True, append_images=frames, duration=milliseconds, loop=0)
 
 
 def film_palette(colors: np.ndarray) -> np.ndarray:

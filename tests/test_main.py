@@ -1,6 +1,5 @@
 """The whole program on tiny data: its lines, its files, its figures against plain loops, and its refusals."""
 
-import argparse
 import csv
 import json
 import os
@@ -17,12 +16,9 @@ import torch.nn.functional as F
 from conftest import PYTHON, SHARED_DATA, make_folder
 from test_datasets import no_network, write_mnist
 
-import cli
 import datasets
 import main
 import models
-import recipes
-import training
 
 MAIN = Path(main.__file__)
 FIGURE = r"-?\d+\.\d{6}"
@@ -165,91 +161,8 @@ def test_max_iter_ends_within_an_epoch(run):
     assert len(metrics()) == 2
 
 
-def test_recipes_set_defaults_and_flags_win():
-    args = cli.parse_args(["--recipe", "wen2016", "--lr-model", "0.5"])
-    assert (args.weight_cent, args.center_update, args.lr_model, args.max_iter) == (0.01, "paper", 0.5, 10000)
-    assert cli.parse_args([]).lr_model == 0.001
-    for flags, limits in {
-        "": (100, 10000), "--max-epoch 3": (3, 0), "--max-epoch 100": (100, 0), "--max-iter 5": (100, 5),
-        "--max-epoch 3 --max-iter 5": (3, 5),
-    }.items():  # fmt: skip
-        args = cli.parse_args(["--recipe", "wen2016", *flags.split()])
-        assert (args.max_epoch, args.max_iter) == limits
-    parser = cli.build_parser()
-    for recipe in recipes.RECIPES.values():
-        assert recipe.keys() <= vars(parser.parse_args([])).keys()
-
-
-def test_flags_have_zhou2018s_names_and_defaults():
-    expected = dict(
-        dataset="mnist", batch_size=128, lr_model=0.001, lr_cent=0.5, weight_cent=1, max_epoch=100, stepsize=20,
-        gamma=0.5, model="cnn", eval_freq=10, print_freq=50, gpu="0", seed=1, use_cpu=False, save_dir="log", plot=False,
-    )  # fmt: skip
-    args = vars(cli.parse_args([]))
-    assert {name: args[name] for name in expected} == expected
-    assert cli.parse_args(["-d", "digits", "-j", "3"]).workers == 3
-
-
-@pytest.mark.parametrize(
-    "flags, expected",
-    [
-        (["--schedule", "step", "--stepsize", "2"], [1, 1, 0.5, 0.5, 0.25]),
-        (["--schedule", "step", "--stepsize", "0"], [1, 1, 1, 1, 1]),
-        (["--schedule", "milestones", "--milestones", "3", "9", "--gamma", "0.8"], [1, 0.8, 0.8, 0.64, 0.64]),
-    ],
-)
-def test_schedules_count_epochs_or_steps(flags, expected):
-    """Three steps an epoch; the rate in each epoch's last step."""
-    args = cli.parse_args(["--lr-model", "1", *flags])
-    sgd = torch.optim.SGD([torch.zeros(1, requires_grad=True)], args.lr_model)
-    schedule, rates = recipes.SCHEDULES[args.schedule].create(sgd, args, 3, 15), []
-    for _ in range(5):
-        for _ in range(3):
-            sgd.step()
-            rate = sgd.param_groups[0]["lr"]
-            schedule.step()
-        rates.append(rate)
-    assert rates == pytest.approx(expected)
-
-
-def test_onecycle_is_as_long_as_the_run(run):
-    for flags, steps in ((["--max-iter", "7"], 7), (["--max-epoch", "4"], 12)):
-        assert run("--schedule", "onecycle", *flags)[0] == 0
-        assert torch.load("log/checkpoint.pt", weights_only=True)["scheduler"]["total_steps"] == steps
-
-
-def test_onecycle_leaves_each_group_its_peak_and_sgd_its_momentum():
-    flags = ["--recipe", "wen2016", "--schedule", "onecycle", "--momentum", "0", "--momentum-cent", "0.5"]
-    args = cli.parse_args(flags)
-    model, loss = models.create("cnn-wen2016"), main.CenterLoss(10, 2, use_gpu=False)
-    (sgd,) = recipes.create_optimizers(model, loss, args).values()
-    schedule, seen = recipes.SCHEDULES["onecycle"].create(sgd, args, 3, args.max_iter), []
-    for _ in range(args.max_iter - 1):
-        sgd.step()
-        schedule.step()
-        seen.append([(group["lr"], group["momentum"]) for group in sgd.param_groups])
-    for group, peak, momentum in zip(zip(*seen, strict=True), (0.01, 0.02, 0.01), (0, 0, 0.5), strict=True):
-        rates, momenta = zip(*group, strict=True)
-        assert max(rates) == pytest.approx(peak, rel=1e-4) and set(momenta) == {momentum}
-
-
 def test_batch_norm_trains_on_a_last_batch_of_one_image(run):
     assert run("--model", "bn-fast", "--image-size", "28", "--batch-size", "23", "--max-epoch", "1")[0] == 0
-
-
-def test_a_class_that_a_cut_pass_has_not_seen_has_a_finite_mean():
-    means = training.class_means(torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]]), torch.tensor([0, 2, 2]), 3)
-    assert means.tolist() == [[1, 2], [0, 0], [4, 5]]
-
-
-def test_caffe_biases_and_one_optimizer_make_parameter_groups():
-    args = cli.parse_args(["--recipe", "wen2016"])
-    model, loss = models.create("cnn-wen2016"), main.CenterLoss(10, 2, use_gpu=False)
-    (sgd,) = recipes.create_optimizers(model, loss, args).values()
-    weights, biases, centers = sgd.param_groups
-    assert len(biases["params"]) == 7 and (biases["lr"], biases["weight_decay"]) == (0.02, 0.0)
-    assert (weights["lr"], weights["weight_decay"], weights["momentum"]) == (0.01, 5e-4, 0.9)
-    assert centers["params"] == [loss.centers] and (centers["weight_decay"], centers["momentum"]) == (0.0, 0.9)
 
 
 def test_divergence_stops_with_status_3_and_says_what_to_change(run):
@@ -257,55 +170,6 @@ def test_divergence_stops_with_status_3_and_says_what_to_change(run):
     assert status == 3 and len(err.splitlines()) == 1
     assert "in epoch 1: cross entropy and center loss no longer finite, with --weight-cent 1 --lr-model 1e+20" in err
     assert torch.load("log/checkpoint.pt", weights_only=True)["epoch"] == 0
-
-
-@pytest.mark.parametrize("allocate", [lambda *_: torch.empty(10**15), lambda *_: bytearray(10**17)])
-def test_running_out_of_memory_is_told_in_a_line(allocate, run, monkeypatch):
-    monkeypatch.setattr(main, "build", allocate)
-    status, _, err = run()
-    assert status == 1 and err.startswith("main.py: error: out of memory") and err.count("\n") == 1
-
-
-def test_a_terminal_without_greek_gets_the_help():
-    ascii_alone = os.environ | {"PYTHONIOENCODING": "ascii"}
-    done = subprocess.run([PYTHON, main.__file__, "-h"], capture_output=True, env=ascii_alone)
-    assert done.returncode == 0 and b"weight of the center loss" in done.stdout and done.stderr == b""
-    assert b"epochs (default: 100)" in done.stdout
-
-
-BAD_FLAGS = [
-    ["--batch-size", "0"], ["--batch-size", "1.5"], ["--lr-model", "0"], ["--lr-model", "nan"], ["--lr-cent", "-1"],
-    ["--weight-cent", "-0.1"], ["--weight-cent", "inf"], ["--max-epoch", "0"], ["--max-iter", "-1"],
-    ["--stepsize", "-1"], ["--gamma", "0"], ["--eval-freq", "-1"], ["--print-freq", "0"], ["--workers", "-1"],
-    ["-j", "two"], ["--seed", "-1"], ["--momentum", "1.5"], ["--momentum-cent", "-1"], ["--weight-decay", "-1"],
-    ["--loss-scale", "0"], ["--feat-dim", "0"], ["--image-size", "7"], ["--milestones", "0"], ["--gpu", "0,1"],
-    ["--gpu", "-1"], ["--gpu", "cuda"], ["--dataset", "imagenet"], ["--model", "vgg"], ["--recipe", "none"],
-    ["--distance", "cosine"], ["--schedule", "none"], ["--center-update", "none"], ["--optimizer", "lion"],
-    ["--init", "zeros"], ["--scaling", "none"], ["--unknown"], ["--one-optimizer", "--optimizer", "adamw"],
-    ["--evaluate", "nowhere.pt"], ["--resume", "nowhere.pt"], ["--resume"], ["--data-root", "nowhere"],
-    ["--save-dir", "/dev/null"], ["--save-dir", "/dev/null/below"], ["--model", "bn-deep"],
-    ["--data-root", "/dev/null"],
-    ["--batch-size", ""], ["--max-epoch", "1e3"], ["--lr-cent", "nan"], ["--weight-decay", "inf"], ["--gamma", "-0.5"],
-    ["--momentum", "nan"], ["--loss-scale", "inf"], ["--milestones"], ["--milestones", "5", "x"], ["--gpu", "0.5"],
-    ["--seed", "99999999999999999999"], ["--image-size", "1025"], ["--seed", "1.0"], ["--lr-model"], ["--evaluate"],
-    ["--evaluate", "."], ["--resume", "."], ["--plot=yes"], ["--max-iter", "-5"], ["7"], ["--evaluate", ""],
-    ["--batch-size", "99999999999999999999"], ["--feat-dim", "1000001"], ["--gamma", "1e300"],
-]  # fmt: skip
-
-
-def test_every_flag_that_takes_a_value_has_a_wrong_one_in_the_table():
-    tried = {flags[0] for flags in BAD_FLAGS}
-    for action in cli.build_parser()._actions:
-        if action.nargs != 0 and not isinstance(action, argparse.BooleanOptionalAction):
-            assert tried & set(action.option_strings), action.option_strings
-
-
-@pytest.mark.parametrize("flags", BAD_FLAGS, ids=" ".join)
-def test_a_mistake_is_one_line_status_2_and_writes_nothing(flags, run):
-    status, _, err = run(*flags)
-    assert status == 2
-    assert err.startswith("main.py: error: ") and err.count("\n") == 1
-    assert os.listdir() == []
 
 
 def break_image(root, size):
@@ -352,13 +216,6 @@ def test_broken_data_are_one_line_status_2_and_nothing_is_written(what, run, tmp
     assert status == 2
     assert err.startswith("main.py: error: ") and err.count("\n") == 1 and str(root) in err
     assert os.listdir() == [] and sorted(root.rglob("*")) == before
-
-
-def test_a_save_dir_that_may_not_be_written_is_one_line(run, monkeypatch):
-    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write anywhere
-    status, _, err = run("--save-dir", "deep/log")
-    assert status == 2 and err.startswith("main.py: error: --save-dir must be writable, got deep/log")
-    assert err.count("\n") == 1 and os.listdir() == []
 
 
 def test_an_image_that_a_worker_cannot_read_is_one_line(run, tmp_path):
@@ -408,27 +265,6 @@ def test_compile_without_a_compiler_is_one_line(folder, tmp_path, monkeypatch):
     assert "Traceback" not in err
 
 
-def test_help_mistakes_and_the_loss_alone_load_nothing_heavy_but_torch():
-    code = """
-import contextlib, io, sys, torch
-torchs = set(sys.modules)
-def loaded(): return {name.partition(".")[0] for name in set(sys.modules) - torchs} - sys.stdlib_module_names
-from center_loss import CenterLoss
-print(*loaded())
-import main
-for flags in (["-h"], ["--batch-size", "0"], ["--resume", "nowhere.pt"]):
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):
-        main.cli.run(main.main, flags)
-print(*loaded())
-print(*({"torch._dynamo", "torch._inductor", "torch.onnx"} & set(sys.modules)))
-"""
-    done = subprocess.run([PYTHON, "-c", code], cwd=MAIN.parent, capture_output=True, text=True, timeout=120)
-    loss, program, of_torch = (set(line.split()) for line in done.stdout.splitlines())
-    assert loss == {"center_loss"} and not of_torch
-    own = {path.stem for path in MAIN.parent.glob("*.py")}
-    assert program <= own | {"torch", "tqdm", "numpy"}
-
-
 def start(*flags, cwd):
     return subprocess.Popen([PYTHON, MAIN, *map(str, flags)], cwd=cwd, text=True, stdout=subprocess.PIPE,
                             stderr=subprocess.PIPE)  # fmt: skip
@@ -452,23 +288,13 @@ def test_ctrl_c_ends_with_one_line_that_says_what_was_kept(folder, tmp_path):
 
 @pytest.mark.mnist
 @pytest.mark.slow
-def test_first_150_batches_on_mnist_print_zhou2018s_figures(tmp_path):
-    expected = {
-        50: (2.403692, 2.628492, 2.403593, 2.393760, 0.000099, 0.234732),
-        100: (2.379015, 2.500385, 2.378999, 2.383011, 0.000015, 0.117374),
-        150: (2.414065, 2.459375, 2.414052, 2.381121, 0.000013, 0.078253),
-    }
+def test_first_50_batches_on_mnist_print_zhou2018s_losses(tmp_path):
     process = start("--use-cpu", "--data-root", SHARED_DATA, cwd=tmp_path)
-    for line in process.stdout:
-        if found := re.match(r"Batch (\d+)/469", line):
-            batch = int(found[1])
-            figures = [float(figure) for figure in re.findall(r"\d+\.\d+", line)]
-            assert figures == pytest.approx(expected.pop(batch), abs=1e-5)
-            if not expected:
-                break
+    line = next(line for line in process.stdout if line.startswith("Batch 50/469"))
     process.kill()
     process.wait()
-    assert not expected
+    losses = [float(loss) for loss in re.findall(r"\d+\.\d+", line)]
+    assert losses == pytest.approx((2.403692, 2.628492, 2.403593, 2.393760, 0.000099, 0.234732), abs=1e-5)
 
 
 @pytest.mark.mnist

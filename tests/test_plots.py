@@ -1,10 +1,17 @@
 """Pictures: what they are given is what they show."""
 
+import os
+import signal
+import sys
+from pathlib import Path
+from types import ModuleType
+
 import numpy as np
 import pytest
 from PIL import Image
 
 import plots
+from tests import drawers
 
 
 def cloud(classes=3, per_class=20, dim=2, seed=0):
@@ -124,3 +131,40 @@ def test_confusion_matrix(classes, tmp_path):
     plots.draw_confusion(tmp_path / "c.png", np.eye(classes, dtype=int), [f"class {i}" for i in range(classes)], "test")
     with Image.open(tmp_path / "c.png") as image:
         assert image.size == (960, 840)
+
+
+def test_plotter_draws_in_the_background_and_reports_what_failed(tmp_path):
+    plotter = plots.Plotter()
+    plotter(tmp_path / "good", drawers.write, "drawn")
+    plotter(tmp_path / "bad", drawers.fail)
+    assert plotter.finish() == [f"{tmp_path / 'bad'}: no ink"]
+    assert (tmp_path / "good").read_text() == "drawn" and not (tmp_path / "bad").exists()
+    assert plotter.finish() == []
+
+
+def test_a_drawing_process_loads_neither_the_script_that_runs_nor_torch(tmp_path, monkeypatch):
+    script = ModuleType("__main__")
+    script.__file__ = str(tmp_path / "script.py")
+    Path(script.__file__).write_text("import torch")
+    monkeypatch.setitem(sys.modules, "__main__", script)
+    plotter = plots.Plotter()
+    plotter(tmp_path / "modules", drawers.name_modules)
+    assert plotter.finish() == [] and sys.modules["__main__"] is script
+    modules = (tmp_path / "modules").read_text().split()
+    assert "plots" in modules and "torch" not in modules
+
+
+def test_a_drawer_that_dies_costs_pictures_but_not_the_run(tmp_path):
+    plotter = plots.Plotter()
+    plotter(tmp_path / "first", drawers.die)
+    plotter.tasks[0][1].exception()
+    plotter(tmp_path / "second", drawers.write, "drawn")
+    errors = plotter.finish()
+    assert [error.partition(":")[0] for error in errors] == [str(tmp_path / "first"), str(tmp_path / "second")]
+
+
+def test_drawers_outlive_the_signals_that_a_whole_run_gets(tmp_path):
+    plotter = plots.Plotter()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        plotter(tmp_path / str(number), drawers.signal_oneself, number)
+    assert plotter.finish() == [] and len(os.listdir(tmp_path)) == 2

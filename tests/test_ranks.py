@@ -34,8 +34,8 @@ VARIANTS = {
     "softmax only": ["--lr-model", "0.01", "--batch-size", "9", "--weight-cent", "0", "--save-features"],
     "one optimizer": ["--lr-model", "0.01", "--batch-size", "9", "--one-optimizer"],
     "wen2016": ["--recipe", "wen2016", "--batch-size", "9", "--max-iter", "5"],
-    "zahn2024-v1.0": ["--recipe", "zahn2024-v1.0", "--batch-size", "8"],
-    "zahn2024-v1.2": ["--recipe", "zahn2024-v1.2", "--batch-size", "8"],
+    "zahn2024-v1.0": ["--recipe", "zahn2024-v1.0", "--batch-size", "8", "--max-epoch", "1"],
+    "zahn2024-v1.2": ["--recipe", "zahn2024-v1.2", "--batch-size", "8", "--max-epoch", "1"],
     "paper, adamw, onecycle": ["--center-update", "paper", "--optimizer", "adamw", "--schedule", "onecycle",
                                "--batch-size", "9", "--weight-cent", "0.1"],
 }  # fmt: skip
