@@ -1,15 +1,14 @@
-"""A table of finished runs: python results.py log/a log/b; without directories, the README's, of log/reference.
+"""A table of finished runs: python results.py log/a log/b; without directories, of the runs in log/reference.
 
-Runs that differ in nothing but their seed share a row: the mean of each figure, ± its standard deviation.
+Runs on the same kind of device that differ in nothing but their seed share a row: the mean of each metric, ± its
+standard deviation.
 """
 
 import argparse
 import csv
 import json
 import math
-import re
 import statistics
-from datetime import timedelta
 from pathlib import Path
 
 from cli import build_parser
@@ -18,13 +17,13 @@ from utils import RunError
 
 REFERENCE = [metrics.parent for metrics in sorted(Path(__file__).parent.glob("log/reference/*/metrics.csv"))]
 COLUMNS = (
-    "`python main.py` with", "seeds", "epochs", "test accuracy, %", "nearest center, %", "intra", "inter",
-    "intra/inter", "98 % at epoch", "h:m:s",
+    "`python main.py` with", "device", "seeds", "epochs", "test accuracy, %", "nearest center, %", "intra", "inter",
+    "intra/inter", "98 % at epoch",
 )  # fmt: skip
 
 
 def flags(args: dict) -> str:
-    """The recipe and the flags that are not its defaults; without the seed and what changes no figure."""
+    """The recipe and the flags that are not its defaults; without the seed and what changes no metric."""
     parser = build_parser()
     parser.set_defaults(**RECIPES[args["recipe"]])
     defaults = vars(parser.parse_args([]))
@@ -46,23 +45,21 @@ def short(value) -> str:
 
 
 def read(directory: Path) -> dict:
-    """A run's flags and figures, from its args.json, metrics.csv and log."""
+    """A run's flags, device and metrics, from its args.json, metrics.csv and log."""
     args = json.loads((directory / "args.json").read_text())
     with open(directory / "metrics.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     log = (directory / f"log_{args['dataset']}.txt").read_text()
-    elapsed = re.findall(r"^Finished\. .*: (?:(\d+) days?, )?(\d+):(\d+):(\d+)$", log, re.MULTILINE)
-    if not elapsed:
+    if "\nFinished. " not in log:
         raise RunError(f"the run in {directory} must be finished")
-    days, hours, minutes, seconds = (int(number or 0) for number in elapsed[-1])
     last = {name: float(value) for name, value in rows[-1].items() if value}
     return dict(
         flags=flags(args),
+        device="GPU" if "Currently using GPU" in log else "CPU",
         epochs=len(rows),
-        figures=[last[name] for name in ("test_accuracy", "nearest_center_accuracy", "intra_distance",
+        metrics=[last[name] for name in ("test_accuracy", "nearest_center_accuracy", "intra_distance",
                                          "inter_distance")],  # fmt: skip
         passed=next((int(row["epoch"]) for row in rows if float(row["test_accuracy"] or 0) >= 98), None),
-        seconds=timedelta(days=days, hours=hours, minutes=minutes, seconds=seconds).total_seconds(),
     )
 
 
@@ -72,18 +69,17 @@ def spread(values: list[float]) -> str:
 
 
 def table(directories: list[Path]) -> str:
-    """The runs' figures after the last epoch, and the median of their times, as Markdown."""
+    """The runs' metrics after the last epoch, as Markdown."""
     rows = {}
     for run in map(read, directories):
-        rows.setdefault((run["flags"], run["epochs"]), []).append(run)
+        rows.setdefault((run["flags"], run["device"], run["epochs"]), []).append(run)
     lines = [COLUMNS, [":---"] + ["---:"] * (len(COLUMNS) - 1)]
-    for (given, epochs), runs in rows.items():
-        figures = list(zip(*(run["figures"] for run in runs), strict=True))
-        ratio = [intra / inter if inter else math.inf for intra, inter in zip(*figures[2:], strict=True)]
-        passed = sorted({run["passed"] or "–" for run in runs}, key=str)
-        seconds = round(statistics.median(run["seconds"] for run in runs))
-        lines.append([f"`{given}`", str(len(runs)), str(epochs), *map(spread, [*figures, ratio]),
-                      ", ".join(map(str, passed)), str(timedelta(seconds=seconds))])  # fmt: skip
+    for (given, device, epochs), runs in rows.items():
+        metrics = list(zip(*(run["metrics"] for run in runs), strict=True))
+        ratio = [intra / inter if inter else math.inf for intra, inter in zip(*metrics[2:], strict=True)]
+        passed = sorted({run["passed"] or "–" for run in runs}, key=lambda epoch: (epoch == "–", epoch))
+        lines.append([f"`{given}`", device, str(len(runs)), str(epochs), *map(spread, [*metrics, ratio]),
+                      ", ".join(map(str, passed))])  # fmt: skip
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 

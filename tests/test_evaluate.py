@@ -16,8 +16,6 @@ import datasets
 import models
 import utils
 
-README = Path(utils.__file__).with_name("README.md")
-
 
 def files(directory="log"):
     return {path: path.read_bytes() for path in Path(directory).rglob("*") if path.is_file()}
@@ -124,11 +122,3 @@ def test_other_classes_are_refused_and_other_images_are_not(run, tmp_path):
     assert run("--evaluate", "log/checkpoint.pt", "--data-root", "two", base=False)[0] == 2
     status, out, _ = run("--evaluate", "log/checkpoint.pt", "--data-root", "more", base=False)
     assert status == 0 and sum(int(number) for line in out.splitlines()[-3:] for number in line.split()[2:]) == 90
-
-
-@pytest.mark.skipif(not README.exists(), reason="there is no README.md")
-def test_the_readmes_snippet_reads_the_features(run, capsys):
-    code = re.search(r"<!-- run: features -->\n+```python\n(.*?)^```$", README.read_text(), re.DOTALL | re.MULTILINE)
-    run("--save-features", "--max-epoch", "2")
-    exec(code[1].replace("epoch_100", "epoch_2"), {})
-    assert capsys.readouterr().out
