@@ -78,8 +78,8 @@ def build_parser(description: str = "") -> Parser:
     parser = Parser(prog="main.py", description=description)
     switch = dict(action=argparse.BooleanOptionalAction, default=False)
     add = parser.group("experiment")
-    add("--recipe", choices=sorted(RECIPES), default="zhou2018", help="settings that set the other flags' defaults; "
-        "with -h, shows them")
+    add("--recipe", choices=sorted(RECIPES), default="zhou2018", help="defaults of the other flags; -h shows those "
+        "of the recipe")
     add("--seed", type=number(int, 0, 2**63 - 1), default=1, help="of the network, the centers and the batches")
     add("--max-epoch", type=number(int, 1), default=100, free=True, help="epochs")
     add("--max-iter", type=number(int, 0), default=0, help="training steps, instead of --max-epoch; 0: use that")
@@ -89,8 +89,8 @@ def build_parser(description: str = "") -> Parser:
     add("--data-root", default="data", free=True, help="directory of the data sets, downloaded to it on first use; for "
         "--dataset folder the directory that holds train/<class>/* and test/<class>/*")
     add("--image-size", type=number(int, 8, 1024), default=32, help="pixels per side, for --dataset folder")
-    add("--scaling", choices=sorted(datasets.SCALINGS), default="standard", help="of pixels p: by the data set's mean "
-        "and deviation, 0.5 and 0.5 for folder (standard), (p - 127.5) / 128 (symmetric), p / 255 (unit)")
+    add("--scaling", choices=sorted(datasets.SCALINGS), default="standard", help="of pixels p: standard, by mean and "
+        "deviation of the data set (0.5 and 0.5 for folder); symmetric, (p - 127.5) / 128; unit, p / 255")
     add("--batch-size", type=number(int, 1, 10**9), default=128, help="images per step, over all ranks")
     add("-j", "--workers", type=number(int, 0), default=0, free=True, help="worker processes that read images; 0: "
         "none, all images are kept on the device")

@@ -1,5 +1,6 @@
 """README and docs: their links lead somewhere, their commands parse, their Python snippets run."""
 
+import argparse
 import re
 import shlex
 from pathlib import Path
@@ -104,7 +105,11 @@ def test_commands_that_do_not_parse_are_found(parse, capsys):
 
 
 def test_every_flag_that_is_mentioned_exists():
-    known = FOREIGN | {name for action in cli.build_parser()._actions for name in action.option_strings}
+    commands = argparse.ArgumentParser().add_subparsers()
+    bench.loss.add_command(commands)
+    bench.train.add_command(commands)
+    parsers = [cli.build_parser(), *commands.choices.values()]
+    known = FOREIGN | {name for parser in parsers for action in parser._actions for name in action.option_strings}
     mentioned = {flag for page in PAGES for each in code(page) for flag in re.findall(r"(?<![\w-])--[\w-]+", each)}
     assert mentioned and not mentioned - known
 
