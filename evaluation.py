@@ -70,19 +70,19 @@ def compare(features: Tensor, labels: Tensor) -> tuple[Roc, float]:
     """The distances of all pairs of features (N, D), and recall@1: the share whose nearest other has their label."""
     count, each = len(labels), labels.bincount()
     same = int((each * (each - 1) // 2).sum())
-    distances = np.empty(same, np.float32), np.empty(count * (count - 1) // 2 - same, np.float32)
-    filled, hits = [0, 0], 0
-    squares = features.square().sum(1)
-    for rows in torch.arange(count, device=labels.device).split(max(BLOCK // count, 1)):
-        scale = squares[rows, None] + squares
-        block = torch.addmm(scale, features[rows], features.T, alpha=-2)  # squared distances; float64 has the digits
-        block.masked_fill_(block < 1e-14 * scale, 0)  # closer than the network's float32 resolves
-        block[rows - rows[0], rows] = torch.inf
+    distances = np.empty(same, np.float32), np.empty(math.comb(count, 2) - same, np.float32)
+    filled, hits, norms = [0, 0], 0, features.square().sum(1)
+    for start in range(0, count, step := max(BLOCK // count, 1)):
+        rows = slice(start, start + step)
+        sums = norms[rows, None] + norms
+        squares = torch.addmm(sums, features[rows], features.T, alpha=-2)  # in float64, which has digits enough
+        squares[squares < 1e-14 * sums] = 0  # closer than the network's float32 resolves
+        squares[:, rows].fill_diagonal_(torch.inf)
         equal = labels[rows, None] == labels
-        hits += int(equal.gather(1, block.argmin(1, keepdim=True)).sum())
-        later = torch.arange(count, device=labels.device) > rows[:, None]
-        for number, chosen in enumerate((later & equal, later & ~equal)):
-            values = block[chosen].sqrt_().float().cpu().numpy()
+        hits += int(equal.gather(1, squares.argmin(1, keepdim=True)).sum())
+        once = torch.ones_like(equal[:, start:]).triu_(1)
+        for number, chosen in enumerate((equal[:, start:] & once, ~equal[:, start:] & once)):
+            values = squares[:, start:][chosen].float().sqrt_().cpu().numpy()
             distances[number][filled[number] : filled[number] + len(values)] = values
             filled[number] += len(values)
     for values in distances:

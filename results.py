@@ -1,26 +1,48 @@
-"""A table of finished runs: python results.py log/a log/b; without directories, the README's, of log/reference.
+"""Tables of finished runs; those that differ in nothing but their seed share a row: mean ± standard deviation.
 
-Runs that differ in nothing but their seed share a row: the mean of each figure, ± its standard deviation.
+python results.py log/a log/b              accuracy, compactness, time; without directories, the runs of log/reference
+python results.py --verification           what --verify has measured; the runs of log/reference/lambda
+python results.py --curve lambda.png       the same over λ, as a picture
 """
 
 import argparse
 import csv
+import functools
 import json
 import math
 import re
 import statistics
+from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
+
+import numpy as np
 
 from cli import build_parser
 from recipes import RECIPES
 from utils import RunError
 
-REFERENCE = [metrics.parent for metrics in sorted(Path(__file__).parent.glob("log/reference/*/metrics.csv"))]
+REFERENCE = sorted(path.parent for path in Path(__file__).parent.glob("log/reference/*/metrics.csv"))
+LAMBDA = sorted(path.parent for path in Path(__file__).parent.glob("log/reference/lambda/*/metrics.csv"))
 COLUMNS = (
     "`python main.py` with", "seeds", "epochs", "test accuracy, %", "nearest center, %", "intra", "inter",
     "intra/inter", "98 % at epoch", "h:m:s",
 )  # fmt: skip
+# What --verify has measured: where it stands in evaluation.json, and its decimals.
+VERIFICATION = {
+    "accuracy, %": (("accuracy",), 2),
+    "nearest center, %": (("nearest_center_accuracy",), 2),
+    "EER, %": (("verification", "l2", "eer"), 2),
+    "EER by cosine, %": (("verification", "cosine", "eer"), 2),
+    "TPR at FAR 0.001, %": (("verification", "l2", "tpr_at_far_1e-3"), 2),
+    "recall@1, %": (("verification", "l2", "recall_at_1"), 2),
+    "unknown: AUROC by distance": (("unknown", "auroc_distance"), 3),
+    "by softmax": (("unknown", "auroc_softmax"), 3),
+    "EER among them, %": (("unknown", "verification", "l2", "eer"), 1),
+}
+# What is drawn over λ.
+PANELS = {"accuracy (%)": "accuracy, %", "EER (%)": "EER, %", "AUROC of the unknown": "unknown: AUROC by distance",
+          "EER among the unknown (%)": "EER among them, %"}  # fmt: skip
 
 
 def flags(args: dict) -> str:
@@ -56,7 +78,10 @@ def read(directory: Path) -> dict:
         raise RunError(f"the run in {directory} must be finished")
     days, hours, minutes, seconds = (int(number or 0) for number in elapsed[-1])
     last = {name: float(value) for name, value in rows[-1].items() if value}
+    evaluation = directory / "evaluation.json"
     return dict(
+        args=args,
+        evaluation=json.loads(evaluation.read_text()) if evaluation.exists() else {},
         flags=flags(args),
         epochs=len(rows),
         figures=[last[name] for name in ("test_accuracy", "nearest_center_accuracy", "intra_distance",
@@ -66,31 +91,122 @@ def read(directory: Path) -> dict:
     )
 
 
-def spread(values: list[float]) -> str:
-    deviation = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.2f}{deviation}"
+def spread(values: list[float], digits: int = 2) -> str:
+    deviation = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.{digits}f}{deviation}"
+
+
+def grouped(directories: list[Path]) -> dict[tuple[str, int], list[dict]]:
+    """The runs by their flags and epochs."""
+    groups = {}
+    for run in map(read, directories):
+        groups.setdefault((run["flags"], run["epochs"]), []).append(run)
+    return groups
+
+
+def measured(run: dict, path: tuple[str, ...]) -> float:
+    """What the run's evaluation.json has at a path; NaN where it was not measured."""
+    value = functools.reduce(lambda values, key: values.get(key, {}), path, run["evaluation"])
+    return math.nan if value == {} else value
+
+
+def without_weight(run: dict) -> str:
+    return re.sub(r" --weight-cent \S+", "", run["flags"])
+
+
+def markdown(rows: list[Sequence[str]]) -> str:
+    rows = [rows[0], [":---"] + ["---:"] * (len(rows[0]) - 1), *rows[1:]]
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+def verification_table(directories: list[Path]) -> str:
+    """What --verify has measured in the last test, as Markdown."""
+
+    def by_weight(group) -> tuple:
+        return without_weight(group[1][0]), group[1][0]["args"]["weight_cent"]
+
+    rows = [(COLUMNS[0], "seeds", *VERIFICATION)]
+    for (given, _), runs in sorted(grouped(directories).items(), key=by_weight):
+        cells = [spread([measured(run, path) for run in runs], digits) for path, digits in VERIFICATION.values()]
+        rows.append([f"`{given}`", str(len(runs)), *cells])
+    return markdown(rows)
 
 
 def table(directories: list[Path]) -> str:
     """The runs' figures after the last epoch, and the median of their times, as Markdown."""
-    rows = {}
-    for run in map(read, directories):
-        rows.setdefault((run["flags"], run["epochs"]), []).append(run)
-    lines = [COLUMNS, [":---"] + ["---:"] * (len(COLUMNS) - 1)]
-    for (given, epochs), runs in rows.items():
+    lines = [COLUMNS]
+    for (given, epochs), runs in grouped(directories).items():
         figures = list(zip(*(run["figures"] for run in runs), strict=True))
         ratio = [intra / inter if inter else math.inf for intra, inter in zip(*figures[2:], strict=True)]
         passed = sorted({run["passed"] or "–" for run in runs}, key=str)
         seconds = round(statistics.median(run["seconds"] for run in runs))
         lines.append([f"`{given}`", str(len(runs)), str(epochs), *map(spread, [*figures, ratio]),
                       ", ".join(map(str, passed)), str(timedelta(seconds=seconds))])  # fmt: skip
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return markdown(lines)
+
+
+def draw_curve(directories: list[Path], path: Path) -> None:
+    """Draws what --verify has measured over λ · D: mean and standard deviation over the seeds, a row a data set.
+
+    Of a data set's runs those are drawn that differ from each other in λ, D and seed alone.
+    """
+    from matplotlib.figure import Figure
+
+    series = {}  # by data set, by the other flags
+    for run in map(read, directories):
+        others = re.sub(r" --feat-dim \S+", "", without_weight(run))
+        series.setdefault(run["args"]["dataset"], {}).setdefault(others, []).append(run)
+    figure = Figure(figsize=(12, 0.4 + 2.7 * len(series)), dpi=110, layout="constrained")
+    grid = figure.subplots(len(series), len(PANELS), squeeze=False)
+    for (dataset, by_flags), row in zip(sorted(series.items(), reverse=True), grid, strict=True):
+        runs = max(by_flags.values(), key=len)
+        for axes, (title, column) in zip(row, PANELS.items(), strict=True):
+            for number, dim in enumerate(sorted({run["args"]["feat_dim"] for run in runs})):
+                by_weight = {}
+                for run in runs:
+                    if run["args"]["feat_dim"] == dim:
+                        value = measured(run, VERIFICATION[column][0])
+                        by_weight.setdefault(run["args"]["weight_cent"] * dim, []).append(value)
+                draw_line(axes, by_weight, f"D = {dim}", f"C{number}", "os^v"[number % 4])
+            axes.set(xscale="log", title=title if row is grid[0] else "")
+            axes.grid(color="0.92")
+            if row is grid[-1]:
+                axes.set_xlabel("λ · D")
+            if title.startswith("EER (%)"):
+                axes.set_yscale("log")
+        row[0].set_ylabel(dataset)
+        row[0].legend(fontsize=8)
+    figure.savefig(path)
+
+
+def draw_line(axes, by_weight: dict[float, list[float]], label: str, color: str, marker: str) -> None:
+    """Draws values over λ · D, and softmax alone (0) as a horizontal line, with their standard deviations."""
+    alone = by_weight.get(0.0, [])
+    weights = sorted(by_weight.keys() - {0.0})
+    means, deviations = (np.array([of(by_weight[weight]) for weight in weights]) for of in (np.mean, deviation))
+    axes.fill_between(weights, means - deviations, means + deviations, color=color, alpha=0.2, linewidth=0)
+    axes.plot(weights, means, color=color, marker=marker, markersize=4, label=label)
+    if alone:
+        axes.axhspan(np.mean(alone) - deviation(alone), np.mean(alone) + deviation(alone), color=color, alpha=0.08)
+        axes.axhline(np.mean(alone), color=color, linestyle="--", linewidth=1, label=f"{label}, softmax alone")
+
+
+def deviation(values: list[float]) -> float:
+    return statistics.stdev(values) if len(values) > 1 else 0.0
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("directories", nargs="*", type=Path, default=REFERENCE, help="--save-dir of each run")
+    parser.add_argument("directories", nargs="*", type=Path, help="--save-dir of each run")
+    parser.add_argument("--verification", action="store_true", help="the table of what --verify has measured")
+    parser.add_argument("--curve", type=Path, metavar="FILE", help="draw what --verify has measured over λ")
+    args = parser.parse_args()
     try:
-        print(table(parser.parse_args().directories))
+        if args.curve:
+            draw_curve(args.directories or LAMBDA, args.curve)
+        elif args.verification:
+            print(verification_table(args.directories or LAMBDA))
+        else:
+            print(table(args.directories or REFERENCE))
     except (RunError, OSError) as error:
         parser.exit(2, f"results.py: error: {error}\n")
