@@ -147,15 +147,16 @@ def report(splits: dict[str, dict], centers: Tensor, data: Data, args: argparse.
     Writes evaluation.json and, for --plot, roc.png and confusion.png to --save-dir.
     """
     directory, tested, unknown = Path(args.save_dir), splits["test"], splits.get("unknown")
-    names = ("xent", "accuracy", "nearest_center_accuracy", "intra_distance", "inter_distance")
-    measured = {name: tested[name] for name in names} | dict(classes=data.classes, images=len(tested["labels"]))
+    metrics = ("xent", "accuracy", "nearest_center_accuracy", "intra_distance", "inter_distance")
+    measured = {name: tested[name] for name in metrics} | dict(classes=data.classes, images=len(tested["labels"]))
     measured["verification"], curves = verification(tested["features"], tested["labels"])
     log_verification("Verification", measured["verification"], log)
     curves = {f"trained classes, {LONG_NAMES[name]}": curve for name, curve in curves.items()}
     if unknown:
         found = measured["unknown"] = dict(classes=data.unseen, images=len(unknown["labels"]))
         found |= open_set(tested, unknown, centers)
-        log(f"Unknown classes {', '.join(data.unseen)} ({found['images']:,} images): AUROC by distance from the "
+        names = ", ".join(data.unseen[:10]) + ", …" * (len(data.unseen) > 10)
+        log(f"Unknown classes {names} ({found['images']:,} images): AUROC by distance from the "
             f"nearest center: {found['auroc_distance']:.4f}\t by softmax probability: {found['auroc_softmax']:.4f}")
         found["verification"], more = verification(unknown["features"], unknown["labels"] - len(data.classes))
         log_verification("Verification of the unknown", found["verification"], log)

@@ -19,14 +19,15 @@ import utils
 def plot_epoch(plotter: "Plotter", save_dir: Path, epoch: int, splits: dict[str, dict], centers, classes) -> None:
     """Draws <split>/epoch_<N>.png of each split; the plane that they show is fitted on the training features."""
     project, axes = plane(splits["train"]["features"].cpu().numpy())
-    for name in splits.keys() & {"train", "test"}:
-        split, unknown = splits[name], [splits["unknown"]] if name == "test" and "unknown" in splits else []
+    for name, split in splits.items():
+        if name == "unknown":  # shown with the test
+            continue
+        shown = [split, splits["unknown"]] if name == "test" and "unknown" in splits else [split]
         (save_dir / name).mkdir(exist_ok=True)
         points = save_dir / name / f"epoch_{epoch}.npz"
         title = f"{name}, epoch {epoch}: accuracy {split['accuracy']:.2f} %"
-        features, labels = (np.concatenate([each[key].cpu().numpy() for each in (split, *unknown)])
-                            for key in ("features", "labels"))  # fmt: skip
-        arrays = features, labels, centers.cpu().numpy()
+        arrays = [np.concatenate([each[key].cpu().numpy() for each in shown]) for key in ("features", "labels")]
+        arrays.append(centers.cpu().numpy())
         utils.replace_file(points, functools.partial(save_points, *arrays, classes, project, axes, title))
         plotter(points.with_suffix(".png"), draw_points, points)
 

@@ -92,8 +92,10 @@ def read(directory: Path) -> dict:
 
 
 def spread(values: list[float], digits: int = 2) -> str:
-    deviation = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.{digits}f}{deviation}"
+    if not all(map(math.isfinite, values)):
+        return "–"
+    shown = f" ± {deviation(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.{digits}f}{shown}"
 
 
 def grouped(directories: list[Path]) -> dict[tuple[str, int], list[dict]]:
@@ -151,44 +153,52 @@ def draw_curve(directories: list[Path], path: Path) -> None:
     Of a data set's runs those are drawn that differ from each other in λ, D and seed alone.
     """
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator
 
     series = {}  # by data set, by the other flags
     for run in map(read, directories):
         others = re.sub(r" --feat-dim \S+", "", without_weight(run))
         series.setdefault(run["args"]["dataset"], {}).setdefault(others, []).append(run)
-    figure = Figure(figsize=(12, 0.4 + 2.7 * len(series)), dpi=110, layout="constrained")
-    grid = figure.subplots(len(series), len(PANELS), squeeze=False)
-    for (dataset, by_flags), row in zip(sorted(series.items(), reverse=True), grid, strict=True):
-        runs = max(by_flags.values(), key=len)
+    series = {dataset: max(by_flags.values(), key=len) for dataset, by_flags in sorted(series.items(), reverse=True)}
+    dims = sorted({run["args"]["feat_dim"] for runs in series.values() for run in runs})
+    figure = Figure(figsize=(12, 0.6 + 2.6 * len(series)), dpi=110, layout="constrained")
+    grid, legend = figure.subplots(len(series), len(PANELS), squeeze=False, sharex=True), {}
+    for (dataset, runs), row in zip(series.items(), grid, strict=True):
         for axes, (title, column) in zip(row, PANELS.items(), strict=True):
-            for number, dim in enumerate(sorted({run["args"]["feat_dim"] for run in runs})):
+            for number, dim in enumerate(dims):
                 by_weight = {}
                 for run in runs:
                     if run["args"]["feat_dim"] == dim:
                         value = measured(run, VERIFICATION[column][0])
                         by_weight.setdefault(run["args"]["weight_cent"] * dim, []).append(value)
                 draw_line(axes, by_weight, f"D = {dim}", f"C{number}", "os^v"[number % 4])
-            axes.set(xscale="log", title=title if row is grid[0] else "")
+            axes.set(xscale="log", ylabel=title)
             axes.grid(color="0.92")
-            if row is grid[-1]:
-                axes.set_xlabel("λ · D")
-            if title.startswith("EER (%)"):
+            axes.xaxis.set_major_formatter("{x:g}")
+            if column == "EER, %":
                 axes.set_yscale("log")
-        row[0].set_ylabel(dataset)
-        row[0].legend(fontsize=8)
+                axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5, 7)))
+                axes.yaxis.set_major_formatter("{x:g}")
+                axes.yaxis.set_minor_formatter("")
+            legend |= {label: mark for mark, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+        row[0].set_title(dataset, loc="left", fontsize=11)
+    for axes in grid[-1]:
+        axes.set_xlabel("λ · D")
+    figure.legend(legend.values(), legend.keys(), loc="outside lower center", ncols=6, fontsize=9, frameon=False)
     figure.savefig(path)
 
 
 def draw_line(axes, by_weight: dict[float, list[float]], label: str, color: str, marker: str) -> None:
     """Draws values over λ · D, and softmax alone (0) as a horizontal line, with their standard deviations."""
-    alone = by_weight.get(0.0, [])
-    weights = sorted(by_weight.keys() - {0.0})
-    means, deviations = (np.array([of(by_weight[weight]) for weight in weights]) for of in (np.mean, deviation))
-    axes.fill_between(weights, means - deviations, means + deviations, color=color, alpha=0.2, linewidth=0)
-    axes.plot(weights, means, color=color, marker=marker, markersize=4, label=label)
-    if alone:
-        axes.axhspan(np.mean(alone) - deviation(alone), np.mean(alone) + deviation(alone), color=color, alpha=0.08)
-        axes.axhline(np.mean(alone), color=color, linestyle="--", linewidth=1, label=f"{label}, softmax alone")
+    if alone := by_weight.pop(0.0, []):
+        mean, spread = statistics.mean(alone), deviation(alone)
+        axes.axhspan(mean - spread, mean + spread, color=color, alpha=0.1, linewidth=0)
+        axes.axhline(mean, color=color, linestyle="--", linewidth=1, label=f"{label}, softmax alone")
+    if weights := sorted(by_weight):
+        means = np.array([statistics.mean(by_weight[weight]) for weight in weights])
+        spreads = np.array([deviation(by_weight[weight]) for weight in weights])
+        axes.fill_between(weights, means - spreads, means + spreads, color=color, alpha=0.2, linewidth=0)
+        axes.plot(weights, means, color=color, marker=marker, markersize=4, label=f"{label}, with center loss")
 
 
 def deviation(values: list[float]) -> float:
