@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 import cli
 import datasets
+import evaluation
 import models
 import plots
 import training
@@ -39,7 +40,8 @@ def main(args: argparse.Namespace) -> None:
     log(f"Creating dataset: {args.dataset}")
     with ranks.first_alone():
         data = datasets.create(args.dataset, args.data_root, args.batch_size, args.workers, device,
-                               image_size=args.image_size, scaling=args.scaling, ranks=ranks)  # fmt: skip
+                               image_size=args.image_size, scaling=args.scaling, unseen=args.unseen,
+                               ranks=ranks)  # fmt: skip
     steps = args.max_iter or args.max_epoch * len(data.train)
     epochs = math.ceil(steps / len(data.train))
 
@@ -53,7 +55,9 @@ def main(args: argparse.Namespace) -> None:
         start -= run["elapsed"]
 
     if args.evaluate:
-        return evaluate(model, data, run["centers"].to(device), args, log)
+        log("==> Test")
+        test(model, data, run["centers"].to(device), args, log)
+        return None
     if run["epoch"] >= epochs:
         longer = "" if args.max_iter or SCHEDULES[args.schedule].fixed_length else "; a larger --max-epoch goes on"
         log(f"The run of {args.resume} is finished after {run['epoch']} epochs{longer}")
@@ -87,9 +91,9 @@ def main(args: argparse.Namespace) -> None:
                     centers = training.class_means(epoch.kept[0], epoch.kept[1], len(data.classes))
                 if number == epochs or (args.eval_freq and number % args.eval_freq == 0):
                     log("==> Test")
-                    tested = splits["test"] = test(model, data, centers, args, log)
-                    check_finite({"cross entropy of the test": tested["xent"],
-                                  "distances from the centers": tested["intra_distance"]}, number, args)
+                    splits |= test(model, data, centers, args, log)
+                    check_finite({"cross entropy of the test": splits["test"]["xent"],
+                                  "distances from the centers": splits["test"]["intra_distance"]}, number, args)
                 row = record(number, scheduler.get_last_lr()[0], splits)
                 run |= dict(epoch=number, partial=None, history=[*run["history"], row], centers=centers,
                             rng=torch.get_rng_state())
@@ -173,15 +177,24 @@ def check_finite(values: dict[str, float], epoch: int, args: argparse.Namespace)
         )
 
 
-def test(model: torch.nn.Module, data: datasets.Data, centers: Tensor, args, log: utils.Log) -> dict:
-    """Tests the network, logs the metrics and returns them with features, labels and predictions."""
-    batches = progress_bar(data.test, "test", len(data.test))
-    tested = training.test(model, batches, args.amp, Ranks.of_environment())
+def test(model: torch.nn.Module, data: datasets.Data, centers: Tensor, args, log: utils.Log) -> dict[str, dict]:
+    """Tests the network and logs the metrics; returns those of "test", with its features, labels and predictions.
+
+    Of classes left out of the training, "unknown" has features, labels and predictions.
+    """
+    ranks = Ranks.of_environment()
+    tested = training.test(model, progress_bar(data.test, "test", len(data.test)), args.amp, ranks)
     tested |= training.center_metrics(tested["features"], tested["labels"], centers)
     log(f"Accuracy (%): {tested['accuracy']:.2f}\t Error rate (%): {100 - tested['accuracy']:.2f}")
     log(f"Nearest-center accuracy (%): {tested['nearest_center_accuracy']:.2f}\t Intra-class distance (mean): "
         f"{tested['intra_distance']:.4f}\t Inter-class distance (min): {tested['inter_distance']:.4f}")
-    return tested
+    splits = dict(test=tested)
+    if data.unknown:
+        batches = progress_bar(data.unknown, "unknown", len(data.unknown))
+        splits["unknown"] = training.predict(model, batches, args.amp, ranks)
+    if (args.verify or args.evaluate) and ranks.rank == 0:
+        evaluation.report(splits, centers, data, args, log)
+    return splits
 
 
 def record(epoch: int, lr: float, splits: dict[str, dict]) -> dict:
@@ -191,19 +204,6 @@ def record(epoch: int, lr: float, splits: dict[str, dict]) -> dict:
     row |= {f"train_{name}": trained[name] for name in ("loss", "xent", "center", "accuracy")}
     row |= {f"test_{name}": tested.get(name) for name in ("xent", "accuracy")}
     return row | {name: tested.get(name) for name in ("nearest_center_accuracy", "intra_distance", "inter_distance")}
-
-
-def evaluate(model: torch.nn.Module, data: datasets.Data, centers: Tensor, args, log: utils.Log) -> None:
-    """Logs the test metrics of a trained network and its confusion matrix, which --plot draws."""
-    log("==> Test")
-    tested, count = test(model, data, centers, args, log), len(data.classes)
-    confusion = torch.bincount(tested["labels"] * count + tested["predictions"], minlength=count**2).view(count, count)
-    log("\n".join(utils.confusion_lines(confusion.tolist(), data.classes)))
-    if args.plot and Ranks.of_environment().rank == 0:
-        picture, title = Path(args.save_dir, "confusion.png"), f"test: accuracy {tested['accuracy']:.2f} %"
-        picture.parent.mkdir(parents=True, exist_ok=True)
-        counts = confusion.cpu().numpy()
-        utils.replace_file(picture, lambda part: plots.draw_confusion(part, counts, data.classes, title))
 
 
 if __name__ == "__main__":

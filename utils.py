@@ -24,7 +24,7 @@ from tqdm import tqdm
 # What a run writes below its --save-dir; a new run there takes exactly these away first.
 EPOCH_FILES = ("train/epoch_*.*", "test/epoch_*.*", "features/epoch_*.npz")
 RUN_FILES = ("log_*.txt", "metrics.csv", "args.json", "checkpoint.pt", "train.gif", "test.gif", "curves.png",
-             "confusion.png", *EPOCH_FILES, "tensorboard/events.*")  # fmt: skip
+             "confusion.png", "roc.png", "evaluation.json", *EPOCH_FILES, "tensorboard/events.*")  # fmt: skip
 
 
 class RunError(Exception):

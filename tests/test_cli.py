@@ -93,6 +93,7 @@ BAD_FLAGS = [
     ["--seed", "99999999999999999999"], ["--image-size", "1025"], ["--seed", "1.0"], ["--lr-model"], ["--evaluate"],
     ["--evaluate", "."], ["--resume", "."], ["--plot=yes"], ["--max-iter", "-5"], ["7"], ["--evaluate", ""],
     ["--batch-size", "99999999999999999999"], ["--feat-dim", "1000001"], ["--gamma", "1e300"],
+    ["--unseen"], ["--unseen", ""],
 ]  # fmt: skip
 
 

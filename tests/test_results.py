@@ -64,6 +64,44 @@ def test_runs_of_several_seeds_share_a_row(tmp_path):
     assert softmax[0] == "`--recipe zhou2018 --weight-cent 0`"
 
 
+def verified(eer, accuracy):
+    among = dict(l2={"eer": eer, "tpr_at_far_1e-3": 90, "recall_at_1": 80, "auc": 0.9}, cosine=dict(eer=2 * eer))
+    return dict(accuracy=accuracy, nearest_center_accuracy=0.0, verification=among)
+
+
+@pytest.fixture
+def verified_runs(tmp_path):
+    runs = []
+    for weight, eer in ((0.5, 2.0), (0, 7.0), (0.05, 3.0)):
+        for seed in (1, 2):
+            runs.append(make_run(tmp_path / f"{weight}-{seed}", seed, [99], "0:01:00", weight_cent=weight, verify=True))
+            (runs[-1] / "evaluation.json").write_text(json.dumps(verified(eer + seed, 99 - eer)))
+    return runs
+
+
+def test_verification_has_a_row_for_each_lambda_in_their_order(verified_runs):
+    header, _, *rows = results.verification_table(verified_runs).splitlines()
+    assert "AUROC" in header
+    cells = [[cell.strip() for cell in row.split("|")[1:-1]] for row in rows]
+    assert [row[0].split()[-1] for row in cells] == ["0`", "0.05`", "0.5`"]
+    assert cells[1][1:8] == ["2", "96.00 ± 0.00", "0.00 ± 0.00", "4.50 ± 0.71", "9.00 ± 1.41", "90.00 ± 0.00",
+                             "80.00 ± 0.00"]  # fmt: skip
+    assert all(row[8:] == ["–"] * 3 for row in cells)  # without --unseen
+
+
+def test_the_curve_shows_means_and_deviations_over_lambda_times_d(verified_runs, tmp_path):
+    from matplotlib.figure import Figure
+
+    axes = Figure().subplots()
+    results.draw_line(axes, {0.0: [7.0, 9.0], 0.1: [3.0, 5.0], 1.0: [2.0]}, "D = 2", "C0", "o")
+    alone, line = axes.get_lines()
+    assert list(alone.get_ydata()) == [8, 8] and line.get_xydata().tolist() == [[0.1, 4], [1, 2]]
+    shade = axes.collections[0].get_paths()[0].vertices
+    assert (shade[:, 1].min(), shade[:, 1].max()) == pytest.approx((2, 4 + 2**0.5))
+    results.draw_curve(verified_runs, tmp_path / "curve.png")
+    assert (tmp_path / "curve.png").stat().st_size > 10_000
+
+
 def test_the_script_refuses_what_is_no_finished_run(tmp_path):
     run = make_run(tmp_path / "a", 1, [90.0])
     (run / "log_mnist.txt").write_text("==> Epoch 2/3\n")
@@ -82,10 +120,12 @@ def test_the_pages_tables_are_those_of_the_reference_runs():
     assert len(rows) > 7 and set(rows) <= set(table.splitlines())
 
 
-@pytest.mark.parametrize("directory", results.REFERENCE, ids=lambda directory: directory.name)
-def test_a_reference_run_has_the_flags_of_its_row(directory):
-    args = json.loads((directory / "args.json").read_text())
-    again = vars(cli.parse_args(shlex.split(results.flags(args))))
-    free = cli.build_parser().free - {"max_epoch"} | {"seed"} | ({"max_epoch"} if args["max_iter"] else set())
-    assert {name: again[name] for name in again.keys() - free} == {name: args[name] for name in again.keys() - free}
-    assert args["save_dir"] == f"log/reference/{directory.name}"
+def test_reference_runs_have_the_flags_of_their_rows():
+    parser = cli.build_parser()
+    for directory in (*results.REFERENCE, *results.LAMBDA):
+        args = json.loads((directory / "args.json").read_text())
+        again = vars(cli.parse_args(shlex.split(results.flags(args))))
+        free = parser.free - {"max_epoch"} | {"seed"} | ({"max_epoch"} if args["max_iter"] else set())
+        known = args.keys() - free  # flags that came later have their defaults
+        assert {name: again[name] for name in known} == {name: args[name] for name in known}, directory
+        assert args["save_dir"] == directory.relative_to(REPOSITORY).as_posix()
