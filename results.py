@@ -164,8 +164,8 @@ def draw_curve(directories: list[Path], path: Path) -> None:
             for number, dim in enumerate(dims):
                 by_weight = {}
                 for run in runs:
-                    if run["args"]["feat_dim"] == dim:
-                        value = measured(run, VERIFICATION[column][0])
+                    value = measured(run, VERIFICATION[column][0])
+                    if run["args"]["feat_dim"] == dim and math.isfinite(value):
                         by_weight.setdefault(run["args"]["weight_cent"] * dim, []).append(value)
                 draw_line(axes, by_weight, f"D = {dim}", f"C{number}", "os^v"[number % 4])
             axes.set(xscale="log", ylabel=title)
