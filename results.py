@@ -78,10 +78,11 @@ def read(directory: Path) -> dict:
         raise RunError(f"the run in {directory} must be finished")
     days, hours, minutes, seconds = (int(number or 0) for number in elapsed[-1])
     last = {name: float(value) for name, value in rows[-1].items() if value}
-    evaluation = directory / "evaluation.json"
+    path = directory / "evaluation.json"
+    evaluation = json.loads(path.read_text()) if path.exists() else {}
     return dict(
         args=args,
-        evaluation=json.loads(evaluation.read_text()) if evaluation.exists() else {},
+        evaluation=evaluation if evaluation.get("epoch") == last["epoch"] else {},
         flags=flags(args),
         epochs=len(rows),
         figures=[last[name] for name in ("test_accuracy", "nearest_center_accuracy", "intra_distance",
