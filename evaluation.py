@@ -147,7 +147,7 @@ def report(splits: dict[str, dict], centers: Tensor, data: Data, args: argparse.
     Writes evaluation.json and, for --plot, roc.png and confusion.png to --save-dir.
     """
     directory, tested, unknown = Path(args.save_dir), splits["test"], splits.get("unknown")
-    metrics = ("xent", "accuracy", "nearest_center_accuracy", "intra_distance", "inter_distance")
+    metrics = ("epoch", "xent", "accuracy", "nearest_center_accuracy", "intra_distance", "inter_distance")
     measured = {name: tested[name] for name in metrics} | dict(classes=data.classes, images=len(tested["labels"]))
     measured["verification"], curves = verification(tested["features"], tested["labels"])
     log_verification("Verification", measured["verification"], log)

@@ -56,7 +56,7 @@ def main(args: argparse.Namespace) -> None:
 
     if args.evaluate:
         log("==> Test")
-        test(model, data, run["centers"].to(device), args, log)
+        test(model, data, run["centers"].to(device), run["epoch"], args, log)
         return None
     if run["epoch"] >= epochs:
         longer = "" if args.max_iter or SCHEDULES[args.schedule].fixed_length else "; a larger --max-epoch goes on"
@@ -91,7 +91,7 @@ def main(args: argparse.Namespace) -> None:
                     centers = training.class_means(epoch.kept[0], epoch.kept[1], len(data.classes))
                 if number == epochs or (args.eval_freq and number % args.eval_freq == 0):
                     log("==> Test")
-                    splits |= test(model, data, centers, args, log)
+                    splits |= test(model, data, centers, number, args, log)
                     check_finite({"cross entropy of the test": splits["test"]["xent"],
                                   "distances from the centers": splits["test"]["intra_distance"]}, number, args)
                 row = record(number, scheduler.get_last_lr()[0], splits)
@@ -177,13 +177,13 @@ def check_finite(values: dict[str, float], epoch: int, args: argparse.Namespace)
         )
 
 
-def test(model: torch.nn.Module, data: datasets.Data, centers: Tensor, args, log: utils.Log) -> dict[str, dict]:
-    """Tests the network and logs the metrics; returns those of "test", with its features, labels and predictions.
+def test(model: torch.nn.Module, data: datasets.Data, centers: Tensor, epoch: int, args, log: utils.Log) -> dict:
+    """Tests the network, logs the metrics and returns them with features, labels and predictions, as split "test".
 
-    Of classes left out of the training, "unknown" has features, labels and predictions.
+    The split "unknown" has features, labels and predictions of classes that were left out of the training.
     """
-    ranks = Ranks.of_environment()
-    tested = training.test(model, progress_bar(data.test, "test", len(data.test)), args.amp, ranks)
+    ranks, batches = Ranks.of_environment(), progress_bar(data.test, "test", len(data.test))
+    tested = training.test(model, batches, args.amp, ranks) | dict(epoch=epoch)
     tested |= training.center_metrics(tested["features"], tested["labels"], centers)
     log(f"Accuracy (%): {tested['accuracy']:.2f}\t Error rate (%): {100 - tested['accuracy']:.2f}")
     log(f"Nearest-center accuracy (%): {tested['nearest_center_accuracy']:.2f}\t Intra-class distance (mean): "

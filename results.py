@@ -75,10 +75,11 @@ def read(directory: Path) -> dict:
     if "\nFinished. " not in log:
         raise RunError(f"the run in {directory} must be finished")
     last = {name: float(value) for name, value in rows[-1].items() if value}
-    evaluation = directory / "evaluation.json"
+    path = directory / "evaluation.json"
+    evaluation = json.loads(path.read_text()) if path.exists() else {}
     return dict(
         args=args,
-        evaluation=json.loads(evaluation.read_text()) if evaluation.exists() else {},
+        evaluation=evaluation if evaluation.get("epoch") == last["epoch"] else {},
         flags=flags(args),
         device="GPU" if "Currently using GPU" in log else "CPU",
         epochs=len(rows),

@@ -66,7 +66,7 @@ def test_runs_of_several_seeds_share_a_row(tmp_path):
 
 def verified(eer, accuracy):
     among = dict(l2={"eer": eer, "tpr_at_far_1e-3": 90, "recall_at_1": 80, "auc": 0.9}, cosine=dict(eer=2 * eer))
-    return dict(accuracy=accuracy, nearest_center_accuracy=0.0, verification=among)
+    return dict(epoch=1, accuracy=accuracy, nearest_center_accuracy=0.0, verification=among)
 
 
 @pytest.fixture
@@ -87,6 +87,9 @@ def test_verification_has_a_row_for_each_lambda_in_their_order(verified_runs):
     assert cells[1][1:8] == ["2", "96.00 ± 0.00", "0.00 ± 0.00", "4.50 ± 0.71", "9.00 ± 1.41", "90.00 ± 0.00",
                              "80.00 ± 0.00"]  # fmt: skip
     assert all(row[8:] == ["–"] * 3 for row in cells)  # without --unseen
+    path = verified_runs[-1] / "evaluation.json"
+    path.write_text(path.read_text().replace('"epoch": 1', '"epoch": 0'))  # of an earlier test
+    assert results.verification_table(verified_runs).splitlines()[-2].split("|")[3].strip() == "–"
 
 
 def test_the_curve_shows_means_and_deviations_over_lambda_times_d(verified_runs, tmp_path):
