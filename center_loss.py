@@ -246,8 +246,10 @@ def pairwise(features: Tensor, centers: Tensor, distance: str = "squared", block
     def distances(features: Tensor, centers: Tensor) -> Tensor:
         return DISTANCES[distance](features[:, None] - centers)  # a difference is exact also far from the origin
 
-    # A checkpoint computes the offsets (B, C, D) again in backward() in place of keeping them.
     parts = centers.split(max(1, block // max(1, features.numel())))
+    if len(parts) == 1:
+        return distances(features, centers)
+    # A checkpoint computes the offsets (B, C, D) again in backward() in place of keeping them.
     return torch.cat([checkpoint(distances, features, part, use_reentrant=False) for part in parts], 1)
 
 
