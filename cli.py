@@ -105,10 +105,11 @@ def build_parser(description: str = "") -> Parser:
     add = parser.group("loss: cross-entropy + λ · center loss")
     add("--weight-cent", type=number(float, 0), default=1.0, help="λ, weight of the center loss; 0: softmax only")
     add("--distance", choices=sorted(center_loss.DISTANCES), default="squared", help="of a feature from its center")
+    add("--radius", type=number(float, 0), default=0.0, help="r: a feature this close to its center is not pulled")
     add("--loss-scale", type=number(float, 0, above=True), default=1.0, help="factor of the center loss")
     add("--class-average", **switch, help="divide each sample's term by the size of its class in the batch")
     add("--center-update", choices=sorted(center_loss.CENTER_UPDATES), default="gradient",
-        help="what the centers follow: the gradient of the loss, or the paper's Eq. 4")
+        help="what the centers follow: the gradient of the loss, the paper's Eq. 4, or the means of their classes")
 
     add = parser.group("optimization")
     add("--optimizer", choices=sorted(OPTIMIZERS), default="sgd", help="of the network; the centers have SGD")

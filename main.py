@@ -131,8 +131,9 @@ def build(args: argparse.Namespace, data: datasets.Data, device: torch.device, s
     ranks, num_classes = Ranks.of_environment(), len(data.classes)
     torch.manual_seed(args.seed)
     model = models.create(args.model, num_classes, data.in_channels, data.image_size, args.feat_dim, args.init)
-    center_loss = CenterLoss(num_classes, args.feat_dim, use_gpu=False, distance=args.distance, scale=args.loss_scale,
-                             class_average=args.class_average, center_update=args.center_update)  # fmt: skip
+    center_loss = CenterLoss(num_classes, args.feat_dim, use_gpu=False, distance=args.distance, radius=args.radius,
+                             scale=args.loss_scale, class_average=args.class_average,
+                             center_update=args.center_update)  # fmt: skip
     models.INITS[args.init](center_loss.centers)
     model.to(device, memory_format=torch.channels_last)  # faster, in float32 as well
     center_loss.to(device)

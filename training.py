@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from center_loss import CenterLoss
+from center_loss import CenterLoss, pairwise
 from processes import Ranks
 
 
@@ -173,8 +173,7 @@ def test(model: nn.Module, batches: Iterable[tuple], amp: bool = False, ranks: R
 @torch.no_grad()
 def center_metrics(features: Tensor, labels: Tensor, centers: Tensor) -> dict[str, float]:
     """Accuracy (%) of the nearest center, mean distance from one's own center, smallest distance of two centers."""
-    exact = "donot_use_mm_for_euclid_dist"
-    nearest = [torch.cdist(some, centers, compute_mode=exact).argmin(1) for some in features.split(4096)]
+    nearest = [pairwise(some, centers).argmin(1) for some in features.split(4096)]
     return dict(
         nearest_center_accuracy=percentage(torch.cat(nearest) == labels),
         intra_distance=(features - centers[labels]).norm(dim=1).mean().item(),

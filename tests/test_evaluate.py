@@ -1,5 +1,6 @@
 """--evaluate tells the figures of the run's last test and changes nothing; its table counts every image."""
 
+import csv
 import os
 import re
 import shutil
@@ -8,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import make_folder
+from conftest import SHARED_DATA, make_folder
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -34,6 +35,21 @@ def test_figures_are_those_of_the_runs_last_test(flags, run):
     assert (status, err) == (0, "")
     assert out.splitlines()[3:6] == lines[-4:-1]
     assert files() == before
+
+
+@pytest.mark.mnist
+def test_the_committed_weights_have_the_metrics_of_their_run(run):
+    """Within what bfloat16 differs by from one CPU to another."""
+    directory = Path(utils.__file__).parent / "log" / "reference" / "fast"
+    status, out, err = run("--evaluate", directory / "checkpoint.pt", "--data-root", SHARED_DATA, base=False)
+    assert (status, err) == (0, "")
+    accuracy, _, nearest, intra, inter = (float(number) for number in re.findall(r": +(\d+\.\d+)", out))
+    with open(directory / "metrics.csv", newline="") as file:
+        last = list(csv.DictReader(file))[-1]
+    assert accuracy == pytest.approx(float(last["test_accuracy"]), abs=0.05)
+    assert nearest == pytest.approx(float(last["nearest_center_accuracy"]), abs=0.05)
+    assert intra == pytest.approx(float(last["intra_distance"]), rel=0.01)
+    assert inter == pytest.approx(float(last["inter_distance"]), rel=1e-4)
 
 
 def test_classes_have_their_accuracy_and_predictions_as_counted_one_by_one(run, folder):
