@@ -74,7 +74,11 @@ def spread(values: list[float]) -> str:
 def table(directories: list[Path]) -> str:
     """The runs' figures after the last epoch, and the median of their times, as Markdown."""
     rows = {}
-    for run in map(read, directories):
+    for directory in directories:
+        try:
+            run = read(directory)
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:  # cut or edited by hand
+            raise RunError(f"cannot read the run in {directory}: {type(error).__name__}: {error}") from error
         rows.setdefault((run["flags"], run["epochs"]), []).append(run)
     lines = [COLUMNS, [":---"] + ["---:"] * (len(COLUMNS) - 1)]
     for (given, epochs), runs in rows.items():

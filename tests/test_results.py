@@ -82,3 +82,15 @@ def test_a_reference_run_has_the_flags_of_its_row(directory):
     free = cli.build_parser().free - {"max_epoch"} | {"seed"} | ({"max_epoch"} if args["max_iter"] else set())
     assert {name: again[name] for name in again.keys() - free} == {name: args[name] for name in again.keys() - free}
     assert args["save_dir"] == f"log/reference/{directory.name}"
+
+
+@pytest.mark.parametrize("name, text", [
+    ("args.json", '{"dataset": "mn'), ("args.json", "[]"), ("args.json", "{}"), ("metrics.csv", ""),
+    ("metrics.csv", "epoch,test_accuracy\n1,x\n"),
+])  # fmt: skip
+def test_files_that_are_cut_or_edited_are_one_line(name, text, tmp_path):
+    run = make_run(tmp_path / "a", 1, [97.0], "0:01:00")
+    (run / name).write_text(text)
+    with pytest.raises(results.RunError, match=f"cannot read the run in {run}") as error:
+        results.table([run])
+    assert "\n" not in str(error.value)
