@@ -7,8 +7,8 @@ python main.py --evaluate log/checkpoint.pt   test metrics of a trained network
 """
 
 import argparse
+import contextlib
 import functools
-import itertools
 import math
 import os
 import sys
@@ -57,20 +57,19 @@ def main(args: argparse.Namespace) -> None:
     if run["epoch"] >= epochs:
         longer = "" if args.max_iter or SCHEDULES[args.schedule].fixed_length else "; a larger --max-epoch goes on"
         log(f"The run of {args.resume} is finished after {run['epoch']} epochs{longer}")
-        if not args.plot or Path(args.resume).resolve().parent != Path(args.save_dir).resolve():
+        if not args.plot and Path(args.resume).resolve().parent == Path(args.save_dir).resolve():
             return None
 
     files = utils.RunFiles(args, run, log, start) if ranks.rank == 0 else utils.NoFiles()
-    pictures = plots.Plotter() if args.plot and ranks.rank == 0 else None
-    with files, StopRequest() as stop:
+    pictures = plots.Plotter(log) if args.plot and ranks.rank == 0 else None
+    with files, pictures or contextlib.nullcontext(), StopRequest() as stop:
         files.save(run, modules)  # so that a run that is killed in its first epoch can be resumed as well
         while run["epoch"] < epochs and not (stopped := ranks.any(stop.signal)):
             number, begun = run["epoch"] + 1, training.Epoch(**run["partial"] or {})
             last = min(len(data.train), steps - run["epoch"] * len(data.train))
 
             log(f"==> Epoch {number}/{epochs}")
-            batches = itertools.islice(data.train.after(begun.batches), last - begun.batches)
-            batches = progress_bar(batches, f"epoch {number}", last, begun.batches)
+            batches = progress_bar(data.train.after(begun.batches, last), f"epoch {number}", last, begun.batches)
             report = functools.partial(report_step, number=number, total=len(data.train), args=args, log=log, stop=stop)
             keep = args.plot or args.save_features or args.weight_cent == 0
             epoch = training.train_epoch(step, batches, scheduler, begun, keep, report)
@@ -78,31 +77,31 @@ def main(args: argparse.Namespace) -> None:
             check_finite({"cross entropy": trained["xent"], "center loss": trained["center"]}, number, args)
             check_finite({"network's weights": training.state_sum(model),
                           "centers": training.state_sum(step.center_loss)}, number, args)  # fmt: skip
-            if epoch.batches < last:
-                run["partial"] = vars(epoch)
-            else:
-                splits, centers = dict(train=trained), step.center_loss.centers.detach()
-                ranks.check_equal("centers", centers)
-                if not args.weight_cent:  # they are not trained; the class means stand in for them
-                    centers = training.class_means(epoch.kept[0], epoch.kept[1], len(data.classes))
-                if number == epochs or (args.eval_freq and number % args.eval_freq == 0):
-                    log("==> Test")
-                    tested = splits["test"] = test(model, data, centers, args, log)
+            centers = step.center_loss.centers.detach()
+            if not args.weight_cent:  # they are not trained; the class means stand in for them
+                centers = training.class_means(epoch.kept[0], epoch.kept[1], len(data.classes))
+            ranks.check_equal("centers", centers)
+            run |= dict(partial=vars(epoch), centers=centers)  # as it stays where a signal ends the epoch or its test
+            splits, done = dict(train=trained), epoch.batches == last
+            if done and (number == epochs or (args.eval_freq and number % args.eval_freq == 0)):
+                log("==> Test")
+                if done := bool(tested := test(model, data, centers, args, log, stop)):
+                    splits["test"] = tested
                     check_finite({"cross entropy of the test": tested["xent"],
                                   "distances from the centers": tested["intra_distance"]}, number, args)
+            if done:
                 row = record(number, scheduler.get_last_lr()[0], splits)
-                run |= dict(epoch=number, partial=None, history=[*run["history"], row], centers=centers,
-                            rng=torch.get_rng_state())
+                run |= dict(epoch=number, partial=None, history=[*run["history"], row], rng=torch.get_rng_state())
                 files.save_epoch(row, splits, centers)
                 if pictures:
                     plots.plot_epoch(pictures, files.directory, number, splits, centers, data.classes)
             files.save(run, modules)
 
-        undrawn = plots.plot_run(pictures, files.directory, run["history"]) if pictures and run["history"] else []
-        for error in undrawn:
-            log(f"A picture could not be drawn: {error}")
-        if run["epoch"] < epochs:
-            raise utils.Stopped(stopped, run, args.save_dir)
+        undrawn = []
+        if pictures and run["history"]:
+            undrawn = plots.plot_run(pictures, files.directory, run["history"], stop.is_urgent)
+        if run["epoch"] < epochs or (undrawn and stop.is_urgent()):
+            raise utils.Stopped(stop.signal or stopped, run, args.save_dir)
         log(f"Finished. Total elapsed time (h:m:s): {timedelta(seconds=round(time.monotonic() - start))}")
         if undrawn:
             raise utils.WriteError(f"{undrawn[0]}; --resume draws what is missing")
@@ -173,10 +172,12 @@ def check_finite(values: dict[str, float], epoch: int, args: argparse.Namespace)
         )
 
 
-def test(model: torch.nn.Module, data: datasets.Data, centers: Tensor, args, log: utils.Log) -> dict:
-    """Tests the network, logs the metrics and returns them with features, labels and predictions."""
-    batches = progress_bar(data.test, "test", len(data.test))
-    tested = training.test(model, batches, args.amp, Ranks.of_environment())
+def test(model, data: datasets.Data, centers: Tensor, args, log: utils.Log, stop: StopRequest | None = None) -> dict:
+    """Tests the network, logs the metrics and returns them with features, labels and predictions; {} at a stop."""
+    batches, ranks = progress_bar(data.test, "test", len(data.test)), Ranks.of_environment()
+    tested = training.test(model, batches, args.amp, ranks, lambda: stop and ranks.any(stop.signal))
+    if not tested:
+        return tested
     tested |= training.center_metrics(tested["features"], tested["labels"], centers)
     log(f"Accuracy (%): {tested['accuracy']:.2f}\t Error rate (%): {100 - tested['accuracy']:.2f}")
     log(f"Nearest-center accuracy (%): {tested['nearest_center_accuracy']:.2f}\t Intra-class distance (mean): "
@@ -203,7 +204,8 @@ def evaluate(model: torch.nn.Module, data: datasets.Data, centers: Tensor, args,
         picture, title = Path(args.save_dir, "confusion.png"), f"test: accuracy {tested['accuracy']:.2f} %"
         picture.parent.mkdir(parents=True, exist_ok=True)
         counts = confusion.cpu().numpy()
-        utils.replace_file(picture, lambda part: plots.draw_confusion(part, counts, data.classes, title))
+        for warning in plots.draw_to(picture, plots.draw_confusion, counts, data.classes, title):
+            log(warning)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from utils import RunError
 
 
 class StopRequest:
-    """In its context, the first SIGINT or SIGTERM only sets `signal`, which the training looks at between batches.
+    """In its context, the first SIGINT or SIGTERM only sets `signal`, which is looked at between batches.
 
     A second SIGINT interrupts at once.
     """
@@ -29,6 +29,10 @@ class StopRequest:
     def __exit__(self, *error) -> None:
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
+
+    def is_urgent(self) -> bool:
+        """A cluster's SIGTERM is followed by SIGKILL: there is no time to draw what is missing."""
+        return self.signal == signal.SIGTERM
 
     def _note(self, number: int, frame) -> None:
         if self.signal and number == signal.SIGINT:

@@ -83,7 +83,7 @@ class Epoch:
     batches: int = 0
     samples: int = 0
     sums: Tensor | None = None  # (3,) float64, over the samples: cross-entropy, λ · center loss, correct predictions
-    kept: list[Tensor] | None = None  # features (N, D), labels (N,) and predictions (N,), where they are wanted
+    kept: list[Tensor] | None = None  # features (N, D), labels (N,) and predictions (N,), where wanted from the start
 
     def results(self) -> dict:
         """The mean losses, the accuracy (%) and, where they were kept, features, labels and predictions.
@@ -122,7 +122,7 @@ def train_epoch(
         batches: images, labels and the size of the batch over all ranks.
         scheduler: takes a step after each of the optimizers'.
         begun: an interrupted pass, of which `batches` is the rest.
-        keep: gather features, labels and predictions as well.
+        keep: gather features, labels and predictions as well, unless `begun` lacks those of its batches.
 
     Returns what all ranks together have summed up.
     """
@@ -130,9 +130,11 @@ def train_epoch(
     ranks, begun = step.ranks, begun or Epoch()
     epoch = Epoch(begun.batches, begun.samples, torch.zeros(3, dtype=torch.float64, device=step.device))
     kept = []
-    if ranks.rank == 0 and begun.batches:  # the sums of all ranks go on in one of them
-        epoch.sums += begun.sums.to(step.device)
-        kept = [[each.to(step.device) for each in begun.kept]] if keep and begun.kept else []
+    if begun.batches:
+        first, keep = ranks.rank == 0, keep and begun.kept is not None
+        if first:  # the sums of all ranks go on in one of them
+            epoch.sums += begun.sums.to(step.device)
+        kept = [[(each if first else each[:0]).to(step.device) for each in begun.kept]] if keep else []
 
     for images, labels, size in batches:
         output = step(images, labels, size)
@@ -152,13 +154,24 @@ def train_epoch(
 
 
 @torch.no_grad()
-def test(model: nn.Module, batches: Iterable[tuple], amp: bool = False, ranks: Ranks = Ranks()) -> dict:  # noqa: B008
-    """Cross-entropy, accuracy (%), features (N, D), labels and predictions (N,) of a network on the batches."""
+def test(
+    model: nn.Module,
+    batches: Iterable[tuple],
+    amp: bool = False,
+    ranks: Ranks = Ranks(),  # noqa: B008  (immutable)
+    stop: Callable[[], bool] = lambda: False,
+) -> dict:
+    """Cross-entropy, accuracy (%), features (N, D), labels and predictions (N,) of a network on the batches.
+
+    Nothing of it, an empty dict, where `stop`, which is asked after each batch, ends it.
+    """
     model.eval()
     outputs = []
     for images, labels, _ in batches:
         with torch.autocast(images.device.type, torch.bfloat16, enabled=amp):
             outputs.append((*model(images), labels))
+        if stop():
+            return {}
     features, logits, labels = (ranks.gather(torch.cat(each)) for each in zip(*outputs, strict=True))
     predictions, xent = logits.argmax(1), F.cross_entropy(logits, labels).item()
     return dict(xent=xent, accuracy=percentage(predictions == labels),
