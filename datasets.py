@@ -203,7 +203,7 @@ class Batches:
         state. Where nothing is left of it, that state still moves on as in a whole one."""
         self.rows.skip = done
         size, batch_size = self.rows.size, self.rows.batch_size
-        for number, (images, labels) in enumerate(self.loader, done):
+        for number, (images, labels) in enumerate(_start(self.loader), done):
             if number == last:
                 return
             images, labels = images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
@@ -260,6 +260,20 @@ class Collate:
         return default_collate(items) if items else [each.clone() for each in self.empty]
 
 
+STOPS = {signal.SIGINT, signal.SIGTERM}
+
+
+def _start(loader: DataLoader) -> Iterator:
+    """A pass, whose workers begin with the signals blocked that _start_worker says what to do with."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        return iter(loader)
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
+    try:
+        return iter(loader)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
 def _start_worker(worker: int) -> None:
     """Workers ignore SIGINT and put off SIGTERM, so that the main process can finish its current batch.
 
@@ -270,6 +284,8 @@ def _start_worker(worker: int) -> None:
     threading.Thread(target=lambda: (parent_process().join(), os._exit(1)), daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(10))
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
 
 
 class ReadImage:

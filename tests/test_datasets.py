@@ -1,8 +1,10 @@
 """Loaders: the right pixels, the same for every number of workers, in RandomSampler's order; and what is refused."""
 
 import hashlib
+import os
 import pickle
 import select
+import signal
 import struct
 import subprocess
 from pathlib import Path
@@ -300,6 +302,18 @@ def test_workers_end_with_a_killed_main_process(folder):
     main.kill()
     main.wait()
     assert select.select([main.stdout], [], [], 2.5)[0] and main.stdout.read() == b""
+
+
+def test_a_signal_that_comes_while_workers_start_does_not_end_them(folder, monkeypatch):
+    original = datasets._start_worker
+
+    def start_worker(worker):
+        for number in (signal.SIGINT, signal.SIGTERM):
+            os.kill(os.getpid(), number)
+        original(worker)
+
+    monkeypatch.setattr(datasets, "_start_worker", start_worker)
+    assert len(list(datasets.create("folder", folder, 10, workers=1, image_size=8).train)) == 3
 
 
 def test_a_set_too_large_for_memory_names_the_way_out(folder, monkeypatch):
