@@ -250,13 +250,13 @@ def run(main: Callable[[argparse.Namespace], None], argv: list[str] | None = Non
             reason = f"rank {ranks.rank} has failed or lost the others ({reason})"
         status, message = 1, f"error: {reason}; {kept}; to go on: --resume"
     if ranks.rank == 0 or status == 1:
-        with contextlib.suppress(OSError):  # nobody reads it: the status tells
+        with contextlib.suppress(OSError):  # no one can read it; the status remains
             print(f"main.py: {message}", file=sys.stderr, flush=True)
     return status
 
 
 def _open_closed_streams() -> None:
-    """Lets what `>&-` and `2>&-` have closed go to the null device, lest the next file that is opened stand in."""
+    """Points streams closed by `>&-` or `2>&-` at the null device, so that no other file takes their numbers."""
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         try:
             os.fstat(number)

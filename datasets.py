@@ -264,7 +264,7 @@ STOPS = {signal.SIGINT, signal.SIGTERM}
 
 
 def _start(loader: DataLoader) -> Iterator:
-    """A pass, whose workers begin with the signals blocked that _start_worker says what to do with."""
+    """Starts a pass. Its workers begin with signals blocked, until _start_worker has installed their handlers."""
     if not hasattr(signal, "pthread_sigmask"):  # Windows
         return iter(loader)
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)

@@ -81,7 +81,7 @@ def main(args: argparse.Namespace) -> None:
             if not args.weight_cent:  # they are not trained; the class means stand in for them
                 centers = training.class_means(epoch.kept[0], epoch.kept[1], len(data.classes))
             ranks.check_equal("centers", centers)
-            run |= dict(partial=vars(epoch), centers=centers)  # as it stays where a signal ends the epoch or its test
+            run |= dict(partial=vars(epoch), centers=centers)  # unless the epoch and its test are completed
             splits, done = dict(train=trained), epoch.batches == last
             if done and (number == epochs or (args.eval_freq and number % args.eval_freq == 0)):
                 log("==> Test")

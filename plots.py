@@ -32,8 +32,11 @@ def plot_epoch(plotter: "Plotter", save_dir: Path, epoch: int, splits: dict[str,
         plotter(points.with_suffix(".png"), draw_points, points)
 
 
-def plot_run(plotter: "Plotter", save_dir: Path, history: Sequence[dict], stop: Callable[[], bool]) -> list[str]:
-    """Draws curves.png, the films, and pictures that a killed run has left undrawn; returns what went wrong."""
+def plot_run(
+    plotter: "Plotter", save_dir: Path, history: Sequence[dict], stop: Callable[[], bool] = lambda: False
+) -> list[str]:
+    """Draws curves.png, the films, and pictures that a killed run has left undrawn, until all is drawn or `stop` says
+    to leave it; returns what is missing."""
     for _, points in utils.epoch_files(save_dir, ["t*/epoch_*.npz"]):
         if points.with_suffix(".png") not in plotter.paths and not points.with_suffix(".png").exists():
             plotter(points.with_suffix(".png"), draw_points, points)
@@ -72,8 +75,11 @@ def limits(*clouds: np.ndarray) -> np.ndarray:
 
 
 def drawable(names: Sequence[str], length: int | None = None) -> list[str]:
-    r"""The names, cut to a length, as matplotlib shows them letter by letter: not as formulas, and in a font that has
-    the letters. Letters that no font here has, with a warning, and bytes that are not UTF-8 become \u4e2d and \xe9."""
+    r"""The names as text for matplotlib, which takes none of it for a formula and has a font for every letter.
+
+    Letters that no font of the system has become \u4e2d, with a warning; bytes that are not UTF-8 become \xe9. Longer
+    names are cut to `length`.
+    """
     names = [os.fsencode(name).decode(errors="backslashreplace") for name in names]
     letters = frozenset("".join(names))
     if missing := _letters_without_font(letters):

@@ -317,7 +317,7 @@ def restore(path: str, run: dict, modules: dict, to_train: bool) -> dict:
 
 
 def _check_run(path: str, saved: dict, centers) -> None:
-    """Raises RunError, with the entry's name, where a checkpoint has what no run writes, as after an edit by hand."""
+    """Raises RunError, naming the entry, where a checkpoint holds what no run writes, such as after an edit by hand."""
 
     def is_partial(batches: int, samples: int, sums, kept: list | None) -> bool:
         return batches > 0 and sums.shape == (3,) and (kept is None or [len(each) for each in kept] == 3 * [samples])
@@ -333,7 +333,7 @@ def _check_run(path: str, saved: dict, centers) -> None:
         with contextlib.suppress(AttributeError, KeyError, TypeError):
             if holds():
                 continue
-        raise RunError(f"the checkpoint {path} is not as a run has written it: wrong {name}")
+        raise RunError(f"the checkpoint {path} is not as a run wrote it: wrong {name}")
 
 
 def confusion_lines(counts: list[list[int]], classes: Sequence[str], width: int = 100) -> list[str]:

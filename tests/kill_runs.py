@@ -182,7 +182,7 @@ def run(kills: int, seed: int, gentle: bool, only: str) -> int:
                 path.rename(path.with_name(f"{path.name}.{name}"))
     print(f"{total} kills ({early} before the first checkpoint) of {runs} runs: {failures} runs differ from those that "
           "were never stopped")  # fmt: skip
-    print(f"they came during {moments}; the longest that one took to end: {max(waits):.2f} s")
+    print(f"they came during {moments}; the longest that one took to end: {max(waits, default=0):.2f} s")
     return int(failures > 0)
 
 
