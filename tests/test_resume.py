@@ -172,9 +172,11 @@ def test_the_comparison_sees_a_single_bit(run, tmp_path):
     torch.save(checkpoint, "two/checkpoint.pt")
     Path("two/metrics.csv").write_text(Path("two/metrics.csv").read_text().replace("\n2,", "\n3,"))
     Path("two/log_folder.txt").write_text("Accuracy (%): 1\n")
+    for name in ("one", "two"):
+        Path(name, "train.gif").write_text(name)
     assert differences(Path("two"), Path("one")) == [
         "centers", "model.body.0.weight", "center_loss.centers", "optimizer_model.state.0.momentum_buffer",
-        "metrics.csv", "log_folder.txt", "epochs in metrics.csv: [1, 3]"]  # fmt: skip
+        "metrics.csv", "log_folder.txt", "train.gif", "epochs in metrics.csv: [1, 3]"]  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------- where and how far
