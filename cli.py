@@ -83,8 +83,8 @@ def build_parser(description: str = "") -> Parser:
     parser = Parser(prog="main.py", description=description)
     switch = dict(action=argparse.BooleanOptionalAction, default=False)
     add = parser.group("experiment")
-    add("--recipe", choices=sorted(RECIPES), default="zhou2018", help="settings that set the other flags' defaults; "
-        "with -h, shows them")
+    add("--recipe", choices=sorted(RECIPES), default="zhou2018", help="defaults of the other flags; -h shows those "
+        "of the recipe")
     add("--seed", type=number(int, 0, 2**63 - 1), default=1, help="of the network, the centers and the batches")
     add("--max-epoch", type=number(int, 1), default=100, free=True, help="epochs")
     add("--max-iter", type=number(int, 0), default=0, help="training steps, instead of --max-epoch; 0: use that")
@@ -94,8 +94,10 @@ def build_parser(description: str = "") -> Parser:
     add("--data-root", default="data", free=True, help="directory of the data sets, downloaded to it on first use; for "
         "--dataset folder the directory that holds train/<class>/* and test/<class>/*")
     add("--image-size", type=number(int, 8, 1024), default=32, help="pixels per side, for --dataset folder")
-    add("--scaling", choices=sorted(datasets.SCALINGS), default="standard", help="of pixels p: by the data set's mean "
-        "and deviation, 0.5 and 0.5 for folder (standard), (p - 127.5) / 128 (symmetric), p / 255 (unit)")
+    add("--scaling", choices=sorted(datasets.SCALINGS), default="standard", help="of pixels p: standard, by mean and "
+        "deviation of the data set (0.5 and 0.5 for folder); symmetric, (p - 127.5) / 128; unit, p / 255")
+    add("--unseen", nargs="+", default=[], metavar="CLASS", help="names or numbers of classes to leave out of the "
+        "training; tests are then of the others, and an evaluation tells how well the network finds these unknown")
     add("--batch-size", type=number(int, 1, 10**9), default=128, help="images per step, over all ranks")
     add("-j", "--workers", type=number(int, 0), default=0, free=True, help="worker processes that read images; 0: "
         "none, all images are kept on the device")
@@ -134,14 +136,16 @@ def build_parser(description: str = "") -> Parser:
     add("--save-dir", default="log", free=True, help="directory of the run's files")
     add("--eval-freq", type=number(int, 0), default=10, free=True, help="epochs between two tests; 0: only after the "
         "last")
+    add("--verify", **switch, free=True, help="measure in each test how well distances tell which pairs "
+        "of images are of one class, and write evaluation.json")
     add("--print-freq", type=number(int, 1), default=50, free=True, help="training steps between two lines of the log")
     add("--plot", **switch, free=True, help="plot the features of each epoch")
     add("--save-features", **switch, free=True, help="write the features of each epoch to features/epoch_<N>.npz")
     add("--tensorboard", **switch, free=True, help="write the metrics of each epoch for TensorBoard")
     add("--resume", nargs="?", const="", metavar="CHECKPOINT", free=True,
         help="go on from a checkpoint, or from the one in --save-dir, with that run's flags")
-    add("--evaluate", metavar="CHECKPOINT", free=True, help="test the network of a checkpoint, without training; with "
-        "--plot draw confusion.png")
+    add("--evaluate", metavar="CHECKPOINT", free=True, help="test the network of a checkpoint, without training, and "
+        "write evaluation.json; with --plot draw confusion.png and roc.png")
 
     add = parser.group("machine")
     add("--gpu", type=gpu_index, default="0", free=True, help="index of the GPU; without a GPU, the CPU is used")
@@ -171,8 +175,7 @@ def parse_args(argv: list[str] | None = None, description: str = "") -> argparse
             if args.max_epoch:  # it wins over a recipe's steps
                 parser.set_defaults(max_iter=0)
             args = parser.parse_args(argv)
-        if args.plot or not args.evaluate:
-            utils.check_save_dir(args.save_dir)
+        utils.check_save_dir(args.save_dir)
     except utils.RunError as error:
         parser.error(str(error))
     if args.one_optimizer and args.optimizer != "sgd":

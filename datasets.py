@@ -11,7 +11,7 @@ import math
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import parent_process
@@ -53,7 +53,9 @@ class Batch(NamedTuple):
 class Data(NamedTuple):
     train: "Batches"
     test: "Batches"
-    classes: list[str]
+    unknown: "Batches | None"  # the test images of the classes left out, labelled from len(classes) on
+    classes: list[str]  # those trained
+    unseen: list[str]  # those left out
     in_channels: int
     image_size: int
 
@@ -219,23 +221,29 @@ def create(
     *,
     image_size: int = 32,
     scaling: str = "standard",
+    unseen: Sequence[str] = (),
     ranks: Ranks = Ranks(),  # noqa: B008  (immutable)
 ) -> Data:
     """Opens data set `name` below `root`, downloading it where torchvision can.
 
-    `image_size` is for data sets without a size of their own: "folder".
-    Raises DatasetError where the data are missing, broken or too large for the device.
+    `image_size` is for data sets without a size of their own: "folder". `unseen` are the names or numbers of classes to
+    leave out of `train` and `test`; the test images of these are `unknown`.
+    Raises DatasetError where the data are missing, broken or too large for the device, or too few classes are left.
     """
     spec, root = SPECS[name], Path(root)
     if root.exists() and not root.is_dir():
         raise DatasetError(f"--data-root must be a directory, got the file {root}")
     splits = spec.open(root, image_size)
+    if unseen:
+        seen, unseen = _divide(splits[0].classes, unseen)
+        train, test = splits
+        splits = OfClasses(train, seen), OfClasses(test, seen), OfClasses(test, unseen, first_label=len(seen))
     shape = tuple(splits[0][0][0].shape)
     if workers == 0:
         _check_memory(sum(map(len, splits)) * math.prod(shape), torch.device(device))
     normalise = Normalise(*SCALINGS[scaling](spec), device)
     batches = []
-    for split, shuffle in zip(splits, (True, False), strict=True):
+    for split, shuffle in zip(splits, (True, False, False), strict=False):
         # Testing has a generator of its own: how often one tests changes nothing in the training.
         common = dict(num_workers=workers, generator=None if shuffle else torch.Generator(),
                       worker_init_fn=_start_worker)  # fmt: skip
@@ -247,7 +255,42 @@ def create(
             pin = torch.device(device).type == "cuda"
             loader = DataLoader(split, batch_sampler=rows, pin_memory=pin, collate_fn=Collate(shape), **common)
         batches.append(Batches(loader, rows, normalise, device))
-    return Data(*batches, list(splits[0].classes), shape[0], shape[1])
+    train, test, *unknown = batches
+    names = [list(split.classes) for split in splits]
+    return Data(train, test, unknown[0] if unknown else None, names[0], names[2] if unknown else [], shape[0], shape[1])
+
+
+class OfClasses(Dataset):
+    """The images of some classes of a split: these classes' numbers become labels first_label, first_label + 1, …"""
+
+    def __init__(self, split: Dataset, numbers: list[int], first_label: int = 0):
+        labels = torch.full((len(split.classes),), -1)
+        labels[numbers] = torch.arange(first_label, first_label + len(numbers))
+        targets = labels[torch.as_tensor(split.targets)]
+        self.split, self.rows = split, (targets >= 0).nonzero().flatten()
+        self.targets, self.classes = targets[self.rows], [split.classes[number] for number in numbers]
+        if hasattr(split, "data"):
+            self.data = torch.as_tensor(split.data)[self.rows]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        return self.split[int(self.rows[index])][0], int(self.targets[index])
+
+
+def _divide(classes: Sequence[str], unseen: Sequence[str]) -> tuple[list[int], list[int]]:
+    """The numbers of the classes to train and of those to leave out, which are given by name or else by number."""
+    numbers = {str(number): number for number in range(len(classes))}
+    numbers |= {name: number for number, name in enumerate(classes)}
+    if unknown := [name for name in unseen if name not in numbers]:
+        shown = ", ".join(classes[:10]) + (f", … ({len(classes)} in all)" if len(classes) > 10 else "")
+        raise DatasetError(f"--unseen must be names or numbers of classes, got {unknown[0]}; the classes are {shown}")
+    left_out = sorted({numbers[name] for name in unseen})
+    seen = [number for number in range(len(classes)) if number not in left_out]
+    if len(seen) < 2:
+        raise DatasetError(f"--unseen must leave at least two classes, got {len(left_out)} of {len(classes)}")
+    return seen, left_out
 
 
 class Collate:

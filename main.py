@@ -22,12 +22,13 @@ from tqdm import tqdm
 
 import cli
 import datasets
+import evaluation
 import models
 import plots
 import training
 import utils
 from center_loss import CenterLoss
-from processes import Ranks, StopRequest
+from processes import Interrupted, Ranks, StopRequest
 from recipes import SCHEDULES, create_optimizers
 
 
@@ -39,7 +40,8 @@ def main(args: argparse.Namespace) -> None:
     log(f"Creating dataset: {args.dataset}")
     with ranks.first_alone():
         data = datasets.create(args.dataset, args.data_root, args.batch_size, args.workers, device,
-                               image_size=args.image_size, scaling=args.scaling, ranks=ranks)  # fmt: skip
+                               image_size=args.image_size, scaling=args.scaling, unseen=args.unseen,
+                               ranks=ranks)  # fmt: skip
     steps = args.max_iter or args.max_epoch * len(data.train)
     epochs = math.ceil(steps / len(data.train))
 
@@ -53,7 +55,9 @@ def main(args: argparse.Namespace) -> None:
         start -= run["elapsed"]
 
     if args.evaluate:
-        return evaluate(model, data, run["centers"].to(device), args, log)
+        log("==> Test")
+        test(model, data, run["centers"].to(device), args, log, StopRequest())
+        return None
     if run["epoch"] >= epochs:
         longer = "" if args.max_iter or SCHEDULES[args.schedule].fixed_length else "; a larger --max-epoch goes on"
         log(f"The run of {args.resume} is finished after {run['epoch']} epochs{longer}")
@@ -82,19 +86,19 @@ def main(args: argparse.Namespace) -> None:
                 centers = training.class_means(epoch.kept[0], epoch.kept[1], len(data.classes))
             ranks.check_equal("centers", centers)
             run |= dict(partial=vars(epoch), centers=centers)  # unless the epoch and its test are completed
-            splits, done = dict(train=trained), epoch.batches == last
-            if done and (number == epochs or (args.eval_freq and number % args.eval_freq == 0)):
-                log("==> Test")
-                if done := bool(tested := test(model, data, centers, args, log, stop)):
-                    splits["test"] = tested
-                    check_finite({"cross entropy of the test": tested["xent"],
-                                  "distances from the centers": tested["intra_distance"]}, number, args)
-            if done:
-                row = record(number, scheduler.get_last_lr()[0], splits)
-                run |= dict(epoch=number, partial=None, history=[*run["history"], row], rng=torch.get_rng_state())
-                files.save_epoch(row, splits, centers)
-                if pictures:
-                    plots.plot_epoch(pictures, files.directory, number, splits, centers, data.classes)
+            if epoch.batches == last:
+                with contextlib.suppress(Interrupted):
+                    splits = dict(train=trained)
+                    if number == epochs or (args.eval_freq and number % args.eval_freq == 0):
+                        log("==> Test")
+                        splits |= test(model, data, centers, args, log, stop)
+                        check_finite({"cross entropy of the test": splits["test"]["xent"],
+                                      "distances from the centers": splits["test"]["intra_distance"]}, number, args)
+                    row = record(number, scheduler.get_last_lr()[0], splits)
+                    run |= dict(epoch=number, partial=None, history=[*run["history"], row], rng=torch.get_rng_state())
+                    files.save_epoch(row, splits, centers)
+                    if pictures:
+                        plots.plot_epoch(pictures, files.directory, number, splits, centers, data.classes)
             files.save(run, modules)
 
         undrawn = []
@@ -172,17 +176,27 @@ def check_finite(values: dict[str, float], epoch: int, args: argparse.Namespace)
         )
 
 
-def test(model, data: datasets.Data, centers: Tensor, args, log: utils.Log, stop: StopRequest | None = None) -> dict:
-    """Tests the network, logs the metrics and returns them with features, labels and predictions; {} at a stop."""
-    batches, ranks = progress_bar(data.test, "test", len(data.test)), Ranks.of_environment()
-    tested = training.test(model, batches, args.amp, ranks, lambda: stop and ranks.any(stop.signal))
-    if not tested:
-        return tested
+def test(
+    model: torch.nn.Module, data: datasets.Data, centers: Tensor, args, log: utils.Log, stop: StopRequest
+) -> dict[str, dict]:
+    """Tests the network and logs the metrics; returns those of "test", with its features, labels and predictions.
+
+    Of classes left out of the training, "unknown" has features, labels and predictions. Interrupted by a stop.
+    """
+    ranks = Ranks.of_environment()
+    batches = progress_bar(stop.watch(data.test, ranks), "test", len(data.test))
+    tested = training.test(model, batches, args.amp, ranks)
     tested |= training.center_metrics(tested["features"], tested["labels"], centers)
     log(f"Accuracy (%): {tested['accuracy']:.2f}\t Error rate (%): {100 - tested['accuracy']:.2f}")
     log(f"Nearest-center accuracy (%): {tested['nearest_center_accuracy']:.2f}\t Intra-class distance (mean): "
         f"{tested['intra_distance']:.4f}\t Inter-class distance (min): {tested['inter_distance']:.4f}")
-    return tested
+    splits = dict(test=tested)
+    if data.unknown:
+        batches = progress_bar(stop.watch(data.unknown, ranks), "unknown", len(data.unknown))
+        splits["unknown"] = training.predict(model, batches, args.amp, ranks)
+    if (args.verify or args.evaluate) and ranks.rank == 0:
+        evaluation.report(splits, centers, data, args, log)
+    return splits
 
 
 def record(epoch: int, lr: float, splits: dict[str, dict]) -> dict:
@@ -192,20 +206,6 @@ def record(epoch: int, lr: float, splits: dict[str, dict]) -> dict:
     row |= {f"train_{name}": trained[name] for name in ("loss", "xent", "center", "accuracy")}
     row |= {f"test_{name}": tested.get(name) for name in ("xent", "accuracy")}
     return row | {name: tested.get(name) for name in ("nearest_center_accuracy", "intra_distance", "inter_distance")}
-
-
-def evaluate(model: torch.nn.Module, data: datasets.Data, centers: Tensor, args, log: utils.Log) -> None:
-    """Logs the test metrics of a trained network and its confusion matrix, which --plot draws."""
-    log("==> Test")
-    tested, count = test(model, data, centers, args, log), len(data.classes)
-    confusion = torch.bincount(tested["labels"] * count + tested["predictions"], minlength=count**2).view(count, count)
-    log("\n".join(utils.confusion_lines(confusion.tolist(), data.classes)))
-    if args.plot and Ranks.of_environment().rank == 0:
-        picture, title = Path(args.save_dir, "confusion.png"), f"test: accuracy {tested['accuracy']:.2f} %"
-        picture.parent.mkdir(parents=True, exist_ok=True)
-        counts = confusion.cpu().numpy()
-        for warning in plots.draw_to(picture, plots.draw_confusion, counts, data.classes, title):
-            log(warning)
 
 
 if __name__ == "__main__":

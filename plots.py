@@ -24,10 +24,14 @@ def plot_epoch(plotter: "Plotter", save_dir: Path, epoch: int, splits: dict[str,
         return
     project, axes = plane(splits["train"]["features"].cpu().numpy())
     for name, split in splits.items():
+        if name == "unknown":  # shown with the test
+            continue
+        shown = [split, splits["unknown"]] if name == "test" and "unknown" in splits else [split]
         (save_dir / name).mkdir(exist_ok=True)
         points = save_dir / name / f"epoch_{epoch}.npz"
         title = f"{name}, epoch {epoch}: accuracy {split['accuracy']:.2f} %"
-        arrays = [each.cpu().numpy() for each in (split["features"], split["labels"], centers)]
+        arrays = [np.concatenate([each[key].cpu().numpy() for each in shown]) for key in ("features", "labels")]
+        arrays.append(centers.cpu().numpy())
         utils.replace_file(points, functools.partial(save_points, *arrays, classes, project, axes, title))
         plotter(points.with_suffix(".png"), draw_points, points)
 
@@ -125,7 +129,10 @@ def _letters_without_font(letters: frozenset[str]) -> frozenset[str]:
 
 def save_points(features: np.ndarray, labels: np.ndarray, centers: np.ndarray, classes: Sequence[str],
                 project: Callable, axes: Sequence[str], title: str, part: Path) -> None:  # fmt: skip
-    """What one picture shows, as .npz: pictures are drawn elsewhere, and a film once all its epochs are known."""
+    """What one picture shows, as .npz: pictures are drawn elsewhere, and a film once all its epochs are known.
+
+    Labels from len(classes) on are of unknown classes.
+    """
     with open(part, "wb") as file:
         np.savez(file, points=project(features).astype(np.float32), labels=labels.astype(np.int32), title=title,
                  centers=project(centers).astype(np.float32), classes=list(classes), axes=list(axes))  # fmt: skip
@@ -156,12 +163,16 @@ class Scatter:
         size = float(np.clip(250 / max(len(shown["points"]), 1) ** 0.5, 1.0, 5.0))
         style = dict(markersize=size, markeredgewidth=0)
         self.points = [self.axes.plot([], [], ".", color=color, **style)[0] for color in colors]
+        hollow = dict(color="0.5", markerfacecolor="none", markeredgewidth=0.5)
+        self.unknown = self.axes.plot([], [], "o", markersize=1.2 * size, **hollow)[0]
         self.centers = self.axes.scatter(np.zeros(count), np.zeros(count), c=colors, s=30 if with_legend else 12,
                                          edgecolors="black", linewidths=0.8, zorder=3)  # fmt: skip
         if with_legend:
             marks = [self.axes.plot([], [], "o", color=color, markersize=5)[0] for color in colors]
             marks += self.axes.plot([], [], "o", markerfacecolor="white", markeredgecolor="black")
             names = drawable([*classes, "center"], length=14)
+            if (shown["labels"] >= count).any():
+                marks, names = [*marks, *self.axes.plot([], [], "o", markersize=5, **hollow)], [*names, "unknown"]
             self.axes.legend(marks, names, loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False,
                              fontsize=9 if count <= 20 else 7, handletextpad=0.2)  # fmt: skip
 
@@ -169,6 +180,7 @@ class Scatter:
         points, labels = shown["points"], shown["labels"]
         for label, line in enumerate(self.points):
             line.set_data(*points[labels == label].T)
+        self.unknown.set_data(*points[labels >= len(self.points)].T)
         self.centers.set_offsets(shown["centers"])
         self.axes.set_title(str(shown["title"]), fontsize=11)
 
@@ -262,6 +274,24 @@ def draw_confusion(part: Path, counts: np.ndarray, classes: Sequence[str], title
         for row, column in zip(*counts.nonzero(), strict=True):
             color = "white" if shares[row, column] > 50 else "black"
             axes.text(column, row, counts[row, column], ha="center", va="center", color=color, fontsize=7)
+    figure.savefig(part, format="png")
+
+
+def draw_roc(part: Path, fars: Sequence[float], curves: dict[str, Sequence[float]]) -> None:
+    """Draws the true positive rate of each curve over the false accept rate, logarithmic, as PNG."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.4, 4.8), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    for name, curve in curves.items():
+        axes.plot(fars, curve, label=name)
+    axes.plot(fars, fars, ":", color="0.5", label="chance")
+    axes.set(xscale="log", xlim=(fars[0], 1), ylim=(0, 1.01), title="verification")
+    axes.set(xlabel="false accept rate (pairs of two classes)", ylabel="true accept rate (pairs of one class)")
+    axes.grid(color="0.92")
+    axes.legend(fontsize=8)
     figure.savefig(part, format="png")
 
 

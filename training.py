@@ -154,28 +154,22 @@ def train_epoch(
 
 
 @torch.no_grad()
-def test(
-    model: nn.Module,
-    batches: Iterable[tuple],
-    amp: bool = False,
-    ranks: Ranks = Ranks(),  # noqa: B008  (immutable)
-    stop: Callable[[], bool] = lambda: False,
-) -> dict:
-    """Cross-entropy, accuracy (%), features (N, D), labels and predictions (N,) of a network on the batches.
-
-    Nothing of it, an empty dict, where `stop`, which is asked after each batch, ends it.
-    """
+def predict(model: nn.Module, batches: Iterable[tuple], amp: bool = False, ranks: Ranks = Ranks()) -> dict:  # noqa: B008
+    """Features (N, D), logits (N, C), labels and predictions (N,) of a network on the batches of all ranks."""
     model.eval()
     outputs = []
     for images, labels, _ in batches:
         with torch.autocast(images.device.type, torch.bfloat16, enabled=amp):
             outputs.append((*model(images), labels))
-        if stop():
-            return {}
     features, logits, labels = (ranks.gather(torch.cat(each)) for each in zip(*outputs, strict=True))
-    predictions, xent = logits.argmax(1), F.cross_entropy(logits, labels).item()
-    return dict(xent=xent, accuracy=percentage(predictions == labels),
-                features=features, labels=labels, predictions=predictions)  # fmt: skip
+    return dict(features=features, logits=logits, labels=labels, predictions=logits.argmax(1))
+
+
+def test(model: nn.Module, batches: Iterable[tuple], amp: bool = False, ranks: Ranks = Ranks()) -> dict:  # noqa: B008
+    """What `predict` gives, with the cross-entropy and the accuracy (%)."""
+    tested = predict(model, batches, amp, ranks)
+    return tested | dict(xent=F.cross_entropy(tested["logits"], tested["labels"]).item(),
+                         accuracy=percentage(tested["predictions"] == tested["labels"]))  # fmt: skip
 
 
 @torch.no_grad()

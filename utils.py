@@ -28,7 +28,7 @@ EPOCH_FILES = ("train/epoch_*.png", "train/epoch_*.npz", "test/epoch_*.png", "te
 EVENT_FILES = "tensorboard/events.out.tfevents.*"
 LOG = "log_{}.txt"
 RUN_FILES = ("metrics.csv", "args.json", "checkpoint.pt", "train.gif", "test.gif", "curves.png", "confusion.png",
-             EVENT_FILES)  # fmt: skip
+             "roc.png", "evaluation.json", EVENT_FILES)  # fmt: skip
 
 
 class RunError(Exception):

@@ -98,6 +98,7 @@ BAD_FLAGS = [
     ["--batch-size", "99999999999999999999"], ["--feat-dim", "1000001"], ["--gamma", "1e300"],
     ["--weight-cent", "1e-44"], ["--lr-model", "1e-320"],
     ["--one-optimizer", "--lr-model", "1e-20", "--weight-cent", "1e-20"],
+    ["--unseen"], ["--unseen", ""],
 ]  # fmt: skip
 
 

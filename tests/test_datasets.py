@@ -77,14 +77,31 @@ def test_workers_give_the_same_batches_to_the_bit(name, tmp_path, monkeypatch):
     elif name != "digits":
         write_mnist(tmp_path, name={"mnist": "MNIST", "fashion-mnist": "FashionMNIST"}[name])
     size = 300 if name == "digits" else 7
-    memory, workers = (datasets.create(name, tmp_path, size, j, image_size=8) for j in (0, 2))
+    memory, workers = (datasets.create(name, tmp_path, size, j, image_size=8, unseen=["1"]) for j in (0, 2))
     assert memory.classes == workers.classes and memory[3:] == workers[3:]
-    for split in ("train", "test"):
+    assert memory.unseen and not set(memory.unseen) & set(memory.classes)
+    for split in ("train", "test", "unknown"):
         pairs = list(zip(batches(getattr(memory, split)), batches(getattr(workers, split)), strict=True))
         assert len(pairs) == len(getattr(memory, split))
         for (images, labels), (images_j, labels_j) in pairs:
             assert torch.equal(images, images_j) and torch.equal(labels, labels_j)
             assert images.shape[1:] == (memory.in_channels, memory.image_size, memory.image_size)
+            assert ((labels >= len(memory.classes)) == (split == "unknown")).all()
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_unseen_classes_are_the_images_and_labels_that_the_others_leave(workers, tmp_path):
+    make_folder(tmp_path, classes=("10", "2", "ant", "bee"), train=3, test=2)
+    whole = datasets.create("folder", tmp_path, 4, image_size=8)
+    data = datasets.create("folder", tmp_path, 4, workers, image_size=8, unseen=["bee", "2"])  # a name, not a number
+    assert (data.classes, data.unseen) == (["10", "ant"], ["2", "bee"])
+    images, labels = (torch.cat(each) for each in zip(*batches(whole.test), strict=True))
+    for split, numbers in ((data.test, {0: 0, 2: 1}), (data.unknown, {1: 2, 3: 3})):
+        some_images, some_labels = (torch.cat(each) for each in zip(*batches(split), strict=True))
+        chosen = [row for row, label in enumerate(labels.tolist()) if label in numbers]
+        assert torch.equal(some_images, images[chosen])
+        assert some_labels.tolist() == [numbers[label] for label in labels[chosen].tolist()]
+    assert data.train.rows.size == 6
 
 
 def test_pixels_are_those_of_torchvisions_transforms(tmp_path):

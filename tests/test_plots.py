@@ -81,6 +81,18 @@ def test_every_class_has_its_own_colour_and_all_points_are_drawn(classes, tmp_pa
     assert scatter.axes.get_title() == "train, epoch 1: accuracy 9.99 %"
 
 
+def test_unknown_classes_are_hollow_and_grey(tmp_path):
+    features, labels, centers = cloud(4)
+    write_epoch(tmp_path / "epoch_1.npz", features, labels, centers[:3])
+    shown = dict(np.load(tmp_path / "epoch_1.npz"))
+    scatter = plots.Scatter(shown, plots.limits(features), dpi=50)
+    scatter.show(shown)
+    assert np.column_stack(scatter.unknown.get_data()) == pytest.approx(features[labels == 3], abs=1e-5)
+    assert (scatter.unknown.get_markerfacecolor(), scatter.unknown.get_markeredgecolor()) == ("none", "0.5")
+    assert sum(len(line.get_data()[0]) for line in scatter.points) == 60
+    assert [text.get_text() for text in scatter.axes.get_legend().get_texts()] == ["0", "1", "2", "center", "unknown"]
+
+
 def test_picture_of_an_epoch(tmp_path):
     source = write_epoch(tmp_path / "epoch_1.npz", *cloud())
     plots.draw_points(tmp_path / "epoch_1.png", source)

@@ -34,7 +34,7 @@ VARIANTS = {
     "zhou2018, last batch of one": ["--lr-model", "0.01", "--batch-size", "8"],
     "zhou2018, workers": ["--lr-model", "0.01", "--batch-size", "8", "-j", "1"],
     "softmax only": ["--lr-model", "0.01", "--batch-size", "9", "--weight-cent", "0", "--save-features"],
-    "one optimizer": ["--lr-model", "0.01", "--batch-size", "9", "--one-optimizer"],
+    "one optimizer": ["--lr-model", "0.01", "--batch-size", "9", "--one-optimizer", "--unseen", "bee", "--verify"],
     "wen2016": ["--recipe", "wen2016", "--batch-size", "9", "--max-iter", "5"],
     "zahn2024-v1.0": ["--recipe", "zahn2024-v1.0", "--batch-size", "8", "--max-epoch", "1"],
     "zahn2024-v1.2": ["--recipe", "zahn2024-v1.2", "--batch-size", "8", "--max-epoch", "1"],
