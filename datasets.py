@@ -200,11 +200,14 @@ class Batches:
     def __iter__(self) -> Iterator[Batch]:
         return self.after(0)
 
-    def after(self, done: int) -> Iterator[Batch]:
-        """A pass without its first `done` batches: the rest of an interrupted one, from the same random state."""
+    def after(self, done: int, last: int | None = None) -> Iterator[Batch]:
+        """A pass until batch `last` without its first `done`: the rest of an interrupted one, from the same random
+        state. Where nothing is left of it, that state still moves on as in a whole one."""
         self.rows.skip = done
         size, batch_size = self.rows.size, self.rows.batch_size
-        for number, (images, labels) in enumerate(self.loader, done):
+        for number, (images, labels) in enumerate(_start(self.loader), done):
+            if number == last:
+                return
             images, labels = images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
             yield Batch(self.normalise(images), labels, min(batch_size, size - number * batch_size))
 
@@ -300,6 +303,20 @@ class Collate:
         return default_collate(items) if items else [each.clone() for each in self.empty]
 
 
+STOPS = {signal.SIGINT, signal.SIGTERM}
+
+
+def _start(loader: DataLoader) -> Iterator:
+    """Starts a pass. Its workers begin with signals blocked, until _start_worker has installed their handlers."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        return iter(loader)
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
+    try:
+        return iter(loader)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
 def _start_worker(worker: int) -> None:
     """Workers ignore SIGINT and put off SIGTERM, so that the main process can finish its current batch.
 
@@ -310,22 +327,49 @@ def _start_worker(worker: int) -> None:
     threading.Thread(target=lambda: (parent_process().join(), os._exit(1)), daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(10))
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
 
 
 class ReadImage:
-    """An image file as PIL image of a mode; a file that cannot be decoded is a DatasetError with its path."""
+    """An image file as PIL image of `mode`, "L" or "RGB": what an image viewer shows of it.
+
+    Turned as its EXIF orientation says, transparency blended on white, of an animation the first frame, CMYK and other
+    colour models converted by Pillow, without colour profiles. More than 8 bits a channel are refused where Pillow
+    would clip them (grey; of 16-bit colours it takes the upper 8 bits).
+    Raises DatasetError, with the path, where the file cannot be decoded or is refused.
+    """
 
     def __init__(self, mode: str):
         self.mode = mode
 
     def __call__(self, path: str):
-        from PIL import Image
+        from PIL import Image, ImageOps
 
-        try:
-            with Image.open(path) as image:
-                return image.convert(self.mode)
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            raise DatasetError(f"cannot read the image {path}: {_one_line(error)}") from error
+        with _opened(path) as image:
+            image.load()
+            with contextlib.suppress(Exception):  # whatever broken EXIF data raise; viewers ignore these too
+                ImageOps.exif_transpose(image, in_place=True)
+            if image.mode.upper().endswith("A") or "transparency" in image.info:
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            return image.convert(self.mode)
+
+
+@contextlib.contextmanager
+def _opened(path: str):
+    """The image, opened; DatasetError where it or what is done with it in the context fails."""
+    from PIL import Image
+
+    try:
+        with Image.open(path) as image:
+            if image.mode.startswith(("I", "F")):  # a conversion would clip all but the darkest pixels to white
+                raise DatasetError(f"images must have at most 8 bits a channel, got mode {image.mode} in {path}")
+            yield image
+    except (DatasetError, MemoryError):
+        raise
+    except Exception as error:  # whatever a damaged file raises in Pillow's readers
+        raise DatasetError(f"cannot read the image {path}: {_one_line(error)}") from error
 
 
 def _remove_empty(download: Path, created: list[Path]) -> None:
@@ -336,27 +380,32 @@ def _remove_empty(download: Path, created: list[Path]) -> None:
 
 
 def _scan_folder(root: Path) -> str:
-    """Opens each image's header: "L" where all are grey, else "RGB"."""
-    from PIL import Image
-    from torchvision.datasets.folder import IMG_EXTENSIONS
-
-    for split in (root / "train", root / "test"):
-        if not split.is_dir():
-            raise DatasetError(f"--data-root must hold train/<class>/* and test/<class>/*, but {split} is missing")
+    """Opens each image's header, which refuses what ReadImage does: "L" where all are grey, else "RGB"."""
 
     def is_grey(path: str) -> bool:
-        try:
-            with Image.open(path) as image:
-                if image.mode.startswith(("I", "F")):  # a conversion would clip all but the darkest pixels to white
-                    raise DatasetError(f"images must have at most 8 bits a channel, got mode {image.mode} in {path}")
-                return image.mode in ("1", "L")
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            raise DatasetError(f"cannot read the image {path}: {_one_line(error)}") from error
+        with _opened(path) as image:
+            return image.mode in ("1", "L")
 
-    paths = [os.path.join(base, file) for base, _, files in os.walk(root, followlinks=True) for file in files]
-    paths = [path for path in paths if path.lower().endswith(IMG_EXTENSIONS)]
+    paths = [path for split in ("train", "test") for path in _image_paths(root / split)]
     with ThreadPoolExecutor() as pool:
-        return "L" if all(pool.map(is_grey, paths)) else "RGB"
+        return "L" if all(list(pool.map(is_grey, paths))) else "RGB"
+
+
+def _image_paths(split: Path) -> Iterator[str]:
+    """The images below the class directories of a split, as ImageFolder finds them: through symbolic links.
+
+    Raises DatasetError where links form a circle, in which ImageFolder would find the same images again and again.
+    """
+    from torchvision.datasets.folder import IMG_EXTENSIONS
+
+    if not split.is_dir():
+        raise DatasetError(f"--data-root must hold train/<class>/* and test/<class>/*, but {split} is missing")
+    for each in (each for each in split.iterdir() if each.is_dir()):
+        for base, _, files in os.walk(each, followlinks=True):
+            above = Path(base).absolute().parents
+            if os.path.islink(base) and any(os.path.samefile(base, parent) for parent in above):
+                raise DatasetError(f"symbolic links below {split} must not form a circle: {base} links to one above it")
+            yield from (os.path.join(base, file) for file in files if file.lower().endswith(IMG_EXTENSIONS))
 
 
 def _load_all(split: Dataset, shape: tuple[int, int, int]) -> tuple[torch.Tensor, torch.Tensor]:

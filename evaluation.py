@@ -4,7 +4,6 @@ Verification: do two images show the same class? The distance of their features 
 probabilities tell images of unknown classes from those of the trained ones?
 """
 
-import argparse
 import math
 from bisect import bisect_left
 from pathlib import Path
@@ -141,14 +140,15 @@ def confusion(labels: Tensor, predictions: Tensor, num_classes: int) -> list[lis
     return torch.bincount(labels * num_classes + predictions, minlength=num_classes**2).view(num_classes, -1).tolist()
 
 
-def report(splits: dict[str, dict], centers: Tensor, data: Data, args: argparse.Namespace, log: utils.Log) -> None:
+def report(splits: dict[str, dict], centers: Tensor, epoch: int, data: Data, args, log: utils.Log) -> None:
     """Logs verification, how unknown classes are found and, for --evaluate, the confusion matrix.
 
     Writes evaluation.json and, for --plot, roc.png and confusion.png to --save-dir.
     """
     directory, tested, unknown = Path(args.save_dir), splits["test"], splits.get("unknown")
-    metrics = ("epoch", "xent", "accuracy", "nearest_center_accuracy", "intra_distance", "inter_distance")
-    measured = {name: tested[name] for name in metrics} | dict(classes=data.classes, images=len(tested["labels"]))
+    metrics = ("xent", "accuracy", "nearest_center_accuracy", "intra_distance", "inter_distance")
+    measured = dict(epoch=epoch, classes=data.classes, images=len(tested["labels"]))
+    measured |= {name: tested[name] for name in metrics}
     measured["verification"], curves = verification(tested["features"], tested["labels"])
     log_verification("Verification", measured["verification"], log)
     curves = {f"trained classes, {LONG_NAMES[name]}": curve for name, curve in curves.items()}
@@ -171,7 +171,8 @@ def report(splits: dict[str, dict], centers: Tensor, data: Data, args: argparse.
     directory.mkdir(parents=True, exist_ok=True)
     utils.write_json(directory / "evaluation.json", measured)
     for name, (draw, *arguments) in pictures.items() if args.plot else ():
-        utils.replace_file(directory / name, lambda part: draw(part, *arguments))  # noqa: B023  (called at once)
+        for warning in plots.draw_to(directory / name, draw, *arguments):
+            log(warning)
 
 
 def log_verification(what: str, measured: dict, log: utils.Log) -> None:

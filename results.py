@@ -67,7 +67,14 @@ def short(value) -> str:
 
 
 def read(directory: Path) -> dict:
-    """A run's flags, device and metrics, from its args.json, metrics.csv and log."""
+    """A run's flags, device and metrics, from its args.json, metrics.csv and log; RunError where one cannot be read."""
+    try:
+        return _read(directory)
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:  # cut or edited by hand
+        raise RunError(f"cannot read the run in {directory}: {type(error).__name__}: {error}") from error
+
+
+def _read(directory: Path) -> dict:
     args = json.loads((directory / "args.json").read_text())
     with open(directory / "metrics.csv", newline="") as file:
         rows = list(csv.DictReader(file))

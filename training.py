@@ -83,7 +83,7 @@ class Epoch:
     batches: int = 0
     samples: int = 0
     sums: Tensor | None = None  # (3,) float64, over the samples: cross-entropy, λ · center loss, correct predictions
-    kept: list[Tensor] | None = None  # features (N, D), labels (N,) and predictions (N,), where they are wanted
+    kept: list[Tensor] | None = None  # features (N, D), labels (N,) and predictions (N,), where wanted from the start
 
     def results(self) -> dict:
         """The mean losses, the accuracy (%) and, where they were kept, features, labels and predictions.
@@ -122,7 +122,7 @@ def train_epoch(
         batches: images, labels and the size of the batch over all ranks.
         scheduler: takes a step after each of the optimizers'.
         begun: an interrupted pass, of which `batches` is the rest.
-        keep: gather features, labels and predictions as well.
+        keep: gather features, labels and predictions as well, unless `begun` lacks those of its batches.
 
     Returns what all ranks together have summed up.
     """
@@ -130,9 +130,11 @@ def train_epoch(
     ranks, begun = step.ranks, begun or Epoch()
     epoch = Epoch(begun.batches, begun.samples, torch.zeros(3, dtype=torch.float64, device=step.device))
     kept = []
-    if ranks.rank == 0 and begun.batches:  # the sums of all ranks go on in one of them
-        epoch.sums += begun.sums.to(step.device)
-        kept = [[each.to(step.device) for each in begun.kept]] if keep and begun.kept else []
+    if begun.batches:
+        first, keep = ranks.rank == 0, keep and begun.kept is not None
+        if first:  # the sums of all ranks go on in one of them
+            epoch.sums += begun.sums.to(step.device)
+        kept = [[(each if first else each[:0]).to(step.device) for each in begun.kept]] if keep else []
 
     for images, labels, size in batches:
         output = step(images, labels, size)

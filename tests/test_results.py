@@ -132,3 +132,15 @@ def test_reference_runs_have_the_flags_of_their_rows():
         known = args.keys() - free  # flags that came later have their defaults
         assert {name: again[name] for name in known} == {name: args[name] for name in known}, directory
         assert args["save_dir"] == directory.relative_to(REPOSITORY).as_posix()
+
+
+@pytest.mark.parametrize("name, text", [
+    ("args.json", '{"dataset": "mn'), ("args.json", "[]"), ("args.json", "{}"), ("metrics.csv", ""),
+    ("metrics.csv", "epoch,test_accuracy\n1,x\n"),
+])  # fmt: skip
+def test_files_that_are_cut_or_edited_are_one_line(name, text, tmp_path):
+    run = make_run(tmp_path / "a", 1, [97.0], "0:01:00")
+    (run / name).write_text(text)
+    with pytest.raises(results.RunError, match=f"cannot read the run in {run}") as error:
+        results.table([run])
+    assert "\n" not in str(error.value)
