@@ -1,17 +1,18 @@
 """Data sets: `create(...)` gives the batches of both splits, the class names and the image shape.
 
 With `workers=0` a whole data set is kept on the device as uint8, and a batch is an index into it; with `workers=N` the
-torchvision data set is read by N processes. Either way a batch is normalised on the device when it is drawn, and both
-give the same batches for the same seed and the same pixels, bit for bit.
+torchvision data set is read by N processes, which live as long as the run. Either way a batch is normalised on the
+device when it is drawn, and both give the same batches for the same seed and the same pixels, bit for bit.
 """
 
 import contextlib
+import functools
 import io
 import math
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import parent_process
@@ -20,7 +21,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch.utils.data import DataLoader, Dataset, RandomSampler, Sampler, TensorDataset, default_collate
+from torch.utils.data import ConcatDataset, DataLoader, Dataset, TensorDataset, default_collate
 
 from processes import Ranks
 
@@ -170,27 +171,37 @@ class Normalise:
         return images.float().div_(255).sub_(self.mean).div_(self.std)
 
 
-class BatchRows(Sampler):
-    """The row numbers of each batch, in RandomSampler's order when shuffled; of each batch this rank's share."""
+class BatchRows:
+    """The row numbers of each batch, if shuffled in a DataLoader's order; of each batch this rank's share."""
 
     def __init__(self, size: int, batch_size: int, shuffle: bool, device: str | torch.device, ranks: Ranks):
-        self.size, self.batch_size, self.shuffle, self.device = size, batch_size, shuffle, device
-        self.ranks, self.skip = ranks, 0
+        self.size, self.batch_size, self.shuffle, self.device, self.ranks = size, batch_size, shuffle, device, ranks
 
     def __len__(self) -> int:
         return -(-self.size // self.batch_size)
 
     def __iter__(self) -> Iterator[torch.Tensor]:
-        rows = list(RandomSampler(range(self.size))) if self.shuffle else range(self.size)
-        for batch in torch.tensor(rows).to(self.device).split(self.batch_size)[self.skip :]:
-            yield self.ranks.share(batch)
+        return self.after(0)
+
+    def after(self, done: int) -> Iterator[torch.Tensor]:
+        """A pass without its first `done` batches."""
+        rows = torch.arange(self.size)
+        if self.shuffle:  # testing draws nothing: how often one tests changes nothing in the training
+            torch.empty((), dtype=torch.int64).random_()  # a DataLoader's seed for its workers
+            seed = torch.empty((), dtype=torch.int64).random_().item()
+            rows = torch.randperm(self.size, generator=torch.Generator().manual_seed(seed))
+        return map(self.ranks.share, rows.to(self.device).split(self.batch_size)[done:])
+
+
+# From the row numbers of each batch to its images, uint8 (B, C, H, W), and labels (B,).
+Load = Callable[[Iterable[torch.Tensor]], Iterable[tuple[torch.Tensor, torch.Tensor]]]
 
 
 class Batches:
     """All batches of a split, to be iterated over once an epoch."""
 
-    def __init__(self, loader: DataLoader, rows: BatchRows, normalise: Normalise, device: str | torch.device):
-        self.loader, self.rows, self.normalise, self.device = loader, rows, normalise, device
+    def __init__(self, rows: BatchRows, load: Load, normalise: Normalise, device: str | torch.device):
+        self.rows, self.load, self.normalise, self.device = rows, load, normalise, device
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -200,11 +211,34 @@ class Batches:
 
     def after(self, done: int) -> Iterator[Batch]:
         """A pass without its first `done` batches: the rest of an interrupted one, from the same random state."""
-        self.rows.skip = done
         size, batch_size = self.rows.size, self.rows.batch_size
-        for number, (images, labels) in enumerate(self.loader, done):
+        for number, (images, labels) in enumerate(self.load(self.rows.after(done)), done):
             images, labels = images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
             yield Batch(self.normalise(images), labels, min(batch_size, size - number * batch_size))
+
+
+def in_memory(split: Dataset, shape: tuple[int, int, int], device: str | torch.device) -> Load:
+    """Loads batches of a split that is kept on the device."""
+    images, labels = (each.to(device) for each in _load_all(split, shape))
+    return lambda batches: ((images[rows], labels[rows]) for rows in batches)
+
+
+def by_workers(splits: tuple[Dataset, Dataset], workers: int, shape: tuple[int, int, int], pin: bool) -> list[Load]:
+    """Load batches of either split, by worker processes that live as long as the run and read both."""
+    batches = []  # of the pass that begins next
+    loader = DataLoader(
+        ConcatDataset(splits), batch_sampler=batches, num_workers=workers, persistent_workers=True, pin_memory=pin,
+        collate_fn=Collate(shape), worker_init_fn=_start_worker, generator=torch.Generator(),
+    )  # fmt: skip
+
+    def load(first: int, rows: Iterable[torch.Tensor]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        batches[:] = [(first + each).tolist() for each in rows]  # sending a tensor would start a thread
+        try:
+            yield from loader
+        except DatasetError as error:  # a frame in torch refers to it, and its traceback to that one and the workers
+            raise error.with_traceback(None) from None
+
+    return [functools.partial(load, first) for first in (0, len(splits[0]))]
 
 
 def create(
@@ -230,21 +264,18 @@ def create(
     shape = tuple(splits[0][0][0].shape)
     if workers == 0:
         _check_memory(sum(map(len, splits)) * math.prod(shape), torch.device(device))
-    normalise = Normalise(*SCALINGS[scaling](spec), device)
-    batches = []
-    for split, shuffle in zip(splits, (True, False), strict=True):
-        # Testing has a generator of its own: how often one tests changes nothing in the training.
-        common = dict(num_workers=workers, generator=None if shuffle else torch.Generator(),
-                      worker_init_fn=_start_worker)  # fmt: skip
-        rows = BatchRows(len(split), batch_size, shuffle, "cpu" if workers else device, ranks)
-        if workers == 0:
-            dataset = TensorDataset(*(each.to(device) for each in _load_all(split, shape)))
-            loader = DataLoader(dataset, sampler=rows, batch_size=None, **common)
-        else:
-            pin = torch.device(device).type == "cuda"
-            loader = DataLoader(split, batch_sampler=rows, pin_memory=pin, collate_fn=Collate(shape), **common)
-        batches.append(Batches(loader, rows, normalise, device))
-    return Data(*batches, list(splits[0].classes), shape[0], shape[1])
+    cuda = torch.device(device).type == "cuda"
+    if workers == 0:
+        loads = [in_memory(split, shape, device) for split in splits]
+    else:
+        loads = by_workers(splits, workers, shape, pin=cuda)
+    # A GPU tests in larger batches, as far as they take some 32 MiB.
+    test_size = max(batch_size, min(2000, 2**23 // math.prod(shape))) if cuda else batch_size
+    normalise, rows_on = Normalise(*SCALINGS[scaling](spec), device), "cpu" if workers else device
+    rows = (BatchRows(len(splits[0]), batch_size, True, rows_on, ranks),
+            BatchRows(len(splits[1]), test_size, False, rows_on, ranks))  # fmt: skip
+    train, test = (Batches(*each, normalise, device) for each in zip(rows, loads, strict=True))
+    return Data(train, test, list(splits[0].classes), shape[0], shape[1])
 
 
 class Collate:
