@@ -159,7 +159,7 @@ class CapturedStep(Step):
         try:
             with self._rates_in_tensors(capturable=True):
                 self.graph.record(super().__call__, *self.batch)
-        except RuntimeError as error:  # at the capture's end, with its reason as the context
+        except Exception as error:  # whatever it is, the step itself works; at the end of a capture a consequence
             self._give_up(str(error.__context__ or error).strip().partition("\n")[0])
 
     def _give_up(self, reason: str) -> None:

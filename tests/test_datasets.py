@@ -1,10 +1,12 @@
 """Loaders: the right pixels, the same for every number of workers, in a DataLoader's order; and what is refused."""
 
 import hashlib
+import multiprocessing
 import pickle
 import select
 import struct
 import subprocess
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -205,12 +207,28 @@ def test_an_unreadable_image_is_named(tmp_path, damage):
     assert "bee/3.png" in refusal("folder", tmp_path, 4, image_size=8)
 
 
+def test_workers_live_as_long_as_the_run_and_are_forked_from_a_process_without_threads(run, monkeypatch):
+    """Also where a progress bar is shown, and where an epoch's rest and tests come in between."""
+    starts, start, before = [], multiprocessing.Process.start, set(threading.enumerate())
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+    monkeypatch.setattr(multiprocessing.Process, "start", lambda process: (
+        starts.append((process, set(threading.enumerate()) - before)), start(process)))  # fmt: skip
+    status, _, err = run("-j", "2", "--max-iter", "5", "--eval-freq", "1")
+    assert status == 0 and "epoch 2" in err  # the bar
+    assert len(starts) == 2 and not any(threads for _, threads in starts)
+    assert not any(process.is_alive() for process, _ in starts)
+
+
 def test_a_truncated_image_ends_workers_with_its_name(tmp_path):
     bad = make_folder(tmp_path, size=(64, 64)) / "train" / "bee" / "3.png"
     bad.write_bytes(bad.read_bytes()[:2000])
-    loader = datasets.create("folder", tmp_path, 4, workers=1, image_size=8).train
-    with pytest.raises(datasets.DatasetError, match="bee/3.png"):
-        list(loader)
+    others, loader = multiprocessing.active_children(), datasets.create("folder", tmp_path, 4, workers=1, image_size=8)
+    try:
+        list(loader.train)
+    except datasets.DatasetError as error:
+        assert "bee/3.png" in str(error)
+    del loader
+    assert multiprocessing.active_children() == others  # one that is left would delay the interpreter's end
 
 
 def test_workers_end_with_a_killed_main_process(folder):
