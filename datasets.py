@@ -224,12 +224,16 @@ def in_memory(split: Dataset, shape: tuple[int, int, int], device: str | torch.d
 
 
 def by_workers(splits: tuple[Dataset, Dataset], workers: int, shape: tuple[int, int, int], pin: bool) -> list[Load]:
-    """Load batches of either split, by worker processes that live as long as the run and read both."""
+    """Load batches of either split, by worker processes that live as long as the run and read both.
+
+    They are forked here, where the main process has no threads yet, beside which a fork may hang.
+    """
     batches = []  # of the pass that begins next
     loader = DataLoader(
         ConcatDataset(splits), batch_sampler=batches, num_workers=workers, persistent_workers=True, pin_memory=pin,
         collate_fn=Collate(shape), worker_init_fn=_start_worker, generator=torch.Generator(),
     )  # fmt: skip
+    iter(loader)
 
     def load(first: int, rows: Iterable[torch.Tensor]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         batches[:] = [(first + each).tolist() for each in rows]  # sending a tensor would start a thread

@@ -12,6 +12,7 @@ import itertools
 import math
 import os
 import sys
+import threading
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -121,6 +122,8 @@ def choose_device(args: argparse.Namespace, log: utils.Log) -> torch.device:
         log(f"Currently using GPU: {args.gpu}")
         device = torch.device("cuda", int(args.gpu))
         torch.cuda.set_device(device)
+        if args.workers == 0:  # no thread may run where workers are forked
+            threading.Thread(target=training.load_libraries, args=(device,)).start()
     if args.amp and not training.multiplies_bfloat16(device.index):
         log("--amp is slow here: the hardware has no bfloat16 multiplication; --no-amp is faster")
     return device
@@ -150,7 +153,7 @@ def build(args: argparse.Namespace, data: datasets.Data, device: torch.device, s
 def progress_bar(batches, what: str, total: int, done: int = 0) -> tqdm:
     """The batches, and on a terminal a bar that shows how far they are."""
     hidden = None if Ranks.of_environment().rank == 0 else True  # None: where the output is no terminal
-    tqdm.monitor_interval = 0  # a process with threads, such as tqdm's monitor, may fork workers that hang
+    tqdm.monitor_interval = 0  # no thread that watches the bar
     return tqdm(batches, disable=hidden, leave=False, desc=what, initial=done, total=total, unit="batch")
 
 

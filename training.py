@@ -204,6 +204,12 @@ def multiplies_bfloat16(gpu: int | None) -> bool:
     return bool(found & {"avx512_bf16", "amx_bf16"})
 
 
+def load_libraries(device: torch.device) -> None:
+    """Has CUDA load its convolutions, which takes a second but no Python: for a thread beside imports."""
+    with contextlib.suppress(RuntimeError), torch.no_grad():  # an error is the main thread's to meet
+        F.conv2d(torch.zeros(8, 1, 8, 8, device=device), torch.zeros(1, 1, 5, 5, device=device))
+
+
 def captured(step: Step, batch_size: int, notice: Callable[[str], object] = print) -> Step:
     """The step as a CUDA graph for batches of that size, where a graph can be: on one GPU."""
     if step.device.type != "cuda" or step.ranks.size > 1:
