@@ -13,6 +13,7 @@ import torch
 import center_loss
 import datasets
 import models
+import training
 import utils
 from processes import Ranks
 from recipes import OPTIMIZERS, RECIPES, SCHEDULES
@@ -151,7 +152,8 @@ def build_parser(description: str = "") -> Parser:
     add = parser.group("machine")
     add("--gpu", type=gpu_index, default="0", free=True, help="index of the GPU; without a GPU, the CPU is used")
     add("--use-cpu", **switch, free=True, help="use the CPU")
-    add("--amp", **switch, help="run the convolutions in bfloat16")
+    add("--amp", **switch, help="run the convolutions in bfloat16; auto: where the hardware multiplies it")
+    add("--cuda-graph", **switch | dict(default=True), free=True, help="launch a training step on the GPU in one go")
     add("--compile", **switch, help="compile the network")
     add("--deterministic", action="store_true", help="the same metrics each time on the same GPU; slower")
     return parser
@@ -192,6 +194,8 @@ def parse_args(argv: list[str] | None = None, description: str = "") -> argparse
     gpus = 0 if args.use_cpu else torch.cuda.device_count()
     if gpus and int(args.gpu) >= gpus:
         parser.error(f"--gpu must be below {gpus}, the number of GPUs here, got {args.gpu}")
+    if args.amp == "auto":
+        args.amp = training.multiplies_bfloat16(int(args.gpu) if gpus else None)
     return args
 
 
@@ -235,7 +239,7 @@ def run(main: Callable[[argparse.Namespace], None], argv: list[str] | None = Non
             main(args)
         return 0
     except utils.Stopped as stop:
-        status, message = stop.status, stop
+        status, message = stop.status, str(stop)  # with the exception, frames and so workers would live on
     except KeyboardInterrupt:
         status, message = 130, f"interrupted; {kept}"
     except utils.RunError as error:

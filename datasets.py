@@ -1,17 +1,19 @@
 """Data sets: `create(...)` gives the batches of both splits, the class names and the image shape.
 
 With `workers=0` a whole data set is kept on the device as uint8, and a batch is an index into it; with `workers=N` the
-torchvision data set is read by N processes. Either way a batch is normalised on the device when it is drawn, and both
-give the same batches for the same seed and the same pixels, bit for bit.
+torchvision data set is read by N processes, which live as long as the run. Either way a batch is normalised on the
+device when it is drawn, and both give the same batches for the same seed and the same pixels, bit for bit.
 """
 
 import contextlib
+import functools
 import io
+import itertools
 import math
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import parent_process
@@ -20,7 +22,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch.utils.data import DataLoader, Dataset, RandomSampler, Sampler, TensorDataset, default_collate
+from torch.utils.data import ConcatDataset, DataLoader, Dataset, TensorDataset, default_collate
 
 from processes import Ranks
 
@@ -172,27 +174,37 @@ class Normalise:
         return images.float().div_(255).sub_(self.mean).div_(self.std)
 
 
-class BatchRows(Sampler):
-    """The row numbers of each batch, in RandomSampler's order when shuffled; of each batch this rank's share."""
+class BatchRows:
+    """The row numbers of each batch, if shuffled in a DataLoader's order; of each batch this rank's share."""
 
     def __init__(self, size: int, batch_size: int, shuffle: bool, device: str | torch.device, ranks: Ranks):
-        self.size, self.batch_size, self.shuffle, self.device = size, batch_size, shuffle, device
-        self.ranks, self.skip = ranks, 0
+        self.size, self.batch_size, self.shuffle, self.device, self.ranks = size, batch_size, shuffle, device, ranks
 
     def __len__(self) -> int:
         return -(-self.size // self.batch_size)
 
     def __iter__(self) -> Iterator[torch.Tensor]:
-        rows = list(RandomSampler(range(self.size))) if self.shuffle else range(self.size)
-        for batch in torch.tensor(rows).to(self.device).split(self.batch_size)[self.skip :]:
-            yield self.ranks.share(batch)
+        return self.after(0)
+
+    def after(self, done: int) -> Iterator[torch.Tensor]:
+        """A pass without its first `done` batches."""
+        rows = torch.arange(self.size)
+        if self.shuffle:  # testing draws nothing: how often one tests changes nothing in the training
+            torch.empty((), dtype=torch.int64).random_()  # a DataLoader's seed for its workers
+            seed = torch.empty((), dtype=torch.int64).random_().item()
+            rows = torch.randperm(self.size, generator=torch.Generator().manual_seed(seed))
+        return map(self.ranks.share, rows.to(self.device).split(self.batch_size)[done:])
+
+
+# From the row numbers of each batch to its images, uint8 (B, C, H, W), and labels (B,).
+Load = Callable[[Iterable[torch.Tensor]], Iterable[tuple[torch.Tensor, torch.Tensor]]]
 
 
 class Batches:
     """All batches of a split, to be iterated over once an epoch."""
 
-    def __init__(self, loader: DataLoader, rows: BatchRows, normalise: Normalise, device: str | torch.device):
-        self.loader, self.rows, self.normalise, self.device = loader, rows, normalise, device
+    def __init__(self, rows: BatchRows, load: Load, normalise: Normalise, device: str | torch.device):
+        self.rows, self.load, self.normalise, self.device = rows, load, normalise, device
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -201,15 +213,44 @@ class Batches:
         return self.after(0)
 
     def after(self, done: int, last: int | None = None) -> Iterator[Batch]:
-        """A pass until batch `last` without its first `done`: the rest of an interrupted one, from the same random
-        state. Where nothing is left of it, that state still moves on as in a whole one."""
-        self.rows.skip = done
+        """A pass until batch `last`, without its first `done`: the rest of an interrupted one, from its random state.
+
+        That state moves on as in a whole pass, even where nothing is left of it.
+        """
         size, batch_size = self.rows.size, self.rows.batch_size
-        for number, (images, labels) in enumerate(_start(self.loader), done):
-            if number == last:
-                return
+        rows = itertools.islice(self.rows.after(done), None if last is None else last - done)
+        for number, (images, labels) in enumerate(self.load(rows), done):
             images, labels = images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
             yield Batch(self.normalise(images), labels, min(batch_size, size - number * batch_size))
+
+
+def in_memory(split: Dataset, shape: tuple[int, int, int], device: str | torch.device) -> Load:
+    """Loads batches of a split that is kept on the device."""
+    images, labels = (each.to(device) for each in _load_all(split, shape))
+    return lambda batches: ((images[rows], labels[rows]) for rows in batches)
+
+
+def by_workers(splits: Sequence[Dataset], workers: int, shape: tuple[int, int, int], pin: bool) -> list[Load]:
+    """Load batches of each split, by worker processes that live as long as the run and read all of them.
+
+    They are forked here, where the main process has no threads yet, beside which a fork may hang.
+    """
+    batches = []  # of the pass that begins next
+    loader = DataLoader(
+        ConcatDataset(splits), batch_sampler=batches, num_workers=workers, persistent_workers=True, pin_memory=pin,
+        collate_fn=Collate(shape), worker_init_fn=_start_worker, generator=torch.Generator(),
+    )  # fmt: skip
+    with _signals_blocked():
+        iter(loader)
+
+    def load(first: int, rows: Iterable[torch.Tensor]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        batches[:] = [(first + each).tolist() for each in rows]  # sending a tensor would start a thread
+        try:
+            yield from loader
+        except DatasetError as error:  # a frame in torch refers to it, and its traceback to that one and the workers
+            raise error.with_traceback(None) from None
+
+    return [functools.partial(load, first) for first in itertools.accumulate(map(len, splits[:-1]), initial=0)]
 
 
 def create(
@@ -241,21 +282,17 @@ def create(
     shape = tuple(splits[0][0][0].shape)
     if workers == 0:
         _check_memory(sum(map(len, splits)) * math.prod(shape), torch.device(device))
-    normalise = Normalise(*SCALINGS[scaling](spec), device)
-    batches = []
-    for split, shuffle in zip(splits, (True, False, False), strict=False):
-        # Testing has a generator of its own: how often one tests changes nothing in the training.
-        common = dict(num_workers=workers, generator=None if shuffle else torch.Generator(),
-                      worker_init_fn=_start_worker)  # fmt: skip
-        rows = BatchRows(len(split), batch_size, shuffle, "cpu" if workers else device, ranks)
-        if workers == 0:
-            dataset = TensorDataset(*(each.to(device) for each in _load_all(split, shape)))
-            loader = DataLoader(dataset, sampler=rows, batch_size=None, **common)
-        else:
-            pin = torch.device(device).type == "cuda"
-            loader = DataLoader(split, batch_sampler=rows, pin_memory=pin, collate_fn=Collate(shape), **common)
-        batches.append(Batches(loader, rows, normalise, device))
-    train, test, *unknown = batches
+    cuda = torch.device(device).type == "cuda"
+    if workers == 0:
+        loads = [in_memory(split, shape, device) for split in splits]
+    else:
+        loads = by_workers(splits, workers, shape, pin=cuda)
+    # A GPU tests in larger batches, as far as they take some 32 MiB.
+    test_size = max(batch_size, min(2000, 2**23 // math.prod(shape))) if cuda else batch_size
+    normalise, rows_on = Normalise(*SCALINGS[scaling](spec), device), "cpu" if workers else device
+    rows = [BatchRows(len(splits[0]), batch_size, True, rows_on, ranks)]
+    rows += [BatchRows(len(split), test_size, False, rows_on, ranks) for split in splits[1:]]
+    train, test, *unknown = (Batches(*each, normalise, device) for each in zip(rows, loads, strict=True))
     names = [list(split.classes) for split in splits]
     return Data(train, test, unknown[0] if unknown else None, names[0], names[2] if unknown else [], shape[0], shape[1])
 
@@ -306,13 +343,15 @@ class Collate:
 STOPS = {signal.SIGINT, signal.SIGTERM}
 
 
-def _start(loader: DataLoader) -> Iterator:
-    """Starts a pass. Its workers begin with signals blocked, until _start_worker has installed their handlers."""
+@contextlib.contextmanager
+def _signals_blocked() -> Iterator[None]:
+    """In its context workers start with the signals blocked that _start_worker says what to do with."""
     if not hasattr(signal, "pthread_sigmask"):  # Windows
-        return iter(loader)
+        yield
+        return
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
     try:
-        return iter(loader)
+        yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 

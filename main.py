@@ -12,6 +12,7 @@ import functools
 import math
 import os
 import sys
+import threading
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -47,6 +48,8 @@ def main(args: argparse.Namespace) -> None:
 
     log(f"Creating model: {args.model}")
     model, step, scheduler = build(args, data, device, steps)
+    if args.cuda_graph:
+        step = training.captured(step, args.batch_size, log)
     modules = dict(model=model, center_loss=step.center_loss, scheduler=scheduler, **step.optimizers)
     run = dict(epoch=0, partial=None, history=[], centers=step.center_loss.centers.detach(), elapsed=0.0, log_bytes=0,
                rng=torch.get_rng_state(), data=dict(classes=data.classes, images=data.train.rows.size))  # fmt: skip
@@ -120,11 +123,15 @@ def choose_device(args: argparse.Namespace, log: utils.Log) -> torch.device:
         torch.use_deterministic_algorithms(True)
     if args.use_cpu or not torch.cuda.is_available():
         log("Currently using CPU")
-        return torch.device("cpu")
-    log(f"Currently using GPU: {args.gpu}")
-    device = torch.device("cuda", int(args.gpu))
-    torch.cuda.set_device(device)
-    torch.backends.cudnn.benchmark = not args.deterministic
+        device = torch.device("cpu")
+    else:
+        log(f"Currently using GPU: {args.gpu}")
+        device = torch.device("cuda", int(args.gpu))
+        torch.cuda.set_device(device)
+        if args.workers == 0:  # no thread may run where workers are forked
+            threading.Thread(target=training.load_libraries, args=(device,)).start()
+    if args.amp and not training.multiplies_bfloat16(device.index):
+        log("--amp is slow here: the hardware has no bfloat16 multiplication; --no-amp is faster")
     return device
 
 
@@ -153,6 +160,7 @@ def build(args: argparse.Namespace, data: datasets.Data, device: torch.device, s
 def progress_bar(batches, what: str, total: int, done: int = 0) -> tqdm:
     """The batches, and on a terminal a bar that shows how far they are."""
     hidden = None if Ranks.of_environment().rank == 0 else True  # None: where the output is no terminal
+    tqdm.monitor_interval = 0  # no thread that watches the bar
     return tqdm(batches, disable=hidden, leave=False, desc=what, initial=done, total=total, unit="batch")
 
 

@@ -134,28 +134,20 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
 
 
 class Compiled(nn.Module):
-    """`net`, compiled for batches of one size; batches of another size, such as an epoch's last, run uncompiled.
-
-    On a GPU the compiled passes are CUDA graphs, except among several ranks, whose gradients are exchanged in between.
-    """
+    """`net`, compiled for batches of one size; batches of another size, such as an epoch's last, run uncompiled."""
 
     def __init__(self, net: nn.Module, batch_size: int):
         super().__init__()
-        parameter = next(net.parameters())
         try:
-            torch.compile(torch.neg)(parameter.detach())  # fails here, rather than within the first step
+            torch.compile(torch.neg)(next(net.parameters()).detach())  # fails here, rather than within the first step
         except Exception as error:  # of torch's compiler, Triton's or the system's
             reason = str(error).strip().partition("\n")[0] or type(error).__name__
             raise ModelError(f"--compile needs a C++ compiler that works: {reason}") from error
-        graphs = parameter.is_cuda and not torch.distributed.is_initialized()
         self.net, self.batch_size = net, batch_size
-        self.compiled = torch.compile(net, dynamic=False, mode="reduce-overhead" if graphs else "default")
+        self.compiled = torch.compile(net, dynamic=False)
 
     def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        if len(images) != self.batch_size:
-            return self.net(images)
-        features, logits = self.compiled(images)
-        return features.clone(), logits.clone()  # the next CUDA graph overwrites them
+        return self.compiled(images) if len(images) == self.batch_size else self.net(images)
 
 
 def keep_(parameter: torch.Tensor) -> torch.Tensor:

@@ -2,10 +2,15 @@
 
 step = Step(net, center_loss, optimizers, weight=0.01)
 output = step(images, labels)   # all still on the device; nothing waits
+step = captured(step, 128)      # the same call; on a GPU a CUDA graph
 """
 
-from collections.abc import Callable, Iterable, Mapping
+import contextlib
+import math
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -19,12 +24,13 @@ from processes import Ranks
 
 
 class Output(NamedTuple):
-    """What a step has computed before it updated the weights, on the device and without a graph."""
+    """What a step has computed before it updated the weights, on the device; a captured step overwrites its last."""
 
     xent: Tensor  # scalar; over several ranks, this rank's share of the mean cross-entropy of the joined batch
     center: Tensor  # scalar, λ · center loss of the joined batch
     features: Tensor  # (B, D)
     predictions: Tensor  # (B,)
+    means: Tensor  # (3,), this rank's part of mean cross-entropy, λ · center loss and share of correct predictions
 
 
 class Step:
@@ -73,7 +79,142 @@ class Step:
             self.center_loss.rescale_center_grad(self.ranks.size * self.weight, self.lr_ratio)
         for optimizer in self.optimizers.values():
             optimizer.step()
-        return Output(xent.detach(), center.detach(), features.detach(), logits.detach().argmax(1))
+        xent, center, predictions = xent.detach(), center.detach(), logits.detach().argmax(1)
+        correct = (predictions == labels).sum() / (size or len(labels))
+        means = torch.stack([xent, center / self.ranks.size, correct])
+        return Output(xent, center, features.detach(), predictions, means)
+
+
+class CudaGraph:
+    """A function of tensors on the GPU, to be run, then recorded, then replayed on what the tensors hold by then."""
+
+    def __init__(self):
+        self.graph, self.stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+
+    def run(self, function: Callable, *tensors: Tensor) -> Output:
+        """Calls it on the stream of the recording, where torch's libraries then have what they need."""
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            output = function(*tensors)
+        torch.cuda.current_stream().wait_stream(self.stream)
+        return output
+
+    def record(self, function: Callable, *tensors: Tensor) -> None:
+        """Raises RuntimeError where it does what a graph cannot; computes nothing yet."""
+        # The outer context leaves the stream after a failure too. Loaders' threads may allocate in the meantime.
+        with torch.cuda.stream(self.stream), torch.cuda.graph(
+            self.graph, stream=self.stream, capture_error_mode="thread_local"
+        ):  # fmt: skip
+            self.output = function(*tensors)
+
+    def replay(self) -> Output:
+        self.graph.replay()
+        return self.output
+
+
+class CapturedStep(Step):
+    """A step that replays a CUDA graph of itself: some 150 kernels in one launch, for batches of one size.
+
+    The first few of these, and all others, are computed by the Step itself. Learning rates act as they do there. A
+    change of another number in a parameter group, or a failed capture, ends the replays, of which `notice` is told.
+    """
+
+    EAGER = 3  # steps before the capture, in which libraries and compilers choose their kernels
+
+    def __init__(self, step: Step, batch_size: int, notice: Callable[[str], object], graph: CudaGraph):
+        super().__init__(step.net, step.center_loss, step.optimizers, weight=step.weight, lr_ratio=step.lr_ratio,
+                         amp=step.amp, ranks=step.ranks)  # fmt: skip
+        self.batch_size, self.notice, self.graph = batch_size, notice, graph
+        self.eager, self.batch = self.EAGER, None
+        # A graph has numbers as they were in the capture, so that learning rates stand in tensors, filled on a change.
+        self.rates = [torch.full((), math.nan, device=self.device) for _ in self.groups()]
+        self.filled = [math.nan] * len(self.rates)
+
+    def groups(self) -> list[dict]:
+        return [group for optimizer in self.optimizers.values() for group in optimizer.param_groups]
+
+    def __call__(self, images: Tensor, labels: Tensor, size: int | None = None) -> Output:
+        if self.graph is None:
+            return super().__call__(images, labels, size)
+        self._fill_rates()
+        if len(images) != self.batch_size:
+            with self._rates_in_tensors():
+                return super().__call__(images, labels, size)
+        if self.eager:
+            self.eager -= 1
+            with self._rates_in_tensors():
+                return self.graph.run(super().__call__, images, labels)
+        if self.batch is None:
+            self._capture(images, labels)
+        elif self.frozen != self._other_numbers():
+            self._give_up("a number of an optimizer other than its learning rate has changed")
+        if self.graph is None:
+            return super().__call__(images, labels, size)
+        for static, given in zip(self.batch, (images, labels), strict=True):
+            static.copy_(given)
+        return self.graph.replay()
+
+    def _capture(self, images: Tensor, labels: Tensor) -> None:
+        self.batch, self.frozen = (images.clone(), labels.clone()), self._other_numbers()
+        try:
+            with self._rates_in_tensors(capturable=True):
+                self.graph.record(super().__call__, *self.batch)
+        except Exception as error:  # whatever it is, the step itself works; at the end of a capture a consequence
+            self._give_up(str(error.__context__ or error).strip().partition("\n")[0])
+
+    def _give_up(self, reason: str) -> None:
+        self.graph = self.batch = None
+        self.notice(f"The training goes on without a CUDA graph: {reason}")
+
+    def _fill_rates(self) -> None:
+        for index, group in enumerate(self.groups()):
+            if group["lr"] != self.filled[index]:
+                self.filled[index] = group["lr"]
+                self.rates[index].fill_(group["lr"])
+
+    def _other_numbers(self) -> list[dict]:
+        return [{name: group[name] for name in group.keys() - {"params", "lr"}} for group in self.groups()]
+
+    @contextlib.contextmanager
+    def _rates_in_tensors(self, **options: bool) -> Iterator[None]:
+        """In its context the groups have tensors as learning rates, and those of the options that are theirs."""
+        before = [dict(group) for group in self.groups()]
+        for group, rate in zip(self.groups(), self.rates, strict=True):
+            group.update(lr=rate, **{name: value for name, value in options.items() if name in group})
+        try:
+            yield
+        finally:
+            for group, values in zip(self.groups(), before, strict=True):
+                group.update(values)
+
+
+def multiplies_bfloat16(gpu: int | None) -> bool:
+    """Whether that GPU, or for None the CPU, has instructions that do; without them bfloat16 is slower than float32."""
+    if gpu is not None:
+        with torch.cuda.device(gpu):
+            return torch.cuda.is_bf16_supported(including_emulation=False)
+    allowed = os.environ.get("ONEDNN_MAX_CPU_ISA", "ALL").upper()
+    if not any(name in allowed for name in ("ALL", "DEFAULT", "BF16", "FP16", "AMX", "AVX10")):
+        return False
+    if hasattr(torch.cpu, "get_capabilities"):
+        found = {name for name, value in torch.cpu.get_capabilities().items() if value}
+    else:
+        cpuinfo = Path("/proc/cpuinfo")
+        found = set(cpuinfo.read_text().split()) if cpuinfo.exists() else set()
+    return bool(found & {"avx512_bf16", "amx_bf16"})
+
+
+def load_libraries(device: torch.device) -> None:
+    """Has CUDA load its convolutions, which takes a second but no Python: for a thread beside imports."""
+    with contextlib.suppress(RuntimeError), torch.no_grad():  # an error is the main thread's to meet
+        F.conv2d(torch.zeros(8, 1, 8, 8, device=device), torch.zeros(1, 1, 5, 5, device=device))
+
+
+def captured(step: Step, batch_size: int, notice: Callable[[str], object] = print) -> Step:
+    """The step as a CUDA graph for batches of that size, where a graph can be: on one GPU."""
+    if step.device.type != "cuda" or step.ranks.size > 1:
+        return step
+    return CapturedStep(step, batch_size, notice, CudaGraph())
 
 
 @dataclass
@@ -99,7 +240,7 @@ class Progress(NamedTuple):
     """What `train_epoch` tells after each step."""
 
     epoch: Epoch  # whose sums are this rank's
-    latest: Tensor  # (3,), this rank's part of the step's mean cross-entropy, λ · center loss, share of correct ones
+    latest: Tensor  # (3,), `means` of the step's Output
     ranks: Ranks
 
     def losses(self) -> tuple[float, float, float, float]:
@@ -139,13 +280,11 @@ def train_epoch(
     for images, labels, size in batches:
         output = step(images, labels, size)
         scheduler.step()
-        correct = (output.predictions == labels).sum() / size
-        latest = torch.stack([output.xent, output.center / ranks.size, correct])
         epoch.batches, epoch.samples = epoch.batches + 1, epoch.samples + size
-        epoch.sums += latest * size
+        epoch.sums += output.means * size
         if keep:
-            kept.append([output.features, labels, output.predictions])
-        if stop(Progress(epoch, latest, ranks)):
+            kept.append([output.features.clone(), labels, output.predictions.clone()])
+        if stop(Progress(epoch, output.means, ranks)):
             break
 
     epoch.sums = ranks.total(epoch.sums)

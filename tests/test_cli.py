@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import json
 import os
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from conftest import PYTHON
 import cli
 import main
 import recipes
+import training
 
 MAIN = Path(main.__file__)
 
@@ -70,6 +72,18 @@ def test_flags_have_zhou2018s_names_and_defaults():
     args = vars(cli.parse_args([]))
     assert {name: args[name] for name in expected} == expected
     assert cli.parse_args(["-d", "digits", "-j", "3"]).workers == 3
+
+
+def test_a_recipe_leaves_bfloat16_to_the_hardware_and_a_run_keeps_it(run, monkeypatch):
+    for fast in (True, False):
+        monkeypatch.setattr(training, "multiplies_bfloat16", lambda gpu, fast=fast: fast)
+        given = [cli.parse_args(["--recipe", "fast", *flags]).amp for flags in ([], ["--amp"], ["--no-amp"])]
+        assert given == [fast, True, False] and cli.parse_args([]).amp is False
+    assert "--no-amp is faster" not in run("--recipe", "fast", "--model", "cnn")[1]
+    monkeypatch.setattr(training, "multiplies_bfloat16", lambda gpu: True)
+    assert cli.parse_args(["--resume"]).amp is False and json.loads(Path("log/args.json").read_text())["amp"] is False
+    monkeypatch.setattr(training, "multiplies_bfloat16", lambda gpu: False)
+    assert run("--amp", "--max-iter", "1")[1].count("--no-amp is faster") == 1
 
 
 def test_a_terminal_without_greek_gets_the_help():

@@ -1,12 +1,14 @@
-"""Loaders: the right pixels, the same for every number of workers, in RandomSampler's order; and what is refused."""
+"""Loaders: the right pixels, the same for every number of workers, in a DataLoader's order; and what is refused."""
 
 import hashlib
+import multiprocessing
 import os
 import pickle
 import select
 import signal
 import struct
 import subprocess
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +19,7 @@ from conftest import PYTHON, SHARED_DATA, make_folder
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
+from torch.utils.data import BatchSampler, DataLoader, TensorDataset
 from torchvision import transforms
 
 import datasets
@@ -142,13 +144,12 @@ def test_digits_are_split_by_class_and_without_overlap():
 @given(size=st.integers(1, 70), batch_size=st.integers(1, 40), seed=st.integers(0, 2**40))
 def test_batches_are_those_of_a_shuffling_dataloader(size, batch_size, seed):
     plain = DataLoader(TensorDataset(torch.arange(size)), batch_size, shuffle=True)
-    ours = DataLoader(TensorDataset(torch.arange(size)), batch_size=None,
-                      sampler=datasets.BatchRows(size, batch_size, True, "cpu", Ranks()))  # fmt: skip
+    ours = datasets.BatchRows(size, batch_size, True, "cpu", Ranks())
     for _ in range(2):  # the second epoch goes on from the first one's random state
         torch.manual_seed(seed)
         expected = [rows.tolist() for _ in range(2) for (rows,) in plain]
         torch.manual_seed(seed)
-        assert [rows.tolist() for _ in range(2) for (rows,) in ours] == expected
+        assert [rows.tolist() for _ in range(2) for rows in ours] == expected
 
 
 @given(size=st.integers(1, 60), batch_size=st.integers(1, 20), ranks=st.integers(1, 5))
@@ -216,7 +217,8 @@ def test_folders_that_cannot_be_used_are_refused(tmp_path):
 def test_images_of_more_than_8_bits_are_refused_wherever_they_are(tmp_path, mode, dtype):
     path = make_folder(tmp_path, mode=mode) / "test" / "cat" / "zz.tif"
     Image.fromarray(np.full((8, 8), 1000, dtype)).save(path)
-    message = f"at most 8 bits a channel, got mode {Image.open(path).mode} in {path}"
+    with Image.open(path) as image:
+        message = f"at most 8 bits a channel, got mode {image.mode} in {path}"
     for workers in (0, 1):
         assert message in refusal("folder", tmp_path, 4, workers)
     with pytest.raises(datasets.DatasetError, match="at most 8 bits"):  # one that came after the scan
@@ -301,12 +303,28 @@ def test_whatever_a_reader_raises_for_a_damaged_file_is_named(folder, monkeypatc
     assert "cannot read the image" in refusal("folder", folder, 4)
 
 
+def test_workers_live_as_long_as_the_run_and_are_forked_from_a_process_without_threads(run, monkeypatch):
+    """Also where a progress bar is shown, and where an epoch's rest and tests come in between."""
+    starts, start, before = [], multiprocessing.Process.start, set(threading.enumerate())
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+    monkeypatch.setattr(multiprocessing.Process, "start", lambda process: (
+        starts.append((process, set(threading.enumerate()) - before)), start(process)))  # fmt: skip
+    status, _, err = run("-j", "2", "--max-iter", "5", "--eval-freq", "1")
+    assert status == 0 and "epoch 2" in err  # the bar
+    assert len(starts) == 2 and not any(threads for _, threads in starts)
+    assert not any(process.is_alive() for process, _ in starts)
+
+
 def test_a_truncated_image_ends_workers_with_its_name(tmp_path):
     bad = make_folder(tmp_path, size=(64, 64)) / "train" / "bee" / "3.png"
     bad.write_bytes(bad.read_bytes()[:2000])
-    loader = datasets.create("folder", tmp_path, 4, workers=1, image_size=8).train
-    with pytest.raises(datasets.DatasetError, match="bee/3.png"):
-        list(loader)
+    others, loader = multiprocessing.active_children(), datasets.create("folder", tmp_path, 4, workers=1, image_size=8)
+    try:
+        list(loader.train)
+    except datasets.DatasetError as error:
+        assert "bee/3.png" in str(error)
+    del loader
+    assert multiprocessing.active_children() == others  # one that is left would delay the interpreter's end
 
 
 def test_workers_end_with_a_killed_main_process(folder):
@@ -370,10 +388,3 @@ def test_real_mnist():
     assert torch.bincount(labels).tolist() == [5923, 6742, 5958, 6131, 5842, 5421, 5918, 6265, 5851, 5949]
     assert images.mean().item() == pytest.approx(0, abs=1e-3)
     assert images.std().item() == pytest.approx(1, abs=1e-3)
-
-
-def test_order_is_randomsamplers():
-    torch.manual_seed(0)
-    expected = list(RandomSampler(range(20)))
-    torch.manual_seed(0)
-    assert torch.cat(list(datasets.BatchRows(20, 6, True, "cpu", Ranks()))).tolist() == expected

@@ -47,12 +47,14 @@ BFLOAT16 = {"batch norm": ["--model", "bn-fast", "--image-size", "28", "--amp", 
 @contextlib.contextmanager
 def float64():
     """Runs main.py in float64, where the rounding that BatchNorm layers amplify stays far below any real difference."""
-    normalise = datasets.Normalise.__call__
+    normalise, threads = datasets.Normalise.__call__, torch.get_num_threads()
     datasets.Normalise.__call__ = lambda self, images: normalise(self, images).double()
     torch.set_default_dtype(torch.float64)
+    torch.set_num_threads(1)  # as torchrun does: on many cores the order of a sum depends on it
     try:
         yield
     finally:
+        torch.set_num_threads(threads)
         torch.set_default_dtype(torch.float32)
         datasets.Normalise.__call__ = normalise
 
@@ -168,6 +170,7 @@ def test_a_rank_that_dies_ends_the_others_and_resume_goes_on(images, tmp_path):
 def test_a_gpu_index_under_torchrun_is_refused(monkeypatch, capsys):
     for name, value in (("RANK", "0"), ("WORLD_SIZE", "2"), ("LOCAL_RANK", "1")):
         monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(SystemExit) as exit:
         cli.parse_args(["--gpu", "1"])
     assert exit.value.code == 2 and "--gpu must be left out under torchrun" in capsys.readouterr().err

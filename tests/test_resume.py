@@ -17,6 +17,7 @@ import time
 from pathlib import Path
 
 import pytest
+import stand_in
 import torch
 from conftest import PYTHON, make_folder, program
 from hypothesis import HealthCheck, given, settings
@@ -94,6 +95,28 @@ def test_stopped_and_resumed_runs_are_the_same_to_the_bit(setting, run, stop_at)
     status, out, err = run("--resume", "--save-dir", "stopped", base=False)
     assert (status, err) == (0, "") and "Resuming after epoch 1" in out
     assert differences(Path("whole"), Path("stopped")) == []
+
+
+@pytest.mark.parametrize("setting", ["zhou2018", "one optimizer, milestones, max-iter", "adamw, onecycle"])
+def test_captured_runs_go_on_to_the_bit_and_without_graphs_too(setting, run, stop_at, monkeypatch):
+    flags, eager = ["--max-epoch", "3", "--batch-size", "5", *SETTINGS[setting]], training.captured
+    monkeypatch.setattr(training, "captured", stand_in.captured)
+    assert run(*flags, "--save-dir", "whole")[0] == 0
+    stop_at(5, signal.SIGTERM)
+    assert run(*flags, "--save-dir", "stopped")[0] == 143
+    shutil.copytree("stopped", "elsewhere")
+    stop_at(1)
+    with pytest.raises(Killed):
+        run("--resume", "--save-dir", "stopped", base=False)
+    stop_at(0)
+    assert run("--resume", "--save-dir", "stopped", base=False)[0] == 0
+    assert differences(Path("whole"), Path("stopped")) == []
+    monkeypatch.setattr(training, "captured", eager)  # a CPU, whose optimizers are not fused
+    assert run("--resume", "--save-dir", "elsewhere", base=False)[0] == 0
+    ours, theirs = (torch.load(f"{name}/checkpoint.pt", weights_only=True) for name in ("elsewhere", "whole"))
+    assert all(not group["fused"] for group in ours["optimizer_model"]["param_groups"])
+    for row, other in zip(ours["history"], theirs["history"], strict=True):
+        assert row == pytest.approx(other, rel=1e-3)
 
 
 def test_a_stop_is_seen_with_workers_as_well_and_they_outlive_its_signal(run, stop_at, monkeypatch):
