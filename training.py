@@ -304,6 +304,7 @@ def predict(model: nn.Module, batches: Iterable[tuple], amp: bool = False, ranks
     return dict(features=features, logits=logits, labels=labels, predictions=logits.argmax(1))
 
 
+@torch.no_grad()
 def test(model: nn.Module, batches: Iterable[tuple], amp: bool = False, ranks: Ranks = Ranks()) -> dict:  # noqa: B008
     """What `predict` gives, with the cross-entropy and the accuracy (%)."""
     tested = predict(model, batches, amp, ranks)

@@ -91,6 +91,10 @@ class Log:
         replace_file(path, lambda part: part.write_bytes(start))
         self.path, self.file = path, open(path, "ab", buffering=0)
 
+    def close(self) -> None:
+        self.file.close()
+        self.file = None
+
     def position(self) -> int:
         return self.file.seek(0, os.SEEK_END)
 
@@ -399,12 +403,14 @@ class RunFiles:
             if args.resume and not own:
                 copy_epochs(Path(args.resume).parent, self.directory, self.run["epoch"])
             self.log.open(self.directory / log_name, printed)
+            self.context.callback(self.log.close)
             write_json(self.directory / "args.json", vars(args))
             if args.tensorboard:
                 from torch.utils.tensorboard import SummaryWriter
 
                 recorded = list(self.directory.glob(EVENT_FILES))
                 self.board = SummaryWriter(self.directory / "tensorboard", purge_step=self.run["epoch"] + 1)
+                self.context.callback(self.board.close)
                 for row in [] if recorded else self.run["history"]:
                     self._record(row)
             self.context = self.context.pop_all()  # all went well: the directory stays claimed

@@ -21,6 +21,8 @@ def test_log_writes_earlier_lines_and_goes_on_where_a_checkpoint_says(tmp_path, 
     again = utils.Log()
     again("resumed")
     again.open(path, utils.read_start(path, position))
+    log.close()
+    again.close()
     assert path.read_text() == "before\nkept\nresumed\n"
     assert capsys.readouterr().out == "before\nkept\nafter the checkpoint\nresumed\n"
 
