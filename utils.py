@@ -350,6 +350,7 @@ class RunFiles:
             if args.resume and not own:
                 copy_epochs(Path(args.resume).parent, self.directory, self.run["epoch"])
             self.log.open(self.directory / log_name, printed)
+            self.context.callback(self.log.file.close)
             write_json(self.directory / "args.json", vars(args))
             if args.tensorboard:
                 from torch.utils.tensorboard import SummaryWriter
