@@ -79,7 +79,7 @@ class CenterLoss(nn.Module):
     range-checked on the CPU only, since a check would stall a GPU: there, a wrong index fails inside torch.
 
     With torch.distributed initialised, the loss is that of one process over the batches of all ranks, which
-    may differ in size: every rank must call it, and value and centers.grad are the same on every rank.
+    may differ in size: every rank must call it, and value, centers.grad and update_centers are the same on all.
     DistributedDataParallel averages the network's gradients over W ranks: weight this loss with λ * W and
     call ``rescale_center_grad(λ * W)`` to take the same steps as one process.
     """
