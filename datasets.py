@@ -8,11 +8,12 @@ device when it is drawn, and both give the same batches for the same seed and th
 import contextlib
 import functools
 import io
+import itertools
 import math
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import parent_process
@@ -54,7 +55,9 @@ class Batch(NamedTuple):
 class Data(NamedTuple):
     train: "Batches"
     test: "Batches"
-    classes: list[str]
+    unknown: "Batches | None"  # the test images of the classes left out, labelled from len(classes) on
+    classes: list[str]  # those trained
+    unseen: list[str]  # those left out
     in_channels: int
     image_size: int
 
@@ -183,14 +186,14 @@ class BatchRows:
     def __iter__(self) -> Iterator[torch.Tensor]:
         return self.after(0)
 
-    def after(self, done: int) -> Iterator[torch.Tensor]:
-        """A pass without its first `done` batches."""
+    def after(self, done: int, last: int | None = None) -> Iterator[torch.Tensor]:
+        """A pass until batch `last` without its first `done`."""
         rows = torch.arange(self.size)
         if self.shuffle:  # testing draws nothing: how often one tests changes nothing in the training
             torch.empty((), dtype=torch.int64).random_()  # a DataLoader's seed for its workers
             seed = torch.empty((), dtype=torch.int64).random_().item()
             rows = torch.randperm(self.size, generator=torch.Generator().manual_seed(seed))
-        return map(self.ranks.share, rows.to(self.device).split(self.batch_size)[done:])
+        return map(self.ranks.share, rows.to(self.device).split(self.batch_size)[done:last])
 
 
 # From the row numbers of each batch to its images, uint8 (B, C, H, W), and labels (B,).
@@ -209,10 +212,11 @@ class Batches:
     def __iter__(self) -> Iterator[Batch]:
         return self.after(0)
 
-    def after(self, done: int) -> Iterator[Batch]:
-        """A pass without its first `done` batches: the rest of an interrupted one, from the same random state."""
+    def after(self, done: int, last: int | None = None) -> Iterator[Batch]:
+        """A pass until batch `last` without its first `done`: the rest of an interrupted one, from the same random
+        state. Where nothing is left of it, that state still moves on as in a whole one."""
         size, batch_size = self.rows.size, self.rows.batch_size
-        for number, (images, labels) in enumerate(self.load(self.rows.after(done)), done):
+        for number, (images, labels) in enumerate(self.load(self.rows.after(done, last)), done):
             images, labels = images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
             yield Batch(self.normalise(images), labels, min(batch_size, size - number * batch_size))
 
@@ -223,8 +227,8 @@ def in_memory(split: Dataset, shape: tuple[int, int, int], device: str | torch.d
     return lambda batches: ((images[rows], labels[rows]) for rows in batches)
 
 
-def by_workers(splits: tuple[Dataset, Dataset], workers: int, shape: tuple[int, int, int], pin: bool) -> list[Load]:
-    """Load batches of either split, by worker processes that live as long as the run and read both.
+def by_workers(splits: Sequence[Dataset], workers: int, shape: tuple[int, int, int], pin: bool) -> list[Load]:
+    """Load batches of each split, by worker processes that live as long as the run and read all.
 
     They are forked here, where the main process has no threads yet, beside which a fork may hang.
     """
@@ -233,7 +237,7 @@ def by_workers(splits: tuple[Dataset, Dataset], workers: int, shape: tuple[int, 
         ConcatDataset(splits), batch_sampler=batches, num_workers=workers, persistent_workers=True, pin_memory=pin,
         collate_fn=Collate(shape), worker_init_fn=_start_worker, generator=torch.Generator(),
     )  # fmt: skip
-    iter(loader)
+    _start(loader)
 
     def load(first: int, rows: Iterable[torch.Tensor]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         batches[:] = [(first + each).tolist() for each in rows]  # sending a tensor would start a thread
@@ -242,7 +246,8 @@ def by_workers(splits: tuple[Dataset, Dataset], workers: int, shape: tuple[int, 
         except DatasetError as error:  # a frame in torch refers to it, and its traceback to that one and the workers
             raise error.with_traceback(None) from None
 
-    return [functools.partial(load, first) for first in (0, len(splits[0]))]
+    firsts = itertools.accumulate(map(len, splits[:-1]), initial=0)
+    return [functools.partial(load, first) for first in firsts]
 
 
 def create(
@@ -254,17 +259,23 @@ def create(
     *,
     image_size: int = 32,
     scaling: str = "standard",
+    unseen: Sequence[str] = (),
     ranks: Ranks = Ranks(),  # noqa: B008  (immutable)
 ) -> Data:
     """Opens data set `name` below `root`, downloading it where torchvision can.
 
-    `image_size` is for data sets without a size of their own: "folder".
-    Raises DatasetError where the data are missing, broken or too large for the device.
+    `image_size` is for data sets without a size of their own: "folder". `unseen` are the names or numbers of classes to
+    leave out of `train` and `test`; the test images of these are `unknown`.
+    Raises DatasetError where the data are missing, broken or too large for the device, or too few classes are left.
     """
     spec, root = SPECS[name], Path(root)
     if root.exists() and not root.is_dir():
         raise DatasetError(f"--data-root must be a directory, got the file {root}")
     splits = spec.open(root, image_size)
+    if unseen:
+        seen, unseen = _divide(splits[0].classes, unseen)
+        train, test = splits
+        splits = OfClasses(train, seen), OfClasses(test, seen), OfClasses(test, unseen, first_label=len(seen))
     shape = tuple(splits[0][0][0].shape)
     if workers == 0:
         _check_memory(sum(map(len, splits)) * math.prod(shape), torch.device(device))
@@ -275,11 +286,47 @@ def create(
         loads = by_workers(splits, workers, shape, pin=cuda)
     # A GPU tests in larger batches, as far as they take some 32 MiB.
     test_size = max(batch_size, min(2000, 2**23 // math.prod(shape))) if cuda else batch_size
-    normalise, rows_on = Normalise(*SCALINGS[scaling](spec), device), "cpu" if workers else device
-    rows = (BatchRows(len(splits[0]), batch_size, True, rows_on, ranks),
-            BatchRows(len(splits[1]), test_size, False, rows_on, ranks))  # fmt: skip
-    train, test = (Batches(*each, normalise, device) for each in zip(rows, loads, strict=True))
-    return Data(train, test, list(splits[0].classes), shape[0], shape[1])
+    normalise, batches = Normalise(*SCALINGS[scaling](spec), device), []
+    for split, load in zip(splits, loads, strict=True):
+        train = split is splits[0]
+        rows = BatchRows(len(split), batch_size if train else test_size, train, "cpu" if workers else device, ranks)
+        batches.append(Batches(rows, load, normalise, device))
+    train, test, *unknown = batches
+    names = [list(split.classes) for split in splits]
+    return Data(train, test, unknown[0] if unknown else None, names[0], names[2] if unknown else [], shape[0], shape[1])
+
+
+class OfClasses(Dataset):
+    """The images of some classes of a split: these classes' numbers become labels first_label, first_label + 1, …"""
+
+    def __init__(self, split: Dataset, numbers: list[int], first_label: int = 0):
+        labels = torch.full((len(split.classes),), -1)
+        labels[numbers] = torch.arange(first_label, first_label + len(numbers))
+        targets = labels[torch.as_tensor(split.targets)]
+        self.split, self.rows = split, (targets >= 0).nonzero().flatten()
+        self.targets, self.classes = targets[self.rows], [split.classes[number] for number in numbers]
+        if hasattr(split, "data"):
+            self.data = torch.as_tensor(split.data)[self.rows]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        return self.split[int(self.rows[index])][0], int(self.targets[index])
+
+
+def _divide(classes: Sequence[str], unseen: Sequence[str]) -> tuple[list[int], list[int]]:
+    """The numbers of the classes to train and of those to leave out, which are given by name or else by number."""
+    numbers = {str(number): number for number in range(len(classes))}
+    numbers |= {name: number for number, name in enumerate(classes)}
+    if unknown := [name for name in unseen if name not in numbers]:
+        shown = ", ".join(classes[:10]) + (f", … ({len(classes)} in all)" if len(classes) > 10 else "")
+        raise DatasetError(f"--unseen must be names or numbers of classes, got {unknown[0]}; the classes are {shown}")
+    left_out = sorted({numbers[name] for name in unseen})
+    seen = [number for number in range(len(classes)) if number not in left_out]
+    if len(seen) < 2:
+        raise DatasetError(f"--unseen must leave at least two classes, got {len(left_out)} of {len(classes)}")
+    return seen, left_out
 
 
 class Collate:
@@ -292,6 +339,21 @@ class Collate:
         return default_collate(items) if items else [each.clone() for each in self.empty]
 
 
+STOPS = {signal.SIGINT, signal.SIGTERM}
+
+
+def _start(loader: DataLoader) -> None:
+    """Starts the workers with signals blocked, until _start_worker has installed their handlers."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        iter(loader)
+        return
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
+    try:
+        iter(loader)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
 def _start_worker(worker: int) -> None:
     """Workers ignore SIGINT and put off SIGTERM, so that the main process can finish its current batch.
 
@@ -302,22 +364,49 @@ def _start_worker(worker: int) -> None:
     threading.Thread(target=lambda: (parent_process().join(), os._exit(1)), daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(10))
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
 
 
 class ReadImage:
-    """An image file as PIL image of a mode; a file that cannot be decoded is a DatasetError with its path."""
+    """An image file as PIL image of `mode`, "L" or "RGB": what an image viewer shows of it.
+
+    Turned as its EXIF orientation says, transparency blended on white, of an animation the first frame, CMYK and other
+    colour models converted by Pillow, without colour profiles. More than 8 bits a channel are refused where Pillow
+    would clip them (grey; of 16-bit colours it takes the upper 8 bits).
+    Raises DatasetError, with the path, where the file cannot be decoded or is refused.
+    """
 
     def __init__(self, mode: str):
         self.mode = mode
 
     def __call__(self, path: str):
-        from PIL import Image
+        from PIL import Image, ImageOps
 
-        try:
-            with Image.open(path) as image:
-                return image.convert(self.mode)
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            raise DatasetError(f"cannot read the image {path}: {_one_line(error)}") from error
+        with _opened(path) as image:
+            image.load()
+            with contextlib.suppress(Exception):  # whatever broken EXIF data raise; viewers ignore these too
+                ImageOps.exif_transpose(image, in_place=True)
+            if image.mode.upper().endswith("A") or "transparency" in image.info:
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            return image.convert(self.mode)
+
+
+@contextlib.contextmanager
+def _opened(path: str):
+    """The image, opened; DatasetError where it or what is done with it in the context fails."""
+    from PIL import Image
+
+    try:
+        with Image.open(path) as image:
+            if image.mode.startswith(("I", "F")):  # a conversion would clip all but the darkest pixels to white
+                raise DatasetError(f"images must have at most 8 bits a channel, got mode {image.mode} in {path}")
+            yield image
+    except (DatasetError, MemoryError):
+        raise
+    except Exception as error:  # whatever a damaged file raises in Pillow's readers
+        raise DatasetError(f"cannot read the image {path}: {_one_line(error)}") from error
 
 
 def _remove_empty(download: Path, created: list[Path]) -> None:
@@ -328,27 +417,32 @@ def _remove_empty(download: Path, created: list[Path]) -> None:
 
 
 def _scan_folder(root: Path) -> str:
-    """Opens each image's header: "L" where all are grey, else "RGB"."""
-    from PIL import Image
-    from torchvision.datasets.folder import IMG_EXTENSIONS
-
-    for split in (root / "train", root / "test"):
-        if not split.is_dir():
-            raise DatasetError(f"--data-root must hold train/<class>/* and test/<class>/*, but {split} is missing")
+    """Opens each image's header, which refuses what ReadImage does: "L" where all are grey, else "RGB"."""
 
     def is_grey(path: str) -> bool:
-        try:
-            with Image.open(path) as image:
-                if image.mode.startswith(("I", "F")):  # a conversion would clip all but the darkest pixels to white
-                    raise DatasetError(f"images must have at most 8 bits a channel, got mode {image.mode} in {path}")
-                return image.mode in ("1", "L")
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            raise DatasetError(f"cannot read the image {path}: {_one_line(error)}") from error
+        with _opened(path) as image:
+            return image.mode in ("1", "L")
 
-    paths = [os.path.join(base, file) for base, _, files in os.walk(root, followlinks=True) for file in files]
-    paths = [path for path in paths if path.lower().endswith(IMG_EXTENSIONS)]
+    paths = [path for split in ("train", "test") for path in _image_paths(root / split)]
     with ThreadPoolExecutor() as pool:
-        return "L" if all(pool.map(is_grey, paths)) else "RGB"
+        return "L" if all(list(pool.map(is_grey, paths))) else "RGB"
+
+
+def _image_paths(split: Path) -> Iterator[str]:
+    """The images below the class directories of a split, as ImageFolder finds them: through symbolic links.
+
+    Raises DatasetError where links form a circle, in which ImageFolder would find the same images again and again.
+    """
+    from torchvision.datasets.folder import IMG_EXTENSIONS
+
+    if not split.is_dir():
+        raise DatasetError(f"--data-root must hold train/<class>/* and test/<class>/*, but {split} is missing")
+    for each in (each for each in split.iterdir() if each.is_dir()):
+        for base, _, files in os.walk(each, followlinks=True):
+            above = Path(base).absolute().parents
+            if os.path.islink(base) and any(os.path.samefile(base, parent) for parent in above):
+                raise DatasetError(f"symbolic links below {split} must not form a circle: {base} links to one above it")
+            yield from (os.path.join(base, file) for file in files if file.lower().endswith(IMG_EXTENSIONS))
 
 
 def _load_all(split: Dataset, shape: tuple[int, int, int]) -> tuple[torch.Tensor, torch.Tensor]:

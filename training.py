@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from center_loss import CenterLoss
+from center_loss import CenterLoss, pairwise
 from processes import Ranks
 
 
@@ -224,7 +224,7 @@ class Epoch:
     batches: int = 0
     samples: int = 0
     sums: Tensor | None = None  # (3,) float64, over the samples: cross-entropy, λ · center loss, correct predictions
-    kept: list[Tensor] | None = None  # features (N, D), labels (N,) and predictions (N,), where they are wanted
+    kept: list[Tensor] | None = None  # features (N, D), labels (N,) and predictions (N,), where wanted from the start
 
     def results(self) -> dict:
         """The mean losses, the accuracy (%) and, where they were kept, features, labels and predictions.
@@ -263,7 +263,7 @@ def train_epoch(
         batches: images, labels and the size of the batch over all ranks.
         scheduler: takes a step after each of the optimizers'.
         begun: an interrupted pass, of which `batches` is the rest.
-        keep: gather features, labels and predictions as well.
+        keep: gather features, labels and predictions as well, unless `begun` lacks those of its batches.
 
     Returns what all ranks together have summed up.
     """
@@ -271,9 +271,11 @@ def train_epoch(
     ranks, begun = step.ranks, begun or Epoch()
     epoch = Epoch(begun.batches, begun.samples, torch.zeros(3, dtype=torch.float64, device=step.device))
     kept = []
-    if ranks.rank == 0 and begun.batches:  # the sums of all ranks go on in one of them
-        epoch.sums += begun.sums.to(step.device)
-        kept = [[each.to(step.device) for each in begun.kept]] if keep and begun.kept else []
+    if begun.batches:
+        first, keep = ranks.rank == 0, keep and begun.kept is not None
+        if first:  # the sums of all ranks go on in one of them
+            epoch.sums += begun.sums.to(step.device)
+        kept = [[(each if first else each[:0]).to(step.device) for each in begun.kept]] if keep else []
 
     for images, labels, size in batches:
         output = step(images, labels, size)
@@ -291,24 +293,28 @@ def train_epoch(
 
 
 @torch.no_grad()
-def test(model: nn.Module, batches: Iterable[tuple], amp: bool = False, ranks: Ranks = Ranks()) -> dict:  # noqa: B008
-    """Cross-entropy, accuracy (%), features (N, D), labels and predictions (N,) of a network on the batches."""
+def predict(model: nn.Module, batches: Iterable[tuple], amp: bool = False, ranks: Ranks = Ranks()) -> dict:  # noqa: B008
+    """Features (N, D), logits (N, C), labels and predictions (N,) of a network on the batches of all ranks."""
     model.eval()
     outputs = []
     for images, labels, _ in batches:
         with torch.autocast(images.device.type, torch.bfloat16, enabled=amp):
             outputs.append((*model(images), labels))
     features, logits, labels = (ranks.gather(torch.cat(each)) for each in zip(*outputs, strict=True))
-    predictions, xent = logits.argmax(1), F.cross_entropy(logits, labels).item()
-    return dict(xent=xent, accuracy=percentage(predictions == labels),
-                features=features, labels=labels, predictions=predictions)  # fmt: skip
+    return dict(features=features, logits=logits, labels=labels, predictions=logits.argmax(1))
+
+
+def test(model: nn.Module, batches: Iterable[tuple], amp: bool = False, ranks: Ranks = Ranks()) -> dict:  # noqa: B008
+    """What `predict` gives, with the cross-entropy and the accuracy (%)."""
+    tested = predict(model, batches, amp, ranks)
+    return tested | dict(xent=F.cross_entropy(tested["logits"], tested["labels"]).item(),
+                         accuracy=percentage(tested["predictions"] == tested["labels"]))  # fmt: skip
 
 
 @torch.no_grad()
 def center_metrics(features: Tensor, labels: Tensor, centers: Tensor) -> dict[str, float]:
     """Accuracy (%) of the nearest center, mean distance from one's own center, smallest distance of two centers."""
-    exact = "donot_use_mm_for_euclid_dist"
-    nearest = [torch.cdist(some, centers, compute_mode=exact).argmin(1) for some in features.split(4096)]
+    nearest = [pairwise(some, centers).argmin(1) for some in features.split(4096)]
     return dict(
         nearest_center_accuracy=percentage(torch.cat(nearest) == labels),
         intra_distance=(features - centers[labels]).norm(dim=1).mean().item(),
