@@ -100,7 +100,7 @@ class CudaGraph:
         return output
 
     def record(self, function: Callable, *tensors: Tensor) -> None:
-        """Raises RuntimeError where it does what a graph cannot; computes nothing yet."""
+        """Computes nothing yet; raises an error where the function does what a graph cannot."""
         # The outer context leaves the stream after a failure too. Loaders' threads may allocate in the meantime.
         with torch.cuda.stream(self.stream), torch.cuda.graph(
             self.graph, stream=self.stream, capture_error_mode="thread_local"
