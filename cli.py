@@ -12,8 +12,8 @@ import torch
 
 import center_loss
 import datasets
+import hardware
 import models
-import training
 import utils
 from processes import Ranks
 from recipes import OPTIMIZERS, RECIPES, SCHEDULES
@@ -195,7 +195,7 @@ def parse_args(argv: list[str] | None = None, description: str = "") -> argparse
     if gpus and int(args.gpu) >= gpus:
         parser.error(f"--gpu must be below {gpus}, the number of GPUs here, got {args.gpu}")
     if args.amp == "auto":
-        args.amp = training.multiplies_bfloat16(int(args.gpu) if gpus else None)
+        args.amp = hardware.multiplies_bfloat16(int(args.gpu) if gpus else None)
     return args
 
 

@@ -186,14 +186,14 @@ class BatchRows:
     def __iter__(self) -> Iterator[torch.Tensor]:
         return self.after(0)
 
-    def after(self, done: int) -> Iterator[torch.Tensor]:
-        """A pass without its first `done` batches."""
+    def after(self, done: int, last: int | None = None) -> Iterator[torch.Tensor]:
+        """A pass until batch `last` without its first `done`."""
         rows = torch.arange(self.size)
         if self.shuffle:  # testing draws nothing: how often one tests changes nothing in the training
             torch.empty((), dtype=torch.int64).random_()  # a DataLoader's seed for its workers
             seed = torch.empty((), dtype=torch.int64).random_().item()
             rows = torch.randperm(self.size, generator=torch.Generator().manual_seed(seed))
-        return map(self.ranks.share, rows.to(self.device).split(self.batch_size)[done:])
+        return map(self.ranks.share, rows.to(self.device).split(self.batch_size)[done:last])
 
 
 # From the row numbers of each batch to its images, uint8 (B, C, H, W), and labels (B,).
@@ -213,13 +213,10 @@ class Batches:
         return self.after(0)
 
     def after(self, done: int, last: int | None = None) -> Iterator[Batch]:
-        """A pass until batch `last`, without its first `done`: the rest of an interrupted one, from its random state.
-
-        That state moves on as in a whole pass, even where nothing is left of it.
-        """
+        """A pass until batch `last` without its first `done`: the rest of an interrupted one, from the same random
+        state. Where nothing is left of it, that state still moves on as in a whole one."""
         size, batch_size = self.rows.size, self.rows.batch_size
-        rows = itertools.islice(self.rows.after(done), None if last is None else last - done)
-        for number, (images, labels) in enumerate(self.load(rows), done):
+        for number, (images, labels) in enumerate(self.load(self.rows.after(done, last)), done):
             images, labels = images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
             yield Batch(self.normalise(images), labels, min(batch_size, size - number * batch_size))
 
@@ -231,7 +228,7 @@ def in_memory(split: Dataset, shape: tuple[int, int, int], device: str | torch.d
 
 
 def by_workers(splits: Sequence[Dataset], workers: int, shape: tuple[int, int, int], pin: bool) -> list[Load]:
-    """Load batches of each split, by worker processes that live as long as the run and read all of them.
+    """Load batches of each split, by worker processes that live as long as the run and read all.
 
     They are forked here, where the main process has no threads yet, beside which a fork may hang.
     """
@@ -240,8 +237,7 @@ def by_workers(splits: Sequence[Dataset], workers: int, shape: tuple[int, int, i
         ConcatDataset(splits), batch_sampler=batches, num_workers=workers, persistent_workers=True, pin_memory=pin,
         collate_fn=Collate(shape), worker_init_fn=_start_worker, generator=torch.Generator(),
     )  # fmt: skip
-    with _signals_blocked():
-        iter(loader)
+    _start(loader)
 
     def load(first: int, rows: Iterable[torch.Tensor]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         batches[:] = [(first + each).tolist() for each in rows]  # sending a tensor would start a thread
@@ -250,7 +246,8 @@ def by_workers(splits: Sequence[Dataset], workers: int, shape: tuple[int, int, i
         except DatasetError as error:  # a frame in torch refers to it, and its traceback to that one and the workers
             raise error.with_traceback(None) from None
 
-    return [functools.partial(load, first) for first in itertools.accumulate(map(len, splits[:-1]), initial=0)]
+    firsts = itertools.accumulate(map(len, splits[:-1]), initial=0)
+    return [functools.partial(load, first) for first in firsts]
 
 
 def create(
@@ -289,10 +286,12 @@ def create(
         loads = by_workers(splits, workers, shape, pin=cuda)
     # A GPU tests in larger batches, as far as they take some 32 MiB.
     test_size = max(batch_size, min(2000, 2**23 // math.prod(shape))) if cuda else batch_size
-    normalise, rows_on = Normalise(*SCALINGS[scaling](spec), device), "cpu" if workers else device
-    rows = [BatchRows(len(splits[0]), batch_size, True, rows_on, ranks)]
-    rows += [BatchRows(len(split), test_size, False, rows_on, ranks) for split in splits[1:]]
-    train, test, *unknown = (Batches(*each, normalise, device) for each in zip(rows, loads, strict=True))
+    normalise, batches = Normalise(*SCALINGS[scaling](spec), device), []
+    for split, load in zip(splits, loads, strict=True):
+        train = split is splits[0]
+        rows = BatchRows(len(split), batch_size if train else test_size, train, "cpu" if workers else device, ranks)
+        batches.append(Batches(rows, load, normalise, device))
+    train, test, *unknown = batches
     names = [list(split.classes) for split in splits]
     return Data(train, test, unknown[0] if unknown else None, names[0], names[2] if unknown else [], shape[0], shape[1])
 
@@ -343,15 +342,14 @@ class Collate:
 STOPS = {signal.SIGINT, signal.SIGTERM}
 
 
-@contextlib.contextmanager
-def _signals_blocked() -> Iterator[None]:
-    """In its context workers start with the signals blocked that _start_worker says what to do with."""
+def _start(loader: DataLoader) -> None:
+    """Starts the workers with signals blocked, until _start_worker has installed their handlers."""
     if not hasattr(signal, "pthread_sigmask"):  # Windows
-        yield
+        iter(loader)
         return
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
     try:
-        yield
+        iter(loader)
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 

@@ -10,9 +10,7 @@ import argparse
 import contextlib
 import functools
 import math
-import os
 import sys
-import threading
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -29,6 +27,7 @@ import plots
 import training
 import utils
 from center_loss import CenterLoss
+from hardware import choose_device
 from processes import Interrupted, Ranks, StopRequest
 from recipes import SCHEDULES, create_optimizers
 
@@ -115,24 +114,6 @@ def main(args: argparse.Namespace) -> None:
         log(f"Finished. Total elapsed time (h:m:s): {timedelta(seconds=round(time.monotonic() - start))}")
         if undrawn:
             raise utils.WriteError(f"{undrawn[0]}; --resume draws what is missing")
-
-
-def choose_device(args: argparse.Namespace, log: utils.Log) -> torch.device:
-    if args.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
-    if args.use_cpu or not torch.cuda.is_available():
-        log("Currently using CPU")
-        device = torch.device("cpu")
-    else:
-        log(f"Currently using GPU: {args.gpu}")
-        device = torch.device("cuda", int(args.gpu))
-        torch.cuda.set_device(device)
-        if args.workers == 0:  # no thread may run where workers are forked
-            threading.Thread(target=training.load_libraries, args=(device,)).start()
-    if args.amp and not training.multiplies_bfloat16(device.index):
-        log("--amp is slow here: the hardware has no bfloat16 multiplication; --no-amp is faster")
-    return device
 
 
 def build(args: argparse.Namespace, data: datasets.Data, device: torch.device, steps: int) -> tuple:

@@ -7,10 +7,8 @@ step = captured(step, 128)      # the same call; on a GPU a CUDA graph
 
 import contextlib
 import math
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -100,7 +98,7 @@ class CudaGraph:
         return output
 
     def record(self, function: Callable, *tensors: Tensor) -> None:
-        """Raises RuntimeError where it does what a graph cannot; computes nothing yet."""
+        """Computes nothing yet; raises an error where the function does what a graph cannot."""
         # The outer context leaves the stream after a failure too. Loaders' threads may allocate in the meantime.
         with torch.cuda.stream(self.stream), torch.cuda.graph(
             self.graph, stream=self.stream, capture_error_mode="thread_local"
@@ -186,28 +184,6 @@ class CapturedStep(Step):
         finally:
             for group, values in zip(self.groups(), before, strict=True):
                 group.update(values)
-
-
-def multiplies_bfloat16(gpu: int | None) -> bool:
-    """Whether that GPU, or for None the CPU, has instructions that do; without them bfloat16 is slower than float32."""
-    if gpu is not None:
-        with torch.cuda.device(gpu):
-            return torch.cuda.is_bf16_supported(including_emulation=False)
-    allowed = os.environ.get("ONEDNN_MAX_CPU_ISA", "ALL").upper()
-    if not any(name in allowed for name in ("ALL", "DEFAULT", "BF16", "FP16", "AMX", "AVX10")):
-        return False
-    if hasattr(torch.cpu, "get_capabilities"):
-        found = {name for name, value in torch.cpu.get_capabilities().items() if value}
-    else:
-        cpuinfo = Path("/proc/cpuinfo")
-        found = set(cpuinfo.read_text().split()) if cpuinfo.exists() else set()
-    return bool(found & {"avx512_bf16", "amx_bf16"})
-
-
-def load_libraries(device: torch.device) -> None:
-    """Has CUDA load its convolutions, which takes a second but no Python: for a thread beside imports."""
-    with contextlib.suppress(RuntimeError), torch.no_grad():  # an error is the main thread's to meet
-        F.conv2d(torch.zeros(8, 1, 8, 8, device=device), torch.zeros(1, 1, 5, 5, device=device))
 
 
 def captured(step: Step, batch_size: int, notice: Callable[[str], object] = print) -> Step:

@@ -63,6 +63,9 @@ def test_train_compares_a_plain_script_with_mains_settings():
         assert per_second == pytest.approx(1000 / step, rel=0.02, abs=0.01)
         assert epoch == pytest.approx(0.469 * step + 10 * test, rel=0.01)
     assert re.search(r"peak, torch.bfloat16: [\d,]+ GFLOP/s", text) and re.search(r"compilation: -?\d+ s", text)
+    start = re.search(r"fast, s: imports alone (.+), first step (.+), last step (.+), prompt (.+)", text)
+    imports, first, last, prompt = map(float, start.groups())
+    assert imports > 0 and 0 < first <= last <= prompt
 
 
 def test_train_counts_the_operations_of_a_step():

@@ -13,9 +13,9 @@ import torch
 from conftest import PYTHON
 
 import cli
+import hardware
 import main
 import recipes
-import training
 
 MAIN = Path(main.__file__)
 
@@ -76,13 +76,13 @@ def test_flags_have_zhou2018s_names_and_defaults():
 
 def test_a_recipe_leaves_bfloat16_to_the_hardware_and_a_run_keeps_it(run, monkeypatch):
     for fast in (True, False):
-        monkeypatch.setattr(training, "multiplies_bfloat16", lambda gpu, fast=fast: fast)
+        monkeypatch.setattr(hardware, "multiplies_bfloat16", lambda gpu, fast=fast: fast)
         given = [cli.parse_args(["--recipe", "fast", *flags]).amp for flags in ([], ["--amp"], ["--no-amp"])]
         assert given == [fast, True, False] and cli.parse_args([]).amp is False
     assert "--no-amp is faster" not in run("--recipe", "fast", "--model", "cnn")[1]
-    monkeypatch.setattr(training, "multiplies_bfloat16", lambda gpu: True)
+    monkeypatch.setattr(hardware, "multiplies_bfloat16", lambda gpu: True)
     assert cli.parse_args(["--resume"]).amp is False and json.loads(Path("log/args.json").read_text())["amp"] is False
-    monkeypatch.setattr(training, "multiplies_bfloat16", lambda gpu: False)
+    monkeypatch.setattr(hardware, "multiplies_bfloat16", lambda gpu: False)
     assert run("--amp", "--max-iter", "1")[1].count("--no-amp is faster") == 1
 
 

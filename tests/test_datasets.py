@@ -313,6 +313,12 @@ def test_workers_live_as_long_as_the_run_and_are_forked_from_a_process_without_t
     assert status == 0 and "epoch 2" in err  # the bar
     assert len(starts) == 2 and not any(threads for _, threads in starts)
     assert not any(process.is_alive() for process, _ in starts)
+def test_whatever_a_reader_raises_for_a_damaged_file_is_named(folder, monkeypatch):
+    def fail(path):
+        raise TypeError("'IFDRational' object cannot be interpreted as an integer")  # as Pillow 13 for a damaged TIFF
+
+    monkeypatch.setattr(Image, "open", fail)
+    assert "cannot read the image" in refusal("folder", folder, 4)
 
 
 def test_a_truncated_image_ends_workers_with_its_name(tmp_path):

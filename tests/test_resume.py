@@ -143,6 +143,7 @@ def test_a_stop_is_seen_with_workers_as_well_and_they_outlive_its_signal(run, st
 
     monkeypatch.setattr(training.F, "cross_entropy", cross_entropy)
     assert run(*flags, "--save-dir", "stopped")[0] == 143
+    assert set(multiprocessing.active_children()) <= others  # the interpreter would wait ten seconds for one
     assert run("--resume", "--save-dir", "stopped", "-j", "0", base=False)[0] == 0
     assert differences(Path("whole"), Path("stopped")) == []
 

@@ -212,22 +212,3 @@ def test_a_schedule_of_another_number_than_the_rate_acts(monkeypatch):
 def test_on_the_cpu_a_step_stays_as_it_is():
     step = make_step()
     assert training.captured(step, 5) is step
-
-
-@pytest.mark.parametrize("limit, flags, expected", [
-    (None, dict(avx2=True, avx512_bf16=True), True), (None, dict(amx_bf16=True, avx512_bf16=False), True),
-    (None, dict(avx2=True, avx512_f=True, avx512_bf16=False), False),
-    ("AVX2", dict(amx_bf16=True), False), ("avx512_core", dict(avx512_bf16=True), False),
-    ("AVX512_CORE_BF16", dict(avx512_bf16=True), True), ("ALL", dict(avx512_bf16=True), True),
-])  # fmt: skip
-def test_a_cpu_multiplies_bfloat16_where_its_instructions_are_there_and_allowed(limit, flags, expected, monkeypatch):
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: flags, raising=False)
-    monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
-    if limit:
-        monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", limit)
-    assert training.multiplies_bfloat16(None) == expected
-    monkeypatch.delattr(torch.cpu, "get_capabilities")
-    text = " ".join(["flags :", *(name for name, value in flags.items() if value)])
-    monkeypatch.setattr(training.Path, "exists", lambda path: True)
-    monkeypatch.setattr(training.Path, "read_text", lambda path: text)
-    assert training.multiplies_bfloat16(None) == expected
