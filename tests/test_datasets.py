@@ -295,14 +295,6 @@ def test_an_unreadable_image_is_named(tmp_path, damage):
     assert "bee/3.png" in refusal("folder", tmp_path, 4, image_size=8)
 
 
-def test_whatever_a_reader_raises_for_a_damaged_file_is_named(folder, monkeypatch):
-    def fail(path):
-        raise TypeError("'IFDRational' object cannot be interpreted as an integer")  # as Pillow 13 for a damaged TIFF
-
-    monkeypatch.setattr(Image, "open", fail)
-    assert "cannot read the image" in refusal("folder", folder, 4)
-
-
 def test_workers_live_as_long_as_the_run_and_are_forked_from_a_process_without_threads(run, monkeypatch):
     """Also where a progress bar is shown, and where an epoch's rest and tests come in between."""
     starts, start, before = [], multiprocessing.Process.start, set(threading.enumerate())
@@ -313,6 +305,8 @@ def test_workers_live_as_long_as_the_run_and_are_forked_from_a_process_without_t
     assert status == 0 and "epoch 2" in err  # the bar
     assert len(starts) == 2 and not any(threads for _, threads in starts)
     assert not any(process.is_alive() for process, _ in starts)
+
+
 def test_whatever_a_reader_raises_for_a_damaged_file_is_named(folder, monkeypatch):
     def fail(path):
         raise TypeError("'IFDRational' object cannot be interpreted as an integer")  # as Pillow 13 for a damaged TIFF
