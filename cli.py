@@ -60,6 +60,16 @@ def number(kind: type, low: float, high: float = math.inf, *, above: bool = Fals
     return convert
 
 
+def model_name(text: str) -> str:
+    """A type for argparse: a network."""
+    if not models.is_known(text):
+        raise argparse.ArgumentTypeError(
+            f"must be one of {', '.join(sorted(models.MODELS))} or a classification network of torchvision, such as "
+            f"resnet18, got {text}"
+        )
+    return text
+
+
 def gpu_index(text: str) -> str:
     """A type for argparse: the index of one GPU."""
     indices = text.replace(" ", "").split(",")
@@ -85,9 +95,13 @@ def build_parser(description: str = "") -> Parser:
     add("--max-iter", type=number(int, 0), default=0, help="training steps, instead of --max-epoch; 0: use that")
 
     add = parser.group("data")
-    add("-d", "--dataset", choices=sorted(datasets.SPECS), default="mnist", help="data set")
+    add("-d", "--dataset", choices=sorted(datasets.SPECS), default="mnist", help="data set; for folder, "
+        "cifar10 and cifar100 take --recipe images")
     add("--data-root", default="data", free=True, help="directory of the data sets, downloaded to it on first use; for "
         "--dataset folder the directory that holds train/<class>/* and test/<class>/*")
+    add("--val-share", type=number(float, 0, 1), default=0.0, help="share of each class's training images to choose "
+        "the best epoch by, which alone is tested then; 0: each test is of the latest epoch")
+    add("--augment", **switch, help="mirror (but for digits) and shift the training images at random")
     add("--image-size", type=number(int, 8, 1024), default=32, help="pixels per side, for --dataset folder")
     add("--scaling", choices=sorted(datasets.SCALINGS), default="standard", help="of pixels p: by the data set's mean "
         "and deviation, 0.5 and 0.5 for folder (standard), (p - 127.5) / 128 (symmetric), p / 255 (unit)")
@@ -96,8 +110,11 @@ def build_parser(description: str = "") -> Parser:
         "none, all images are kept on the device")
 
     add = parser.group("network")
-    add("--model", choices=sorted(models.MODELS), default="cnn", help="network")
-    add("--feat-dim", type=number(int, 1, 10**6), default=2, help="D, dimensions of the features")
+    add("--model", type=model_name, default="cnn", metavar="NAME", help="network: " + ", ".join(sorted(models.MODELS)) +
+        ", or a classification network of torchvision, such as resnet50")
+    add("--pretrained", **switch, help="start from torchvision's weights of the network, downloaded on first use")
+    add("--feat-dim", type=number(int, 0, 10**6), default=2, help="D, dimensions of the features; 0: the width of "
+        "torchvision's network, without an embedding")
     add("--init", choices=sorted(models.INITS), default="default", help="initialisation of weights and centers")
 
     add = parser.group("loss: cross-entropy + λ · center loss")
@@ -135,7 +152,9 @@ def build_parser(description: str = "") -> Parser:
     add("--resume", nargs="?", const="", metavar="CHECKPOINT", free=True,
         help="go on from a checkpoint, or from the one in --save-dir, with that run's flags")
     add("--evaluate", metavar="CHECKPOINT", free=True, help="test the network of a checkpoint, without training; with "
-        "--plot draw confusion.png")
+        "--plot draw confusion.png, with --save-features write features/test.npz")
+    add("--predict", nargs="+", metavar="PATH", free=True, help="with --evaluate, in place of the test: write "
+        "predictions.csv for these images and all images in these directories")
 
     add = parser.group("machine")
     add("--gpu", type=gpu_index, default="0", free=True, help="index of the GPU; without a GPU, the CPU is used")
@@ -158,6 +177,8 @@ def parse_args(argv: list[str] | None = None, description: str = "") -> argparse
         parser.error("--evaluate must be the path of a checkpoint, got an empty one")
     if args.evaluate and args.resume is not None:
         parser.error("--evaluate tests and --resume trains on: give one of them")
+    if args.predict and not args.evaluate:
+        parser.error("--predict needs --evaluate CHECKPOINT, the network that predicts")
     try:
         if args.evaluate or args.resume is not None:
             args = _with_checkpoint(parser, argv, args)
@@ -165,12 +186,16 @@ def parse_args(argv: list[str] | None = None, description: str = "") -> argparse
             if args.max_epoch:  # it wins over a recipe's steps
                 parser.set_defaults(max_iter=0)
             args = parser.parse_args(argv)
-        if args.plot or not args.evaluate:
+        if args.plot or args.save_features or args.predict or not args.evaluate:
             utils.check_save_dir(args.save_dir)
     except utils.RunError as error:
         parser.error(str(error))
     if args.one_optimizer and args.optimizer != "sgd":
         parser.error(f"--one-optimizer goes with --optimizer sgd, got {args.optimizer}")
+    if args.pretrained and args.model in models.MODELS:
+        parser.error(f"--pretrained needs a network of torchvision, such as resnet18, got --model {args.model}")
+    if args.pretrained and args.init != "default":
+        parser.error(f"--pretrained goes with --init default, got {args.init}")
     if args.tensorboard and importlib.util.find_spec("tensorboard") is None:
         parser.error("--tensorboard needs a package that is not installed: pip install tensorboard")
     if local is not None and args.gpu:
@@ -194,7 +219,7 @@ def _with_checkpoint(parser: Parser, argv: list[str] | None, given: argparse.Nam
     saved = utils.load_checkpoint(path)["args"]
     parser.set_defaults(**saved | dict(save_dir=os.path.dirname(path) or ".", gpu=given.gpu))
     if given.evaluate:
-        parser.set_defaults(plot=False, tensorboard=False)
+        parser.set_defaults(plot=False, save_features=False, tensorboard=False)
     args = parser.parse_args(argv)
     args.resume = None if given.evaluate else path
     fixed = saved.keys() - parser.free

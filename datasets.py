@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch.utils.data import DataLoader, Dataset, RandomSampler, Sampler, TensorDataset, default_collate
+from torch.utils.data import DataLoader, Dataset, RandomSampler, Sampler, Subset, TensorDataset, default_collate
 
 from processes import Ranks
 
@@ -35,11 +35,15 @@ class Spec:
 
     `open` takes the root and an image size, which only sets without a size of their own heed, and returns the training
     and the test split: data sets of (uint8 image (C, H, W), label), with `targets` (all labels) and `classes` (names).
+    `flip`: a mirrored image is of the same class. `open_test` takes a trained network's classes and channels as well,
+    and returns the test split of a root without training images.
     """
 
     open: Callable[[Path, int], tuple[Dataset, Dataset]]
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    flip: bool = True
+    open_test: Callable[[Path, int, list[str], int], Dataset] | None = None
 
 
 class Batch(NamedTuple):
@@ -56,6 +60,12 @@ class Data(NamedTuple):
     classes: list[str]
     in_channels: int
     image_size: int
+    val: "Batches | None" = None
+
+    def facts(self) -> dict:
+        """What a checkpoint keeps of the data, for those who go on with it."""
+        return dict(classes=self.classes, images=self.train.rows.size, in_channels=self.in_channels,
+                    image_size=self.image_size)  # fmt: skip
 
 
 def from_torchvision(
@@ -122,10 +132,8 @@ def open_digits(root: Path, image_size: int) -> tuple[Dataset, Dataset]:
 def open_folder(root: Path, image_size: int) -> tuple[Dataset, Dataset]:
     """train/<class>/* and test/<class>/* of a directory, resized and cropped to squares of image_size pixels."""
     from torchvision.datasets import ImageFolder
-    from torchvision.transforms import CenterCrop, Compose, PILToTensor, Resize
 
-    read = ReadImage(_scan_folder(root))
-    transform = Compose([Resize(image_size), CenterCrop(image_size), PILToTensor()])
+    read, transform = ReadImage(_scan_folder(root)), square(image_size)
     splits = []
     for split in (root / "train", root / "test"):
         try:
@@ -140,15 +148,40 @@ def open_folder(root: Path, image_size: int) -> tuple[Dataset, Dataset]:
     return train, test
 
 
+def open_test_folder(root: Path, image_size: int, classes: list[str], in_channels: int) -> Dataset:
+    """test/<class>/* alone, of some of a trained network's classes."""
+    from torchvision.datasets import ImageFolder
+
+    try:
+        test = ImageFolder(root / "test", square(image_size), loader=ReadImage(MODES[in_channels]))
+    except OSError as error:
+        raise DatasetError(f"--data-root must hold test/<class>/*: {_one_line(error)}") from error
+    if odd := sorted(set(test.classes) - set(classes)):
+        raise DatasetError(f"{root / 'test'} must hold classes of the trained network, but it has {', '.join(odd)}")
+    test.samples = [(path, classes.index(test.classes[label])) for path, label in test.samples]
+    test.targets, test.classes = [label for _, label in test.samples], classes
+    return test
+
+
+MODES = {1: "L", 3: "RGB"}  # Pillow's, by channels
+
+
+def square(image_size: int) -> Callable:
+    """From a PIL image to uint8 (C, image_size, image_size): resized by its shorter side and cropped to the middle."""
+    from torchvision.transforms import CenterCrop, Compose, PILToTensor, Resize
+
+    return Compose([Resize(image_size), CenterCrop(image_size), PILToTensor()])
+
+
 SPECS = {
-    "mnist": Spec(from_torchvision("MNIST", 10, (1, 28, 28)), (0.1307,), (0.3081,)),
+    "mnist": Spec(from_torchvision("MNIST", 10, (1, 28, 28)), (0.1307,), (0.3081,), flip=False),
     "fashion-mnist": Spec(from_torchvision("FashionMNIST", 10, (1, 28, 28)), (0.2860,), (0.3530,)),
     "cifar10": Spec(from_torchvision("CIFAR10", 10, (3, 32, 32)), (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
     "cifar100": Spec(
         from_torchvision("CIFAR100", 100, (3, 32, 32)), (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)
     ),
-    "digits": Spec(open_digits, (0.3053,), (0.3247,)),
-    "folder": Spec(open_folder, (0.5,), (0.5,)),
+    "digits": Spec(open_digits, (0.3053,), (0.3247,), flip=False),
+    "folder": Spec(open_folder, (0.5,), (0.5,), open_test=open_test_folder),
 }
 
 # How pixels p in [0, 255] become network input: the mean to subtract from p / 255 and the std to divide by.
@@ -157,6 +190,15 @@ SCALINGS: dict[str, Callable[[Spec], tuple[tuple[float, ...], tuple[float, ...]]
     "symmetric": lambda spec: ((127.5 / 255,), (128 / 255,)),  # (p - 127.5) / 128
     "unit": lambda spec: ((0.0,), (1.0,)),  # p / 255
 }
+
+
+Moments = tuple[tuple[float, ...], tuple[float, ...]]
+
+
+def moments(spec: Spec, scaling: str | Moments, in_channels: int) -> Moments:
+    """The mean and the std of a scaling, which may be given as these; of grey images the average over the channels."""
+    values = SCALINGS[scaling](spec) if isinstance(scaling, str) else scaling
+    return tuple((sum(each) / len(each),) if in_channels == 1 else each for each in values)
 
 
 class Normalise:
@@ -168,6 +210,38 @@ class Normalise:
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
         return images.float().div_(255).sub_(self.mean).div_(self.std)
+
+
+class Augment:
+    """Mirrors and shifts the images of a batch, each of them by random: uint8 (B, C, H, W) to the same, channels last.
+
+    A shift is of up to an eighth of the side in either direction; what it uncovers mirrors what is beside it. The draws
+    are those of the whole batch, from a CPU generator of their own: equal on every device, over ranks, and resumed.
+    """
+
+    def __init__(self, seed: int, flip: bool, ranks: Ranks = Ranks()):  # noqa: B008  (immutable)
+        self.flip, self.ranks = flip, ranks
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        return dict(rng=self.generator.get_state())
+
+    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+        self.generator.set_state(state["rng"])
+
+    def __call__(self, images: torch.Tensor, size: int) -> torch.Tensor:
+        """`images`: this rank's share of a batch of `size`."""
+        side, device = images.shape[-1], images.device
+        reach = side // 8
+        shifts = torch.randint(-reach, reach + 1, (size, 2), generator=self.generator)
+        flips = torch.randint(1 + self.flip, (size, 1), generator=self.generator)
+        draws = self.ranks.share(torch.cat([shifts, flips], dim=1)).to(device, non_blocking=True)
+        down, right, flipped = draws.unsqueeze(1).unbind(2)  # (B, 1) each
+        along = torch.arange(side, device=device)
+        rows, columns = ((side - 1 - (side - 1 - (along + shift).abs()).abs()) for shift in (down, right))  # (B, side)
+        columns = torch.where(flipped.bool(), columns.flip(1), columns)
+        index = torch.arange(len(images), device=device).view(-1, 1, 1)
+        return images[index, :, rows.unsqueeze(2), columns.unsqueeze(1)].permute(0, 3, 1, 2)
 
 
 class BatchRows(Sampler):
@@ -187,10 +261,12 @@ class BatchRows(Sampler):
 
 
 class Batches:
-    """All batches of a split, to be iterated over once an epoch."""
+    """All batches of a split, to be iterated over once an epoch; `augment` may be set to change their images."""
 
     def __init__(self, loader: DataLoader, rows: BatchRows, normalise: Normalise, device: str | torch.device):
         self.loader, self.rows, self.normalise, self.device = loader, rows, normalise, device
+        self.augment: Augment | None = None
+        self.paths: list[str] = []  # of the images' files, where each has one
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -204,7 +280,16 @@ class Batches:
         size, batch_size = self.rows.size, self.rows.batch_size
         for number, (images, labels) in enumerate(self.loader, done):
             images, labels = images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
-            yield Batch(self.normalise(images), labels, min(batch_size, size - number * batch_size))
+            joined = min(batch_size, size - number * batch_size)
+            images = self.augment(images, joined) if self.augment else images
+            yield Batch(self.normalise(images), labels, joined)
+
+    def gathered_paths(self) -> list[str]:
+        """The paths of an unshuffled pass in the order in which Ranks.gather has the images of all ranks."""
+        size = self.rows.ranks.size
+        shares = [BatchRows(self.rows.size, self.rows.batch_size, False, "cpu", Ranks(rank, size))
+                  for rank in range(size)]  # fmt: skip
+        return [self.paths[row] for share in shares for rows in share for row in rows.tolist()] if self.paths else []
 
 
 def create(
@@ -215,24 +300,34 @@ def create(
     device: str | torch.device = "cpu",
     *,
     image_size: int = 32,
-    scaling: str = "standard",
+    scaling: str | Moments = "standard",
+    val_share: float = 0.0,
+    seed: int = 1,
+    trained: dict | None = None,
     ranks: Ranks = Ranks(),  # noqa: B008  (immutable)
 ) -> Data:
     """Opens data set `name` below `root`, downloading it where torchvision can.
 
-    `image_size` is for data sets without a size of their own: "folder".
+    `image_size` is for data sets without a size of their own: "folder". `scaling` is in SCALINGS, or the mean and std.
+    `val_share` of each class's training images, drawn by `seed`, become the validation split. `trained` has the
+    `classes` and `in_channels` of a network to be tested; the training split may then be missing, and is the test.
     Raises DatasetError where the data are missing, broken or too large for the device.
     """
     spec, root = SPECS[name], Path(root)
     if root.exists() and not root.is_dir():
         raise DatasetError(f"--data-root must be a directory, got the file {root}")
-    splits = spec.open(root, image_size)
+    if trained and spec.open_test and not (root / "train").exists():
+        splits = [spec.open_test(root, image_size, trained["classes"], trained["in_channels"])] * 2
+    else:
+        splits = spec.open(root, image_size)
+    if val_share and not trained:
+        splits = (*split_off(splits[0], val_share, seed), splits[1])
     shape = tuple(splits[0][0][0].shape)
     if workers == 0:
         _check_memory(sum(map(len, splits)) * math.prod(shape), torch.device(device))
-    normalise = Normalise(*SCALINGS[scaling](spec), device)
+    normalise = Normalise(*moments(spec, scaling, shape[0]), device)
     batches = []
-    for split, shuffle in zip(splits, (True, False), strict=True):
+    for split, shuffle in zip(splits, (True, False, False), strict=False):
         # Testing has a generator of its own: how often one tests changes nothing in the training.
         common = dict(num_workers=workers, generator=None if shuffle else torch.Generator(),
                       worker_init_fn=_start_worker)  # fmt: skip
@@ -244,7 +339,32 @@ def create(
             pin = torch.device(device).type == "cuda"
             loader = DataLoader(split, batch_sampler=rows, pin_memory=pin, collate_fn=Collate(shape), **common)
         batches.append(Batches(loader, rows, normalise, device))
-    return Data(*batches, list(splits[0].classes), shape[0], shape[1])
+        batches[-1].paths = [path for path, _ in getattr(split, "samples", [])]
+    train, *val, test = batches
+    return Data(train, test, list(splits[0].classes), shape[0], shape[1], *val)
+
+
+class Rows(Subset):
+    """Some rows of a data set, with all that `create` reads of one."""
+
+    def __init__(self, split: Dataset, rows: torch.Tensor):
+        super().__init__(split, rows.tolist())
+        self.targets, self.classes = torch.as_tensor(split.targets)[rows], split.classes
+        if hasattr(split, "data"):
+            self.data = split.data[rows]
+
+
+def split_off(split: Dataset, share: float, seed: int) -> tuple[Rows, Rows]:
+    """The data set without a share of each class, at least one image, drawn by `seed`; and that share."""
+    labels, generator = torch.as_tensor(split.targets), torch.Generator().manual_seed(seed)
+    drawn = torch.zeros(len(labels), dtype=torch.bool)
+    for label, name in enumerate(split.classes):
+        rows = (labels == label).nonzero().flatten()
+        count = max(1, round(share * len(rows)))
+        if count >= len(rows):
+            raise DatasetError(f"--val-share {share:g} leaves no training image of class {name}, which has {len(rows)}")
+        drawn[rows[torch.randperm(len(rows), generator=generator)[:count]]] = True
+    return Rows(split, (~drawn).nonzero().flatten()), Rows(split, drawn.nonzero().flatten())
 
 
 class Collate:

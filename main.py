@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 import cli
 import datasets
+import evaluation
 import models
 import plots
 import training
@@ -36,18 +37,31 @@ def main(args: argparse.Namespace) -> None:
     log = utils.Log(quiet=ranks.rank > 0)
     device = choose_device(args, log)
 
+    if args.predict:
+        return evaluation.predict(args, device, log)
+
     log(f"Creating dataset: {args.dataset}")
+    known = utils.load_checkpoint(args.evaluate)["data"] if args.evaluate else None
+    scaling = models.pretrained_scaling(args.model) if args.pretrained else args.scaling
     with ranks.first_alone():
         data = datasets.create(args.dataset, args.data_root, args.batch_size, args.workers, device,
-                               image_size=args.image_size, scaling=args.scaling, ranks=ranks)  # fmt: skip
+                               image_size=args.image_size, scaling=scaling, val_share=args.val_share, seed=args.seed,
+                               trained=known, ranks=ranks)  # fmt: skip
     steps = args.max_iter or args.max_epoch * len(data.train)
     epochs = math.ceil(steps / len(data.train))
+
+    if SCHEDULES[args.schedule].fixed_length and steps < 10 and not args.evaluate:
+        log(f"--schedule {args.schedule} has only {steps} steps to raise and lower the rate: a smaller --batch-size or "
+            "a larger --max-epoch trains better")  # fmt: skip
 
     log(f"Creating model: {args.model}")
     model, step, scheduler = build(args, data, device, steps)
     modules = dict(model=model, center_loss=step.center_loss, scheduler=scheduler, **step.optimizers)
+    if args.augment:
+        flip = datasets.SPECS[args.dataset].flip
+        modules["augment"] = data.train.augment = datasets.Augment(args.seed, flip, ranks)
     run = dict(epoch=0, partial=None, history=[], centers=step.center_loss.centers.detach(), elapsed=0.0, log_bytes=0,
-               rng=torch.get_rng_state(), data=dict(classes=data.classes, images=data.train.rows.size))  # fmt: skip
+               rng=torch.get_rng_state(), data=data.facts())  # fmt: skip
     if args.resume or args.evaluate:
         run = utils.restore(args.resume or args.evaluate, run, modules, to_train=bool(args.resume))
         start -= run["elapsed"]
@@ -81,18 +95,27 @@ def main(args: argparse.Namespace) -> None:
             if epoch.batches < last:
                 run["partial"] = vars(epoch)
             else:
+                notice_chance(trained["accuracy"], number, len(data.train), len(data.classes), log)
                 splits, centers = dict(train=trained), step.center_loss.centers.detach()
                 ranks.check_equal("centers", centers)
                 if not args.weight_cent:  # they are not trained; the class means stand in for them
                     centers = training.class_means(epoch.kept[0], epoch.kept[1], len(data.classes))
                 if number == epochs or (args.eval_freq and number % args.eval_freq == 0):
-                    log("==> Test")
-                    tested = splits["test"] = test(model, data, centers, args, log)
+                    log("==> Validation" if data.val else "==> Test")
+                    tested = test(model, data.val or data.test, centers, args, log)
+                    splits["val" if data.val else "test"] = tested
                     check_finite({"cross entropy of the test": tested["xent"],
                                   "distances from the centers": tested["intra_distance"]}, number, args)
-                row = record(number, scheduler.get_last_lr()[0], splits)
+                is_best, final = "val" in splits and evaluation.is_best(splits["val"], run["history"]), {}
+                if data.val and number == epochs:
+                    log("==> Test of the best epoch")
+                    best = (model, centers) if is_best else evaluation.load_best(model, args.save_dir)
+                    final["test"] = test(best[0], data.test, best[1], args, log)
+                row = record(number, scheduler.get_last_lr()[0], splits | final, args)
                 run |= dict(epoch=number, partial=None, history=[*run["history"], row], centers=centers,
                             rng=torch.get_rng_state())
+                if is_best:
+                    files.save(run, modules, "best.pt")
                 files.save_epoch(row, splits, centers)
                 if pictures:
                     plots.plot_epoch(pictures, files.directory, number, splits, centers, data.classes)
@@ -126,9 +149,10 @@ def build(args: argparse.Namespace, data: datasets.Data, device: torch.device, s
     """The network, the step that trains it (compiled or in parallel), and the schedule of a run of so many steps."""
     ranks, num_classes = Ranks.of_environment(), len(data.classes)
     torch.manual_seed(args.seed)
-    model = models.create(args.model, num_classes, data.in_channels, data.image_size, args.feat_dim, args.init)
-    center_loss = CenterLoss(num_classes, args.feat_dim, use_gpu=False, distance=args.distance, scale=args.loss_scale,
-                             class_average=args.class_average, center_update=args.center_update)  # fmt: skip
+    model = models.create(args.model, num_classes, data.in_channels, data.image_size, args.feat_dim, args.init,
+                          args.pretrained and not (args.resume or args.evaluate))  # fmt: skip
+    center_loss = CenterLoss(num_classes, model.classifier.in_features, use_gpu=False, distance=args.distance,
+                             scale=args.loss_scale, class_average=args.class_average, center_update=args.center_update)
     models.INITS[args.init](center_loss.centers)
     model.to(device, memory_format=torch.channels_last)  # faster, in float32 as well
     center_loss.to(device)
@@ -173,9 +197,17 @@ def check_finite(values: dict[str, float], epoch: int, args: argparse.Namespace)
         )
 
 
-def test(model: torch.nn.Module, data: datasets.Data, centers: Tensor, args, log: utils.Log) -> dict:
-    """Tests the network, logs the metrics and returns them with features, labels and predictions."""
-    batches = progress_bar(data.test, "test", len(data.test))
+def notice_chance(accuracy: float, number: int, batches: int, num_classes: int, log: utils.Log) -> None:
+    """Says once, in the first epoch after 200 steps but not in epoch 1, that the training has not left chance."""
+    chance = 100 / num_classes
+    if number == max(2, math.ceil(200 / batches)) and accuracy < chance + min(2, chance / 5):
+        log(f"The training accuracy is still about {chance:.3g} %, that of guessing: --recipe images (colour images), "
+            "--init xavier, another --lr-model or a lower --weight-cent may help")  # fmt: skip
+
+
+def test(model: torch.nn.Module, split: datasets.Batches, centers: Tensor, args, log: utils.Log) -> dict:
+    """Tests the network on a split, logs the metrics and returns them with features, labels and predictions."""
+    batches = progress_bar(split, "test", len(split))
     tested = training.test(model, batches, args.amp, Ranks.of_environment())
     tested |= training.center_metrics(tested["features"], tested["labels"], centers)
     log(f"Accuracy (%): {tested['accuracy']:.2f}\t Error rate (%): {100 - tested['accuracy']:.2f}")
@@ -184,11 +216,13 @@ def test(model: torch.nn.Module, data: datasets.Data, centers: Tensor, args, log
     return tested
 
 
-def record(epoch: int, lr: float, splits: dict[str, dict]) -> dict:
+def record(epoch: int, lr: float, splits: dict[str, dict], args: argparse.Namespace) -> dict:
     """The epoch's row of metrics.csv."""
-    trained, tested = splits["train"], splits.get("test", {})
+    trained, validated, tested = (splits.get(name, {}) for name in ("train", "val", "test"))
     row = dict(epoch=epoch, lr_model=lr)
     row |= {f"train_{name}": trained[name] for name in ("loss", "xent", "center", "accuracy")}
+    if args.val_share:
+        row |= {f"val_{name}": validated.get(name) for name in ("xent", "accuracy", "nearest_center_accuracy")}
     row |= {f"test_{name}": tested.get(name) for name in ("xent", "accuracy")}
     return row | {name: tested.get(name) for name in ("nearest_center_accuracy", "intra_distance", "inter_distance")}
 
@@ -196,9 +230,11 @@ def record(epoch: int, lr: float, splits: dict[str, dict]) -> dict:
 def evaluate(model: torch.nn.Module, data: datasets.Data, centers: Tensor, args, log: utils.Log) -> None:
     """Logs the test metrics of a trained network and its confusion matrix, which --plot draws."""
     log("==> Test")
-    tested, count = test(model, data, centers, args, log), len(data.classes)
+    tested, count = test(model, data.test, centers, args, log), len(data.classes)
     confusion = torch.bincount(tested["labels"] * count + tested["predictions"], minlength=count**2).view(count, count)
     log("\n".join(utils.confusion_lines(confusion.tolist(), data.classes)))
+    if args.save_features and Ranks.of_environment().rank == 0:
+        evaluation.save_features(Path(args.save_dir), tested, centers, data)
     if args.plot and Ranks.of_environment().rank == 0:
         picture, title = Path(args.save_dir, "confusion.png"), f"test: accuracy {tested['accuracy']:.2f} %"
         picture.parent.mkdir(parents=True, exist_ok=True)

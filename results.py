@@ -31,7 +31,7 @@ def flags(args: dict) -> str:
     silent = parser.free - {"max_epoch"} | {"recipe", "seed"} | ({"max_epoch"} if args["max_iter"] else set())
     given = [f"--recipe {args['recipe']}"]
     for name, default in defaults.items():
-        value, flag = args[name], name.replace("_", "-")
+        value, flag = args.get(name, default), name.replace("_", "-")
         if name in silent or value == default:
             continue
         if isinstance(value, bool):

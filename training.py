@@ -84,6 +84,7 @@ class Epoch:
     samples: int = 0
     sums: Tensor | None = None  # (3,) float64, over the samples: cross-entropy, λ · center loss, correct predictions
     kept: list[Tensor] | None = None  # features (N, D), labels (N,) and predictions (N,), where they are wanted
+    rng: Tensor | None = None  # random state after the last step, from which dropout goes on
 
     def results(self) -> dict:
         """The mean losses, the accuracy (%) and, where they were kept, features, labels and predictions.
@@ -135,6 +136,9 @@ def train_epoch(
         kept = [[each.to(step.device) for each in begun.kept]] if keep and begun.kept else []
 
     for images, labels, size in batches:
+        if begun.rng is not None:  # only now, for the order of the batches is drawn from the state before the pass
+            torch.set_rng_state(begun.rng)
+            begun.rng = None
         output = step(images, labels, size)
         scheduler.step()
         correct = (output.predictions == labels).sum() / size
@@ -146,6 +150,9 @@ def train_epoch(
         if stop(Progress(epoch, latest, ranks)):
             break
 
+    # Ranks with unequal shares draw unequal numbers for dropout, but the order of the next batches must be the same.
+    epoch.rng = ranks.gather(torch.get_rng_state().unsqueeze(0))[0]
+    torch.set_rng_state(epoch.rng)
     epoch.sums = ranks.total(epoch.sums)
     epoch.kept = [ranks.gather(torch.cat(each)) for each in zip(*kept, strict=True)] if keep else None
     return epoch

@@ -22,9 +22,10 @@ from pathlib import Path
 from tqdm import tqdm
 
 # What a run writes below its --save-dir; a new run there takes exactly these away first.
-EPOCH_FILES = ("train/epoch_*.*", "test/epoch_*.*", "features/epoch_*.npz")
-RUN_FILES = ("log_*.txt", "metrics.csv", "args.json", "checkpoint.pt", "train.gif", "test.gif", "curves.png",
-             "confusion.png", *EPOCH_FILES, "tensorboard/events.*")  # fmt: skip
+EPOCH_FILES = ("train/epoch_*.*", "val/epoch_*.*", "test/epoch_*.*", "features/epoch_*.npz")
+RUN_FILES = ("log_*.txt", "metrics.csv", "args.json", "checkpoint.pt", "best.pt", "train.gif", "val.gif", "test.gif",
+             "curves.png", "confusion.png", "predictions.csv", *EPOCH_FILES, "features/test.npz",
+             "tensorboard/events.*")  # fmt: skip
 
 
 class RunError(Exception):
@@ -200,7 +201,9 @@ def epoch_files(directory: Path, patterns: Sequence[str] = EPOCH_FILES) -> list[
 
 
 def copy_epochs(source: Path, target: Path, last: int) -> None:
-    """Copies what --plot and --save-features have written of the epochs up to `last`."""
+    """Copies best.pt and what --plot and --save-features have written of the epochs up to `last`."""
+    if (source / "best.pt").exists():
+        replace_file(target / "best.pt", functools.partial(shutil.copyfile, source / "best.pt"))
     for epoch, path in epoch_files(source):
         if epoch <= last:
             copy = target / path.relative_to(source)
@@ -221,12 +224,12 @@ def write_metrics(path: Path, history: Sequence[dict]) -> None:
     replace_file(path, lambda part: part.write_text(table.getvalue()))
 
 
-def save_features(path: Path, splits: dict[str, dict], centers) -> None:
+def save_features(path: Path, splits: dict[str, dict], centers, **further) -> None:
     """features (N, D), labels and predictions (N,) of each split, as train_features and so on, and centers (C, D)."""
     import numpy as np
 
-    path.parent.mkdir(exist_ok=True)
-    arrays = {"centers": centers.cpu().numpy()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    arrays = {"centers": centers.cpu().numpy(), **further}
     for split, values in splits.items():
         arrays |= {f"{split}_{name}": values[name].cpu().numpy() for name in ("features", "labels", "predictions")}
 
@@ -320,7 +323,7 @@ def confusion_lines(counts: list[list[int]], classes: Sequence[str], width: int 
 class NoFiles(contextlib.nullcontext):
     """What the ranks other than 0 write: nothing."""
 
-    def save(self, run: dict, modules: dict) -> None:
+    def save(self, run: dict, modules: dict, name: str = "checkpoint.pt") -> None:
         pass
 
     def save_epoch(self, row: dict, splits: dict[str, dict], centers) -> None:
@@ -361,14 +364,14 @@ class RunFiles:
     def __exit__(self, *error) -> None:
         self.context.close()
 
-    def save(self, run: dict, modules: dict) -> None:
-        """Writes metrics.csv and checkpoint.pt: `run` as it is, the `modules` by their state dicts."""
+    def save(self, run: dict, modules: dict, name: str = "checkpoint.pt") -> None:
+        """Writes metrics.csv and a checkpoint: `run` as it is, the `modules` by their state dicts."""
         self.check()
         run.update(elapsed=time.monotonic() - self.start, log_bytes=self.log.position())
         if run["history"]:
             write_metrics(self.directory / "metrics.csv", run["history"])
         states = {name: module.state_dict() for name, module in modules.items()}
-        save_checkpoint(self.directory / "checkpoint.pt", dict(args=vars(self.args), **run, **states))
+        save_checkpoint(self.directory / name, dict(args=vars(self.args), **run, **states))
 
     def save_epoch(self, row: dict, splits: dict[str, dict], centers) -> None:
         """Writes what --save-features and --tensorboard ask for."""
