@@ -91,7 +91,7 @@ class ConvNet(nn.Module):
     ):
         super().__init__()
         if not feat_dim:
-            raise ModelError("--feat-dim must be at least 1 for this network; 0 is the width of a network of torchvision")
+            raise ModelError("--feat-dim must be at least 1 for this network; 0 is the width of one of torchvision")
 
         def activation(channels: int) -> list[nn.Module]:
             if batch_norm:

@@ -70,6 +70,7 @@ RECIPES["images"] = dict(
     weight_cent=0.003,
     optimizer="adamw",
     lr_model=0.005,
+    weight_decay=0.1,
     schedule="onecycle",
     max_epoch=16,
     eval_freq=1,

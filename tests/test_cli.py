@@ -93,6 +93,9 @@ BAD_FLAGS = [
     ["--seed", "99999999999999999999"], ["--image-size", "1025"], ["--seed", "1.0"], ["--lr-model"], ["--evaluate"],
     ["--evaluate", "."], ["--resume", "."], ["--plot=yes"], ["--max-iter", "-5"], ["7"], ["--evaluate", ""],
     ["--batch-size", "99999999999999999999"], ["--feat-dim", "1000001"], ["--gamma", "1e300"],
+    ["--val-share", "1.5"], ["--val-share", "-0.1"], ["--val-share", "0.99"], ["--predict", "."], ["--predict"],
+    ["--pretrained"], ["--pretrained", "--model", "resnet18", "--init", "xavier"], ["--model", "inception_v3"],
+    ["--model", "resnet18-small", "--pretrained"], ["--model", "fasterrcnn_resnet50_fpn"],
 ]  # fmt: skip
 
 

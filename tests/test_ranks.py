@@ -32,6 +32,7 @@ VARIANTS = {
     "zhou2018, last batch of one": ["--lr-model", "0.01", "--batch-size", "8"],
     "zhou2018, workers": ["--lr-model", "0.01", "--batch-size", "8", "-j", "1"],
     "softmax only": ["--lr-model", "0.01", "--batch-size", "9", "--weight-cent", "0", "--save-features"],
+    "augmented, validation": ["--lr-model", "0.05", "--batch-size", "9", "--augment", "--val-share", "0.2"],
     "one optimizer": ["--lr-model", "0.01", "--batch-size", "9", "--one-optimizer"],
     "wen2016": ["--recipe", "wen2016", "--batch-size", "9", "--max-iter", "5"],
     "zahn2024-v1.0": ["--recipe", "zahn2024-v1.0", "--batch-size", "8", "--max-epoch", "1"],
