@@ -11,7 +11,7 @@ import math
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import parent_process
@@ -57,7 +57,9 @@ class Batch(NamedTuple):
 class Data(NamedTuple):
     train: "Batches"
     test: "Batches"
-    classes: list[str]
+    unknown: "Batches | None"  # the test images of the classes left out, labelled from len(classes) on
+    classes: list[str]  # those trained
+    unseen: list[str]  # those left out
     in_channels: int
     image_size: int
     val: "Batches | None" = None
@@ -274,11 +276,14 @@ class Batches:
     def __iter__(self) -> Iterator[Batch]:
         return self.after(0)
 
-    def after(self, done: int) -> Iterator[Batch]:
-        """A pass without its first `done` batches: the rest of an interrupted one, from the same random state."""
+    def after(self, done: int, last: int | None = None) -> Iterator[Batch]:
+        """A pass until batch `last` without its first `done`: the rest of an interrupted one, from the same random
+        state. Where nothing is left of it, that state still moves on as in a whole one."""
         self.rows.skip = done
         size, batch_size = self.rows.size, self.rows.batch_size
-        for number, (images, labels) in enumerate(self.loader, done):
+        for number, (images, labels) in enumerate(_start(self.loader), done):
+            if number == last:
+                return
             images, labels = images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
             joined = min(batch_size, size - number * batch_size)
             images = self.augment(images, joined) if self.augment else images
@@ -301,6 +306,7 @@ def create(
     *,
     image_size: int = 32,
     scaling: str | Moments = "standard",
+    unseen: Sequence[str] = (),
     val_share: float = 0.0,
     seed: int = 1,
     trained: dict | None = None,
@@ -309,25 +315,32 @@ def create(
     """Opens data set `name` below `root`, downloading it where torchvision can.
 
     `image_size` is for data sets without a size of their own: "folder". `scaling` is in SCALINGS, or the mean and std.
-    `val_share` of each class's training images, drawn by `seed`, become the validation split. `trained` has the
-    `classes` and `in_channels` of a network to be tested; the training split may then be missing, and is the test.
-    Raises DatasetError where the data are missing, broken or too large for the device.
+    `unseen` are the names or numbers of classes to leave out of `train` and `test`; the test images of these are
+    `unknown`. `val_share` of each class's training images, drawn by `seed`, become `val`. `trained` has the `classes`
+    and `in_channels` of a network to be tested; the training split may then be missing, and is the test.
+    Raises DatasetError where the data are missing, broken or too large for the device, or too few classes are left.
     """
     spec, root = SPECS[name], Path(root)
     if root.exists() and not root.is_dir():
         raise DatasetError(f"--data-root must be a directory, got the file {root}")
     if trained and spec.open_test and not (root / "train").exists():
-        splits = [spec.open_test(root, image_size, trained["classes"], trained["in_channels"])] * 2
+        train = test = spec.open_test(root, image_size, [*trained["classes"], *unseen], trained["in_channels"])
     else:
-        splits = spec.open(root, image_size)
+        train, test = spec.open(root, image_size)
+    splits = dict(train=train, test=test)
+    if unseen:
+        seen, unseen = _divide(train.classes, unseen)
+        splits = dict(train=OfClasses(train, seen), test=OfClasses(test, seen),
+                      unknown=OfClasses(test, unseen, first_label=len(seen)))  # fmt: skip
     if val_share and not trained:
-        splits = (*split_off(splits[0], val_share, seed), splits[1])
-    shape = tuple(splits[0][0][0].shape)
+        splits["train"], splits["val"] = split_off(splits["train"], val_share, seed)
+    shape = tuple(train[0][0].shape)
     if workers == 0:
-        _check_memory(sum(map(len, splits)) * math.prod(shape), torch.device(device))
+        _check_memory(sum(map(len, splits.values())) * math.prod(shape), torch.device(device))
     normalise = Normalise(*moments(spec, scaling, shape[0]), device)
-    batches = []
-    for split, shuffle in zip(splits, (True, False, False), strict=False):
+    batches = {}
+    for name, split in splits.items():
+        shuffle = name == "train"
         # Testing has a generator of its own: how often one tests changes nothing in the training.
         common = dict(num_workers=workers, generator=None if shuffle else torch.Generator(),
                       worker_init_fn=_start_worker)  # fmt: skip
@@ -338,10 +351,11 @@ def create(
         else:
             pin = torch.device(device).type == "cuda"
             loader = DataLoader(split, batch_sampler=rows, pin_memory=pin, collate_fn=Collate(shape), **common)
-        batches.append(Batches(loader, rows, normalise, device))
-        batches[-1].paths = [path for path, _ in getattr(split, "samples", [])]
-    train, *val, test = batches
-    return Data(train, test, list(splits[0].classes), shape[0], shape[1], *val)
+        batches[name] = Batches(loader, rows, normalise, device)
+        batches[name].paths = [path for path, _ in getattr(split, "samples", [])]
+    names = [list(splits[name].classes) if name in splits else [] for name in ("train", "unknown")]
+    return Data(batches["train"], batches["test"], batches.get("unknown"), *names, shape[0], shape[1],
+                batches.get("val"))  # fmt: skip
 
 
 class Rows(Subset):
@@ -367,6 +381,41 @@ def split_off(split: Dataset, share: float, seed: int) -> tuple[Rows, Rows]:
     return Rows(split, (~drawn).nonzero().flatten()), Rows(split, drawn.nonzero().flatten())
 
 
+class OfClasses(Dataset):
+    """The images of some classes of a split: these classes' numbers become labels first_label, first_label + 1, …"""
+
+    def __init__(self, split: Dataset, numbers: list[int], first_label: int = 0):
+        labels = torch.full((len(split.classes),), -1)
+        labels[numbers] = torch.arange(first_label, first_label + len(numbers))
+        targets = labels[torch.as_tensor(split.targets)]
+        self.split, self.rows = split, (targets >= 0).nonzero().flatten()
+        self.targets, self.classes = targets[self.rows], [split.classes[number] for number in numbers]
+        if hasattr(split, "data"):
+            self.data = torch.as_tensor(split.data)[self.rows]
+        if hasattr(split, "samples"):
+            self.samples = [split.samples[row] for row in self.rows]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        return self.split[int(self.rows[index])][0], int(self.targets[index])
+
+
+def _divide(classes: Sequence[str], unseen: Sequence[str]) -> tuple[list[int], list[int]]:
+    """The numbers of the classes to train and of those to leave out, which are given by name or else by number."""
+    numbers = {str(number): number for number in range(len(classes))}
+    numbers |= {name: number for number, name in enumerate(classes)}
+    if unknown := [name for name in unseen if name not in numbers]:
+        shown = ", ".join(classes[:10]) + (f", … ({len(classes)} in all)" if len(classes) > 10 else "")
+        raise DatasetError(f"--unseen must be names or numbers of classes, got {unknown[0]}; the classes are {shown}")
+    left_out = sorted({numbers[name] for name in unseen})
+    seen = [number for number in range(len(classes)) if number not in left_out]
+    if len(seen) < 2:
+        raise DatasetError(f"--unseen must leave at least two classes, got {len(left_out)} of {len(classes)}")
+    return seen, left_out
+
+
 class Collate:
     """Items to a batch, which may be empty for some rank; a class, so that spawned workers can load it."""
 
@@ -375,6 +424,20 @@ class Collate:
 
     def __call__(self, items: list) -> list[torch.Tensor]:
         return default_collate(items) if items else [each.clone() for each in self.empty]
+
+
+STOPS = {signal.SIGINT, signal.SIGTERM}
+
+
+def _start(loader: DataLoader) -> Iterator:
+    """Starts a pass. Its workers begin with signals blocked, until _start_worker has installed their handlers."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        return iter(loader)
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
+    try:
+        return iter(loader)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
 def _start_worker(worker: int) -> None:
@@ -387,22 +450,49 @@ def _start_worker(worker: int) -> None:
     threading.Thread(target=lambda: (parent_process().join(), os._exit(1)), daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(10))
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
 
 
 class ReadImage:
-    """An image file as PIL image of a mode; a file that cannot be decoded is a DatasetError with its path."""
+    """An image file as PIL image of `mode`, "L" or "RGB": what an image viewer shows of it.
+
+    Turned as its EXIF orientation says, transparency blended on white, of an animation the first frame, CMYK and other
+    colour models converted by Pillow, without colour profiles. More than 8 bits a channel are refused where Pillow
+    would clip them (grey; of 16-bit colours it takes the upper 8 bits).
+    Raises DatasetError, with the path, where the file cannot be decoded or is refused.
+    """
 
     def __init__(self, mode: str):
         self.mode = mode
 
     def __call__(self, path: str):
-        from PIL import Image
+        from PIL import Image, ImageOps
 
-        try:
-            with Image.open(path) as image:
-                return image.convert(self.mode)
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            raise DatasetError(f"cannot read the image {path}: {_one_line(error)}") from error
+        with _opened(path) as image:
+            image.load()
+            with contextlib.suppress(Exception):  # whatever broken EXIF data raise; viewers ignore these too
+                ImageOps.exif_transpose(image, in_place=True)
+            if image.mode.upper().endswith("A") or "transparency" in image.info:
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            return image.convert(self.mode)
+
+
+@contextlib.contextmanager
+def _opened(path: str):
+    """The image, opened; DatasetError where it or what is done with it in the context fails."""
+    from PIL import Image
+
+    try:
+        with Image.open(path) as image:
+            if image.mode.startswith(("I", "F")):  # a conversion would clip all but the darkest pixels to white
+                raise DatasetError(f"images must have at most 8 bits a channel, got mode {image.mode} in {path}")
+            yield image
+    except (DatasetError, MemoryError):
+        raise
+    except Exception as error:  # whatever a damaged file raises in Pillow's readers
+        raise DatasetError(f"cannot read the image {path}: {_one_line(error)}") from error
 
 
 def _remove_empty(download: Path, created: list[Path]) -> None:
@@ -413,27 +503,32 @@ def _remove_empty(download: Path, created: list[Path]) -> None:
 
 
 def _scan_folder(root: Path) -> str:
-    """Opens each image's header: "L" where all are grey, else "RGB"."""
-    from PIL import Image
-    from torchvision.datasets.folder import IMG_EXTENSIONS
-
-    for split in (root / "train", root / "test"):
-        if not split.is_dir():
-            raise DatasetError(f"--data-root must hold train/<class>/* and test/<class>/*, but {split} is missing")
+    """Opens each image's header, which refuses what ReadImage does: "L" where all are grey, else "RGB"."""
 
     def is_grey(path: str) -> bool:
-        try:
-            with Image.open(path) as image:
-                if image.mode.startswith(("I", "F")):  # a conversion would clip all but the darkest pixels to white
-                    raise DatasetError(f"images must have at most 8 bits a channel, got mode {image.mode} in {path}")
-                return image.mode in ("1", "L")
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            raise DatasetError(f"cannot read the image {path}: {_one_line(error)}") from error
+        with _opened(path) as image:
+            return image.mode in ("1", "L")
 
-    paths = [os.path.join(base, file) for base, _, files in os.walk(root, followlinks=True) for file in files]
-    paths = [path for path in paths if path.lower().endswith(IMG_EXTENSIONS)]
+    paths = [path for split in ("train", "test") for path in _image_paths(root / split)]
     with ThreadPoolExecutor() as pool:
-        return "L" if all(pool.map(is_grey, paths)) else "RGB"
+        return "L" if all(list(pool.map(is_grey, paths))) else "RGB"
+
+
+def _image_paths(split: Path) -> Iterator[str]:
+    """The images below the class directories of a split, as ImageFolder finds them: through symbolic links.
+
+    Raises DatasetError where links form a circle, in which ImageFolder would find the same images again and again.
+    """
+    from torchvision.datasets.folder import IMG_EXTENSIONS
+
+    if not split.is_dir():
+        raise DatasetError(f"--data-root must hold train/<class>/* and test/<class>/*, but {split} is missing")
+    for each in (each for each in split.iterdir() if each.is_dir()):
+        for base, _, files in os.walk(each, followlinks=True):
+            above = Path(base).absolute().parents
+            if os.path.islink(base) and any(os.path.samefile(base, parent) for parent in above):
+                raise DatasetError(f"symbolic links below {split} must not form a circle: {base} links to one above it")
+            yield from (os.path.join(base, file) for file in files if file.lower().endswith(IMG_EXTENSIONS))
 
 
 def _load_all(split: Dataset, shape: tuple[int, int, int]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -6,8 +6,10 @@ import os
 import signal
 import sys
 import threading
+import unicodedata
+import warnings
 from collections.abc import Callable, Iterator, Sequence
-from multiprocessing import get_context, parent_process
+from multiprocessing import active_children, get_context, parent_process
 from pathlib import Path
 from types import ModuleType
 
@@ -18,18 +20,27 @@ import utils
 
 def plot_epoch(plotter: "Plotter", save_dir: Path, epoch: int, splits: dict[str, dict], centers, classes) -> None:
     """Draws <split>/epoch_<N>.png of each split; the plane that they show is fitted on the training features."""
+    if "features" not in splits["train"]:  # of an epoch that was begun without them
+        return
     project, axes = plane(splits["train"]["features"].cpu().numpy())
     for name, split in splits.items():
+        if name == "unknown":  # shown with the test
+            continue
+        shown = [split, splits["unknown"]] if name == "test" and "unknown" in splits else [split]
         (save_dir / name).mkdir(exist_ok=True)
         points = save_dir / name / f"epoch_{epoch}.npz"
         title = f"{name}, epoch {epoch}: accuracy {split['accuracy']:.2f} %"
-        arrays = [each.cpu().numpy() for each in (split["features"], split["labels"], centers)]
+        arrays = [np.concatenate([each[key].cpu().numpy() for each in shown]) for key in ("features", "labels")]
+        arrays.append(centers.cpu().numpy())
         utils.replace_file(points, functools.partial(save_points, *arrays, classes, project, axes, title))
         plotter(points.with_suffix(".png"), draw_points, points)
 
 
-def plot_run(plotter: "Plotter", save_dir: Path, history: Sequence[dict]) -> list[str]:
-    """Draws curves.png, the films, and pictures that a killed run has left undrawn; returns what went wrong."""
+def plot_run(
+    plotter: "Plotter", save_dir: Path, history: Sequence[dict], stop: Callable[[], bool] = lambda: False
+) -> list[str]:
+    """Draws curves.png, the films, and pictures that a killed run has left undrawn, until all is drawn or `stop` says
+    to leave it; returns what is missing."""
     for _, points in utils.epoch_files(save_dir, ["t*/epoch_*.npz", "val/epoch_*.npz"]):
         if points.with_suffix(".png") not in plotter.paths and not points.with_suffix(".png").exists():
             plotter(points.with_suffix(".png"), draw_points, points)
@@ -37,7 +48,7 @@ def plot_run(plotter: "Plotter", save_dir: Path, history: Sequence[dict]) -> lis
     for split in ("train", "val", "test"):
         if utils.epoch_files(save_dir / split, ["epoch_*.npz"]):
             plotter(save_dir / f"{split}.gif", draw_film, save_dir / split)
-    return plotter.finish()
+    return plotter.finish(stop)
 
 
 def plane(features: np.ndarray) -> tuple[Callable[[np.ndarray], np.ndarray], tuple[str, str]]:
@@ -67,14 +78,61 @@ def limits(*clouds: np.ndarray) -> np.ndarray:
     return np.stack([middle - half, middle + half], axis=1)
 
 
-def literal(name: str) -> str:
-    """The name for matplotlib, which would take what stands between two dollars for a formula."""
-    return name.replace("$", r"\$")
+def drawable(names: Sequence[str], length: int | None = None) -> list[str]:
+    r"""The names as text for matplotlib, which takes none of it for a formula and has a font for every letter.
+
+    Letters that no font of the system has become \u4e2d, with a warning; bytes that are not UTF-8 become \xe9. Longer
+    names are cut to `length`.
+    """
+    names = [os.fsencode(name).decode(errors="backslashreplace") for name in names]
+    letters = frozenset("".join(names))
+    if missing := _letters_without_font(letters):
+        some = " ".join(sorted(missing)[:10]) + " …" * (len(missing) > 10)
+        warnings.warn(f"No font of this system has {some}: pictures show their numbers, such as \\u4e2d", stacklevel=2)
+
+    def show(letter: str) -> str:
+        odd = letter in missing or unicodedata.category(letter) == "Cc"
+        return letter.encode("unicode_escape").decode() if odd else letter
+
+    names = ["".join(map(show, name)) for name in names]
+    names = [name if len(name) <= (length or len(name)) else name[: length - 1] + "…" for name in names]
+    return [name.replace("$", r"\$") for name in names]
+
+
+@functools.cache
+def _letters_without_font(letters: frozenset[str]) -> frozenset[str]:
+    """Lets matplotlib fall back on the system's fonts for letters that its own lacks; gives those that none has."""
+    from matplotlib import font_manager, rcParams
+
+    def letters_of(path: str) -> set[str]:
+        with contextlib.suppress(OSError, RuntimeError):  # a font that FreeType cannot draw with
+            font = font_manager.get_font(path)
+            return {letter for letter in missing if font.scalable and ord(letter) in font.get_charmap()}
+        return set()
+
+    def default_of(family: str) -> str:
+        return font_manager.findfont(font_manager.FontProperties(family=[family]))
+
+    missing = {letter for letter in letters if unicodedata.category(letter) != "Cc"}
+    for family in rcParams["font.family"]:
+        missing -= letters_of(default_of(family))
+    paths = font_manager.findSystemFonts() if missing else []
+    for path in sorted(paths, key=lambda path: ("Regular" not in path, path)):
+        if letters_of(path):
+            font_manager.fontManager.addfont(path)
+            family = font_manager.get_font(path).family_name
+            if found := letters_of(default_of(family)):  # not its bold alone
+                missing -= found
+                rcParams["font.family"] += [family]
+    return frozenset(missing)
 
 
 def save_points(features: np.ndarray, labels: np.ndarray, centers: np.ndarray, classes: Sequence[str],
                 project: Callable, axes: Sequence[str], title: str, part: Path) -> None:  # fmt: skip
-    """What one picture shows, as .npz: pictures are drawn elsewhere, and a film once all its epochs are known."""
+    """What one picture shows, as .npz: pictures are drawn elsewhere, and a film once all its epochs are known.
+
+    Labels from len(classes) on are of unknown classes.
+    """
     with open(part, "wb") as file:
         np.savez(file, points=project(features).astype(np.float32), labels=labels.astype(np.int32), title=title,
                  centers=project(centers).astype(np.float32), classes=list(classes), axes=list(axes))  # fmt: skip
@@ -105,12 +163,16 @@ class Scatter:
         size = float(np.clip(250 / max(len(shown["points"]), 1) ** 0.5, 1.0, 5.0))
         style = dict(markersize=size, markeredgewidth=0)
         self.points = [self.axes.plot([], [], ".", color=color, **style)[0] for color in colors]
+        hollow = dict(color="0.5", markerfacecolor="none", markeredgewidth=0.5)
+        self.unknown = self.axes.plot([], [], "o", markersize=1.2 * size, **hollow)[0]
         self.centers = self.axes.scatter(np.zeros(count), np.zeros(count), c=colors, s=30 if with_legend else 12,
                                          edgecolors="black", linewidths=0.8, zorder=3)  # fmt: skip
         if with_legend:
             marks = [self.axes.plot([], [], "o", color=color, markersize=5)[0] for color in colors]
             marks += self.axes.plot([], [], "o", markerfacecolor="white", markeredgecolor="black")
-            names = [literal(name if len(name) <= 14 else name[:13] + "…") for name in (*classes, "center")]
+            names = drawable([*classes, "center"], length=14)
+            if (shown["labels"] >= count).any():
+                marks, names = [*marks, *self.axes.plot([], [], "o", markersize=5, **hollow)], [*names, "unknown"]
             self.axes.legend(marks, names, loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False,
                              fontsize=9 if count <= 20 else 7, handletextpad=0.2)  # fmt: skip
 
@@ -118,6 +180,7 @@ class Scatter:
         points, labels = shown["points"], shown["labels"]
         for label, line in enumerate(self.points):
             line.set_data(*points[labels == label].T)
+        self.unknown.set_data(*points[labels >= len(self.points)].T)
         self.centers.set_offsets(shown["centers"])
         self.axes.set_title(str(shown["title"]), fontsize=11)
 
@@ -200,6 +263,7 @@ def draw_confusion(part: Path, counts: np.ndarray, classes: Sequence[str], title
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
+    names = drawable(classes)  # before there are axes, whose text has the fonts of then
     figure = Figure(figsize=(6.4, 5.6), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
@@ -208,7 +272,6 @@ def draw_confusion(part: Path, counts: np.ndarray, classes: Sequence[str], title
     figure.colorbar(image, label="share of the true class (%)")
     axes.set(xlabel="predicted class", ylabel="true class", title=title)
     if len(classes) <= 25:
-        names = [literal(name) for name in classes]
         axes.set_xticks(range(len(classes)), names, rotation=90 if max(map(len, classes)) > 2 else 0)
         axes.set_yticks(range(len(classes)), names)
         for row, column in zip(*counts.nonzero(), strict=True):
@@ -217,11 +280,39 @@ def draw_confusion(part: Path, counts: np.ndarray, classes: Sequence[str], title
     figure.savefig(part, format="png")
 
 
-class Plotter:
-    """Draws in background processes, off the training's way; `finish` waits for them and returns their errors."""
+def draw_roc(part: Path, fars: Sequence[float], curves: dict[str, Sequence[float]]) -> None:
+    """Draws the true positive rate of each curve over the false accept rate, logarithmic, as PNG."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
 
-    def __init__(self):
-        self.pool, self.tasks = None, []
+    figure = Figure(figsize=(6.4, 4.8), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    for name, curve in curves.items():
+        axes.plot(fars, curve, label=name)
+    axes.plot(fars, fars, ":", color="0.5", label="chance")
+    axes.set(xscale="log", xlim=(fars[0], 1), ylim=(0, 1.01), title="verification")
+    axes.set(xlabel="false accept rate (pairs of two classes)", ylabel="true accept rate (pairs of one class)")
+    axes.grid(color="0.92")
+    axes.legend(fontsize=8)
+    figure.savefig(part, format="png")
+
+
+class Plotter:
+    """Draws in background processes, off the training's way; `finish` waits for them, logs and returns their errors.
+
+    An interrupt in its context ends them, as does `finish` when asked to stop.
+    """
+
+    def __init__(self, log: Callable[[str], None] = print):
+        self.log, self.pool, self.tasks, self.drawers = log, None, [], set()
+
+    def __enter__(self) -> "Plotter":
+        return self
+
+    def __exit__(self, kind: type | None, *error) -> None:
+        if kind is KeyboardInterrupt:
+            self._kill()
 
     @property
     def paths(self) -> set[Path]:
@@ -235,19 +326,39 @@ class Plotter:
         if self.pool is None:
             workers = max(1, min(4, (os.cpu_count() or 1) // 2))
             self.pool = ProcessPoolExecutor(workers, get_context("spawn"), _start_drawing)
+        before = set(active_children())
         try:
             with _without_main():
-                task = self.pool.submit(_draw, path, draw, arguments)
+                task = self.pool.submit(draw_to, path, draw, *arguments)
         except BrokenProcessPool as error:  # a drawer has died: the training is worth more than its pictures
             task = Future()
             task.set_exception(error)
+        self.drawers |= set(active_children()) - before
         self.tasks.append((path, task))
 
-    def finish(self) -> list[str]:
-        failed = [(path, task.exception()) for path, task in self.tasks if task.exception()]
-        errors = [f"{path}: {' '.join(str(error).split())}" for path, error in failed]
+    def finish(self, stop: Callable[[], bool] = lambda: False) -> list[str]:
+        """Waits until all is drawn or `stop` says to leave it; the error of each picture that is missing."""
+        from concurrent.futures import wait
+
+        pending = {task for _, task in self.tasks}
+        while pending and not stop():
+            pending = wait(pending, timeout=0.1).not_done
+        if pending:
+            self._kill()
+        failed = [(path, "stopped" if task in pending else task.exception()) for path, task in self.tasks]
+        errors = [f"{path}: {' '.join(str(error).split())}" for path, error in failed if error]
+        notes = set().union(*(task.result() for _, task in self.tasks if task not in pending and not task.exception()))
+        for line in (*sorted(notes), *(f"A picture could not be drawn: {error}" for error in errors)):
+            self.log(line)
         self.tasks = []
         return errors
+
+    def _kill(self) -> None:
+        for drawer in self.drawers:
+            drawer.kill()
+            drawer.join()
+            for path, _ in self.tasks:
+                utils.part_of(path, drawer.pid).unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -260,8 +371,13 @@ def _without_main() -> Iterator[None]:
         sys.modules["__main__"] = script
 
 
-def _draw(path: Path, draw: Callable, arguments: tuple) -> None:
-    utils.replace_file(path, lambda part: draw(part, *arguments))
+def draw_to(path: Path, draw: Callable, *arguments) -> set[str]:
+    """Lets draw(part, *arguments) write `path`; returns its warnings."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("ignore")
+        warnings.simplefilter("always", UserWarning)
+        utils.replace_file(path, lambda part: draw(part, *arguments))
+    return {str(warning.message) for warning in caught}
 
 
 def _start_drawing() -> None:

@@ -4,7 +4,7 @@ step = Step(net, center_loss, optimizers, weight=0.01)
 output = step(images, labels)   # all still on the device; nothing waits
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from center_loss import CenterLoss
+from center_loss import CenterLoss, pairwise
 from processes import Ranks
 
 
@@ -83,7 +83,7 @@ class Epoch:
     batches: int = 0
     samples: int = 0
     sums: Tensor | None = None  # (3,) float64, over the samples: cross-entropy, λ · center loss, correct predictions
-    kept: list[Tensor] | None = None  # features (N, D), labels (N,) and predictions (N,), where they are wanted
+    kept: list[Tensor] | None = None  # features (N, D), labels (N,) and predictions (N,), where wanted from the start
     rng: Tensor | None = None  # random state after the last step, from which dropout goes on
 
     def results(self) -> dict:
@@ -123,7 +123,7 @@ def train_epoch(
         batches: images, labels and the size of the batch over all ranks.
         scheduler: takes a step after each of the optimizers'.
         begun: an interrupted pass, of which `batches` is the rest.
-        keep: gather features, labels and predictions as well.
+        keep: gather features, labels and predictions as well, unless `begun` lacks those of its batches.
 
     Returns what all ranks together have summed up.
     """
@@ -131,14 +131,13 @@ def train_epoch(
     ranks, begun = step.ranks, begun or Epoch()
     epoch = Epoch(begun.batches, begun.samples, torch.zeros(3, dtype=torch.float64, device=step.device))
     kept = []
-    if ranks.rank == 0 and begun.batches:  # the sums of all ranks go on in one of them
-        epoch.sums += begun.sums.to(step.device)
-        kept = [[each.to(step.device) for each in begun.kept]] if keep and begun.kept else []
+    if begun.batches:
+        first, keep = ranks.rank == 0, keep and begun.kept is not None
+        if first:  # the sums of all ranks go on in one of them
+            epoch.sums += begun.sums.to(step.device)
+        kept = [[(each if first else each[:0]).to(step.device) for each in begun.kept]] if keep else []
 
-    for images, labels, size in batches:
-        if begun.rng is not None:  # only now, for the order of the batches is drawn from the state before the pass
-            torch.set_rng_state(begun.rng)
-            begun.rng = None
+    for images, labels, size in _from_state(begun.rng, batches):
         output = step(images, labels, size)
         scheduler.step()
         correct = (output.predictions == labels).sum() / size
@@ -158,25 +157,40 @@ def train_epoch(
     return epoch
 
 
+def _from_state(rng: Tensor | None, batches: Iterable) -> Iterator:
+    """The batches; the random state becomes `rng` once their order has been drawn from the one before."""
+    batches = iter(batches)
+    batch = next(batches, None)
+    if rng is not None:
+        torch.set_rng_state(rng)
+    while batch is not None:
+        yield batch
+        batch = next(batches, None)
+
+
 @torch.no_grad()
-def test(model: nn.Module, batches: Iterable[tuple], amp: bool = False, ranks: Ranks = Ranks()) -> dict:  # noqa: B008
-    """Cross-entropy, accuracy (%), features (N, D), labels and predictions (N,) of a network on the batches."""
+def predict(model: nn.Module, batches: Iterable[tuple], amp: bool = False, ranks: Ranks = Ranks()) -> dict:  # noqa: B008
+    """Features (N, D), logits (N, C), labels and predictions (N,) of a network on the batches of all ranks."""
     model.eval()
     outputs = []
     for images, labels, _ in batches:
         with torch.autocast(images.device.type, torch.bfloat16, enabled=amp):
             outputs.append((*model(images), labels))
     features, logits, labels = (ranks.gather(torch.cat(each)) for each in zip(*outputs, strict=True))
-    predictions, xent = logits.argmax(1), F.cross_entropy(logits, labels).item()
-    return dict(xent=xent, accuracy=percentage(predictions == labels),
-                features=features, labels=labels, predictions=predictions)  # fmt: skip
+    return dict(features=features, logits=logits, labels=labels, predictions=logits.argmax(1))
+
+
+def test(model: nn.Module, batches: Iterable[tuple], amp: bool = False, ranks: Ranks = Ranks()) -> dict:  # noqa: B008
+    """What `predict` gives, with the cross-entropy and the accuracy (%)."""
+    tested = predict(model, batches, amp, ranks)
+    return tested | dict(xent=F.cross_entropy(tested["logits"], tested["labels"]).item(),
+                         accuracy=percentage(tested["predictions"] == tested["labels"]))  # fmt: skip
 
 
 @torch.no_grad()
 def center_metrics(features: Tensor, labels: Tensor, centers: Tensor) -> dict[str, float]:
     """Accuracy (%) of the nearest center, mean distance from one's own center, smallest distance of two centers."""
-    exact = "donot_use_mm_for_euclid_dist"
-    nearest = [torch.cdist(some, centers, compute_mode=exact).argmin(1) for some in features.split(4096)]
+    nearest = [pairwise(some, centers).argmin(1) for some in features.split(4096)]
     return dict(
         nearest_center_accuracy=percentage(torch.cat(nearest) == labels),
         intra_distance=(features - centers[labels]).norm(dim=1).mean().item(),

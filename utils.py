@@ -7,6 +7,7 @@ import argparse
 import contextlib
 import csv
 import functools
+import glob
 import io
 import json
 import os
@@ -21,11 +22,15 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-# What a run writes below its --save-dir; a new run there takes exactly these away first.
-EPOCH_FILES = ("train/epoch_*.*", "val/epoch_*.*", "test/epoch_*.*", "features/epoch_*.npz")
-RUN_FILES = ("log_*.txt", "metrics.csv", "args.json", "checkpoint.pt", "best.pt", "train.gif", "val.gif", "test.gif",
-             "curves.png", "confusion.png", "predictions.csv", *EPOCH_FILES, "features/test.npz",
-             "tensorboard/events.*")  # fmt: skip
+# What a run writes below its --save-dir; a new run there takes exactly these away first. {} is the data set, * in
+# EPOCH_FILES the epoch.
+EPOCH_FILES = ("train/epoch_*.png", "train/epoch_*.npz", "val/epoch_*.png", "val/epoch_*.npz", "test/epoch_*.png",
+               "test/epoch_*.npz", "features/epoch_*.npz")  # fmt: skip
+EVENT_FILES = "tensorboard/events.out.tfevents.*"
+LOG = "log_{}.txt"
+RUN_FILES = ("metrics.csv", "args.json", "checkpoint.pt", "best.pt", "train.gif", "val.gif", "test.gif", "curves.png",
+             "confusion.png", "roc.png", "evaluation.json", "features/test.npz", "predictions.csv",
+             EVENT_FILES)  # fmt: skip
 
 
 class RunError(Exception):
@@ -84,7 +89,7 @@ class Log:
         """Starts the file with `printed`, what a resumed run has written until its checkpoint."""
         if self.quiet:
             return
-        start = printed + "".join(f"{line}\n" for line in self.earlier).encode()
+        start = printed + b"".join(map(_encoded, self.earlier))
         replace_file(path, lambda part: part.write_bytes(start))
         self.path, self.file = path, open(path, "ab", buffering=0)
 
@@ -92,7 +97,7 @@ class Log:
         return self.file.seek(0, os.SEEK_END)
 
     def _write(self, line: str) -> None:
-        rest = f"{line}\n".encode()
+        rest = _encoded(line)
         try:
             while rest:  # a disk that fills up takes a part of it
                 rest = rest[self.file.write(rest) :]
@@ -100,7 +105,12 @@ class Log:
             raise _unwritable(self.path, error) from error
 
 
+def _encoded(line: str) -> bytes:
+    return f"{line}\n".encode(errors="backslashreplace")  # a path that is not UTF-8
+
+
 # ------------------------------------------------------------------------------------------------------------ files
+
 
 def replace_file(path: Path, write: Callable[[Path], object]) -> None:
     """Lets `write` fill a file beside `path`, then renames it: `path` is the old file or the new one, never a half.
@@ -108,7 +118,7 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
     It makes no directory, so that one that has gone is an error. The file beside `path` is this process's own, for
     a killed run's drawers may outlive it for a moment.
     """
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    part = part_of(path, os.getpid())
     try:
         write(part)
         with open(part, "rb") as file:
@@ -119,6 +129,11 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
     finally:
         with contextlib.suppress(OSError):
             part.unlink()
+
+
+def part_of(path: Path, process: int | str) -> Path:
+    """What the process writes before it becomes `path`."""
+    return path.with_name(f".{path.name}.{process}.part")
 
 
 def _unwritable(path: Path, error: OSError) -> WriteError:
@@ -175,19 +190,27 @@ def claim(save_dir: Path) -> Iterator[Callable[[], None]]:
             raise WriteError(f"--save-dir {save_dir} has been removed while the run was writing to it")
 
     try:
-        for stale in (*save_dir.glob(".*.part"), *save_dir.glob("*/.epoch_*.part")):  # of a killed run
-            stale.unlink(missing_ok=True)
         yield check
     finally:
         os.close(held.pop())
 
 
-def clear(save_dir: Path, after: int | None = None) -> bool:
-    """Takes away an earlier run's files, or only those of epochs after `after`; tells whether there were any."""
+def clear(save_dir: Path, dataset: str, after: int | None = None) -> bool:
+    """Takes away an earlier run's files, or only those of epochs after `after`; tells whether there were any.
+
+    What a killed run has left half-written goes as well. `dataset` is that of the run that begins.
+    """
+    datasets = {dataset}
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):  # no args.json, or not one of ours
+        datasets.add(str(json.loads((save_dir / "args.json").read_text())["dataset"]))
+    names = [*RUN_FILES, *(glob.escape(LOG.format(dataset)) for dataset in datasets)]
+    for name in (*names, *EPOCH_FILES):
+        for part in save_dir.glob(str(part_of(Path(name), "*"))):
+            if part.name.split(".")[-2].isdecimal():
+                part.unlink()
+    old = [path for epoch, path in epoch_files(save_dir) if epoch > (after or 0)]
     if after is None:
-        old = [path for pattern in RUN_FILES for path in save_dir.glob(pattern) if not path.is_dir()]
-    else:
-        old = [path for epoch, path in epoch_files(save_dir) if epoch > after]
+        old += [path for name in names for path in save_dir.glob(name) if not path.is_dir()]
     for path in old:
         path.unlink()
     return bool(old)
@@ -197,18 +220,16 @@ def epoch_files(directory: Path, patterns: Sequence[str] = EPOCH_FILES) -> list[
     """The files of single epochs, with their epochs and in the order of these."""
     paths = (path for pattern in patterns for path in directory.glob(pattern))
     numbers = ((path.stem.removeprefix("epoch_"), path) for path in paths)
-    return sorted((int(number), path) for number, path in numbers if number.isdecimal())
+    return sorted((int(number), path) for number, path in numbers if number.isdecimal() and number[0] != "0")
 
 
 def copy_epochs(source: Path, target: Path, last: int) -> None:
-    """Copies best.pt and what --plot and --save-features have written of the epochs up to `last`."""
-    if (source / "best.pt").exists():
-        replace_file(target / "best.pt", functools.partial(shutil.copyfile, source / "best.pt"))
-    for epoch, path in epoch_files(source):
-        if epoch <= last:
-            copy = target / path.relative_to(source)
-            copy.parent.mkdir(exist_ok=True)
-            replace_file(copy, functools.partial(shutil.copyfile, path))
+    """Copies best.pt, what --plot and --save-features have written of the epochs up to `last`, all of --tensorboard."""
+    paths = [path for epoch, path in epoch_files(source) if epoch <= last]
+    for path in (*paths, *source.glob("best.pt"), *source.glob(EVENT_FILES)):
+        copy = target / path.relative_to(source)
+        copy.parent.mkdir(exist_ok=True)
+        replace_file(copy, functools.partial(shutil.copyfile, path))
 
 
 def write_json(path: Path, values: dict) -> None:
@@ -228,6 +249,8 @@ def save_features(path: Path, splits: dict[str, dict], centers, **further) -> No
     """features (N, D), labels and predictions (N,) of each split, as train_features and so on, and centers (C, D)."""
     import numpy as np
 
+    if "features" not in splits.get("train", splits.get("test")):  # of an epoch that was begun without them
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     arrays = {"centers": centers.cpu().numpy(), **further}
     for split, values in splits.items():
@@ -283,6 +306,7 @@ def restore(path: str, run: dict, modules: dict, to_train: bool) -> dict:
         saved, present = checkpoint["data"].get(name), run["data"][name]
         if needed and saved != present:
             raise RunError(f"the training {name} must be {saved}, as in {path}, got {present}")
+    _check_run(path, checkpoint, run["centers"])
     try:
         for name, module in modules.items():
             module.load_state_dict(checkpoint[name])
@@ -292,6 +316,26 @@ def restore(path: str, run: dict, modules: dict, to_train: bool) -> dict:
         return {name: checkpoint[name] for name in run}
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise RunError(f"the checkpoint {path} does not fit this network and its optimizers") from error
+
+
+def _check_run(path: str, saved: dict, centers) -> None:
+    """Raises RunError, naming the entry, where a checkpoint holds what no run writes, such as after an edit by hand."""
+
+    def is_partial(batches: int, samples: int, sums, kept: list | None, rng=None) -> bool:
+        return batches > 0 and sums.shape == (3,) and (kept is None or [len(each) for each in kept] == 3 * [samples])
+
+    checks = dict(
+        epoch=lambda: [row["epoch"] for row in saved["history"]] == list(range(1, saved["epoch"] + 1)),
+        partial=lambda: saved["partial"] is None or is_partial(**saved["partial"]),
+        centers=lambda: saved["centers"].shape == centers.shape and saved["centers"].is_floating_point(),
+        elapsed=lambda: 0 <= saved["elapsed"] < 1e9,
+        log_bytes=lambda: saved["log_bytes"] >= 0,
+    )
+    for name, holds in checks.items():
+        with contextlib.suppress(AttributeError, KeyError, TypeError):
+            if holds():
+                continue
+        raise RunError(f"the checkpoint {path} is not as a run wrote it: wrong {name}")
 
 
 def confusion_lines(counts: list[list[int]], classes: Sequence[str], width: int = 100) -> list[str]:
@@ -341,14 +385,18 @@ class RunFiles:
         self.context, self.board = contextlib.ExitStack(), None
 
     def __enter__(self) -> "RunFiles":
-        args, log_name = self.args, f"log_{self.args.dataset}.txt"
+        args, log_name = self.args, LOG.format(self.args.dataset)
         own = args.resume and Path(args.resume).resolve().parent == self.directory.resolve()
         with self.context:
             self.check = self.context.enter_context(claim(self.directory))
             if args.resume:
                 self.log(f"Resuming after epoch {self.run['epoch']}")
+                begun = self.run["partial"]
+                if begun and begun["kept"] is None and (args.plot or args.save_features):
+                    self.log(f"Epoch {self.run['epoch'] + 1} was begun without --plot and --save-features: it has "
+                             f"neither, as the features of its first {begun['batches']} batches are gone")  # fmt: skip
             printed = read_start(Path(args.resume).with_name(log_name), self.run["log_bytes"]) if args.resume else b""
-            if clear(self.directory, after=self.run["epoch"] if own else None) and not own:
+            if clear(self.directory, args.dataset, after=self.run["epoch"] if own else None) and not own:
                 self.log(f"Replacing the earlier run in {self.directory}")
             if args.resume and not own:
                 copy_epochs(Path(args.resume).parent, self.directory, self.run["epoch"])
@@ -357,7 +405,10 @@ class RunFiles:
             if args.tensorboard:
                 from torch.utils.tensorboard import SummaryWriter
 
+                recorded = list(self.directory.glob(EVENT_FILES))
                 self.board = SummaryWriter(self.directory / "tensorboard", purge_step=self.run["epoch"] + 1)
+                for row in [] if recorded else self.run["history"]:
+                    self._record(row)
             self.context = self.context.pop_all()  # all went well: the directory stays claimed
         return self
 
@@ -379,7 +430,10 @@ class RunFiles:
         if self.args.save_features:
             save_features(self.directory / "features" / f"epoch_{row['epoch']}.npz", splits, centers)
         if self.board:
-            for name, value in row.items():
-                if value is not None and name != "epoch":
-                    self.board.add_scalar(name, value, row["epoch"])
+            self._record(row)
             self.board.flush()
+
+    def _record(self, row: dict) -> None:
+        for name, value in row.items():
+            if value is not None and name != "epoch":
+                self.board.add_scalar(name, value, row["epoch"])

@@ -55,7 +55,7 @@ def test_a_network_is_an_entry_of_models(run, monkeypatch):
 
 def test_a_distance_and_a_center_rule_are_entries_of_center_loss(run, monkeypatch):
     """The flags take their choices from the same tables."""
-    monkeypatch.setitem(center_loss.DISTANCES, "manhattan", lambda offsets: offsets.abs().sum(1))
+    monkeypatch.setitem(center_loss.DISTANCES, "manhattan", lambda offsets: offsets.abs().sum(-1))
     monkeypatch.setitem(center_loss.CENTER_UPDATES, "halved", lambda counts: 2 * counts)
     flags = ["--distance", "manhattan", "--center-update", "halved", "--lr-model", "1e-9", "--lr-cent", "1"]
     assert run(*flags, "--batch-size", "24", "--max-iter", "1", "--save-features")[0] == 0

@@ -1,8 +1,10 @@
 """Flags have the names and defaults that are promised, a mistake is one line, and what ends a run has its status."""
 
 import argparse
+import contextlib
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -23,6 +25,7 @@ MAIN = Path(main.__file__)
         (cli.number(int, 0, 10), ["0", "10"], ["11", "-1"]),
         (cli.number(float, 0), ["0", "1e-3", "200"], ["-1e-9", "nan", "inf", "-inf", "x"]),
         (cli.number(float, 0, above=True), ["1e-9"], ["0", "-1", "0.0"]),
+        (cli.number(float, 1e-9, or_zero=True), ["0", "0.0", "1e-9", "2"], ["1e-10", "-1", "nan"]),
         (cli.number(float, 0, 1), ["0", "0.9", "1"], ["1.1", "-0.1"]),
     ],
 )
@@ -81,10 +84,11 @@ BAD_FLAGS = [
     ["--weight-cent", "-0.1"], ["--weight-cent", "inf"], ["--max-epoch", "0"], ["--max-iter", "-1"],
     ["--stepsize", "-1"], ["--gamma", "0"], ["--eval-freq", "-1"], ["--print-freq", "0"], ["--workers", "-1"],
     ["-j", "two"], ["--seed", "-1"], ["--momentum", "1.5"], ["--momentum-cent", "-1"], ["--weight-decay", "-1"],
-    ["--loss-scale", "0"], ["--feat-dim", "0"], ["--image-size", "7"], ["--milestones", "0"], ["--gpu", "0,1"],
-    ["--gpu", "-1"], ["--gpu", "cuda"], ["--dataset", "imagenet"], ["--model", "vgg"], ["--recipe", "none"],
-    ["--distance", "cosine"], ["--schedule", "none"], ["--center-update", "none"], ["--optimizer", "lion"],
-    ["--init", "zeros"], ["--scaling", "none"], ["--unknown"], ["--one-optimizer", "--optimizer", "adamw"],
+    ["--radius", "-1"], ["--loss-scale", "0"], ["--feat-dim", "0"], ["--image-size", "7"], ["--milestones", "0"],
+    ["--gpu", "0,1"], ["--gpu", "-1"], ["--gpu", "cuda"], ["--dataset", "imagenet"], ["--model", "vgg"],
+    ["--recipe", "none"], ["--distance", "cosine"], ["--schedule", "none"], ["--center-update", "none"],
+    ["--optimizer", "lion"], ["--init", "zeros"], ["--scaling", "none"], ["--unknown"],
+    ["--one-optimizer", "--optimizer", "adamw"],
     ["--evaluate", "nowhere.pt"], ["--resume", "nowhere.pt"], ["--resume"], ["--data-root", "nowhere"],
     ["--save-dir", "/dev/null"], ["--save-dir", "/dev/null/below"], ["--model", "bn-deep"],
     ["--data-root", "/dev/null"],
@@ -96,6 +100,9 @@ BAD_FLAGS = [
     ["--val-share", "1.5"], ["--val-share", "-0.1"], ["--val-share", "0.99"], ["--predict", "."], ["--predict"],
     ["--pretrained"], ["--pretrained", "--model", "resnet18", "--init", "xavier"], ["--model", "inception_v3"],
     ["--model", "resnet18-small", "--pretrained"], ["--model", "fasterrcnn_resnet50_fpn"],
+    ["--weight-cent", "1e-44"], ["--lr-model", "1e-320"],
+    ["--one-optimizer", "--lr-model", "1e-20", "--weight-cent", "1e-20"],
+    ["--unseen"], ["--unseen", ""],
 ]  # fmt: skip
 
 
@@ -126,6 +133,25 @@ def test_running_out_of_memory_is_told_in_a_line(allocate, run, monkeypatch):
     monkeypatch.setattr(main, "build", allocate)
     status, _, err = run()
     assert status == 1 and err.startswith("main.py: error: out of memory") and err.count("\n") == 1
+
+
+def test_a_run_whose_streams_are_closed_goes_on_and_its_log_tells(run, monkeypatch):
+    for name in ("stdin", "stdout", "stderr"):
+        monkeypatch.setattr(sys, name, None)
+    status = run("--max-epoch", "1")[0]
+    assert status == 0 and Path("log/log_folder.txt").read_text().splitlines()[-1].startswith("Finished.")
+    assert run("--lr-model", "0")[0] == 2
+
+
+def test_no_file_takes_the_number_of_a_closed_stream(tmp_path):
+    """Else what C libraries print would stand in a checkpoint."""
+    if (child := os.fork()) == 0:
+        with contextlib.suppress(BaseException):
+            os.closerange(0, 3)
+            cli._open_closed_streams()
+            os._exit(os.open(tmp_path / "file", os.O_CREAT | os.O_WRONLY) > 2)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 1
 
 
 def test_help_mistakes_and_the_loss_alone_load_nothing_heavy_but_torch():

@@ -1,8 +1,10 @@
 """Loaders: the right pixels, the same for every number of workers, in RandomSampler's order; and what is refused."""
 
 import hashlib
+import os
 import pickle
 import select
+import signal
 import struct
 import subprocess
 from pathlib import Path
@@ -75,14 +77,31 @@ def test_workers_give_the_same_batches_to_the_bit(name, tmp_path, monkeypatch):
     elif name != "digits":
         write_mnist(tmp_path, name={"mnist": "MNIST", "fashion-mnist": "FashionMNIST"}[name])
     size = 300 if name == "digits" else 7
-    memory, workers = (datasets.create(name, tmp_path, size, j, image_size=8) for j in (0, 2))
+    memory, workers = (datasets.create(name, tmp_path, size, j, image_size=8, unseen=["1"]) for j in (0, 2))
     assert memory.classes == workers.classes and memory[3:] == workers[3:]
-    for split in ("train", "test"):
+    assert memory.unseen and not set(memory.unseen) & set(memory.classes)
+    for split in ("train", "test", "unknown"):
         pairs = list(zip(batches(getattr(memory, split)), batches(getattr(workers, split)), strict=True))
         assert len(pairs) == len(getattr(memory, split))
         for (images, labels), (images_j, labels_j) in pairs:
             assert torch.equal(images, images_j) and torch.equal(labels, labels_j)
             assert images.shape[1:] == (memory.in_channels, memory.image_size, memory.image_size)
+            assert ((labels >= len(memory.classes)) == (split == "unknown")).all()
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_unseen_classes_are_the_images_and_labels_that_the_others_leave(workers, tmp_path):
+    make_folder(tmp_path, classes=("10", "2", "ant", "bee"), train=3, test=2)
+    whole = datasets.create("folder", tmp_path, 4, image_size=8)
+    data = datasets.create("folder", tmp_path, 4, workers, image_size=8, unseen=["bee", "2"])  # a name, not a number
+    assert (data.classes, data.unseen) == (["10", "ant"], ["2", "bee"])
+    images, labels = (torch.cat(each) for each in zip(*batches(whole.test), strict=True))
+    for split, numbers in ((data.test, {0: 0, 2: 1}), (data.unknown, {1: 2, 3: 3})):
+        some_images, some_labels = (torch.cat(each) for each in zip(*batches(split), strict=True))
+        chosen = [row for row, label in enumerate(labels.tolist()) if label in numbers]
+        assert torch.equal(some_images, images[chosen])
+        assert some_labels.tolist() == [numbers[label] for label in labels[chosen].tolist()]
+    assert data.train.rows.size == 6
 
 
 def test_pixels_are_those_of_torchvisions_transforms(tmp_path):
@@ -193,10 +212,78 @@ def test_folders_that_cannot_be_used_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize("dtype", [np.uint16, np.int32, np.float32])
-def test_images_of_more_than_8_bits_are_refused(tmp_path, dtype):
-    path = make_folder(tmp_path) / "train" / "bee" / "deep.tif"
+@pytest.mark.parametrize("mode", ["L", "RGB"])
+def test_images_of_more_than_8_bits_are_refused_wherever_they_are(tmp_path, mode, dtype):
+    path = make_folder(tmp_path, mode=mode) / "test" / "cat" / "zz.tif"
     Image.fromarray(np.full((8, 8), 1000, dtype)).save(path)
-    assert f"at most 8 bits a channel, got mode {Image.open(path).mode} in {path}" in refusal("folder", tmp_path, 4)
+    message = f"at most 8 bits a channel, got mode {Image.open(path).mode} in {path}"
+    for workers in (0, 1):
+        assert message in refusal("folder", tmp_path, 4, workers)
+    with pytest.raises(datasets.DatasetError, match="at most 8 bits"):  # one that came after the scan
+        datasets.ReadImage(mode)(path)
+
+
+def test_pictures_of_runs_below_the_data_root_are_no_data(tmp_path):
+    make_folder(tmp_path)
+    for directory in ("log/train", "log/test", "train", "features/x"):
+        (tmp_path / directory).mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8), "red").save(tmp_path / directory / "epoch_1.png")
+    data = datasets.create("folder", tmp_path, 4, image_size=8)
+    assert data.in_channels == 1 and data.train.rows.size == 24
+
+
+def test_links_are_followed_but_not_in_circles(tmp_path):
+    root = make_folder(tmp_path / "images")
+    (root / "train" / "ant").rename(tmp_path / "elsewhere")
+    (root / "train" / "ant").symlink_to(tmp_path / "elsewhere")
+    assert datasets.create("folder", root, 4, image_size=8).train.rows.size == 24
+    for name in "ab":  # two make 2^40 paths before the system has enough
+        (tmp_path / "elsewhere" / name).symlink_to(root / "train")
+    assert "must not form a circle" in refusal("folder", root, 4, image_size=8)
+
+
+PIXELS = np.arange(6, dtype=np.uint8).reshape(2, 3) * 40
+# What each EXIF orientation does to the stored pixels so that they stand upright.
+UPRIGHT = {
+    1: PIXELS, 2: PIXELS[:, ::-1], 3: PIXELS[::-1, ::-1], 4: PIXELS[::-1],
+    5: PIXELS.T, 6: PIXELS.T[:, ::-1], 7: PIXELS.T[::-1, ::-1], 8: PIXELS.T[::-1],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("orientation", UPRIGHT)
+def test_images_stand_upright_as_their_exif_says(tmp_path, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.fromarray(PIXELS).save(tmp_path / "a.png", exif=exif)
+    assert np.array_equal(datasets.ReadImage("L")(tmp_path / "a.png"), UPRIGHT[orientation])
+
+
+@pytest.mark.parametrize("exif", [b"", b"Exif\0\0", b"Exif\0\0nonsense", b"Exif\0\0II*\0\xff\xff\xff\xff"])
+def test_broken_exif_data_change_nothing(tmp_path, exif):
+    Image.fromarray(PIXELS).save(tmp_path / "a.png", exif=exif)
+    assert np.array_equal(datasets.ReadImage("L")(tmp_path / "a.png"), PIXELS)
+
+
+def test_transparency_is_blended_on_white(tmp_path):
+    red = np.full((4, 1, 4), (200, 0, 0, 0), np.uint8)
+    red[:, 0, 3] = alpha = [0, 51, 102, 255]
+    expected = [[round(value * a / 255 + 255 * (1 - a / 255)) for value in (200, 0, 0)] for a in alpha]
+    grey = np.stack([np.full((4, 1), 100, np.uint8), red[:, :, 3]], axis=2)
+    palette = Image.new("P", (2, 1))
+    palette.putpalette([10, 20, 30, 40, 50, 60])
+    palette.putpixel((1, 0), 1)
+    for name, image, options in (
+        ("rgba", Image.fromarray(red), {}), ("la", Image.fromarray(grey), {}), ("p", palette, dict(transparency=0)),
+        ("l", Image.fromarray(PIXELS), dict(transparency=40)), ("rgb", Image.new("RGB", (2, 2), "red"), {}),
+    ):  # fmt: skip
+        image.save(tmp_path / f"{name}.png", **options)
+    read = {mode: lambda name, mode=mode: np.asarray(datasets.ReadImage(mode)(tmp_path / f"{name}.png")).astype(int)
+            for mode in ("L", "RGB")}  # fmt: skip
+    assert abs(read["RGB"]("rgba")[:, 0] - expected).max() <= 1
+    assert abs(read["L"]("la")[:, 0] - [round(100 * a / 255 + 255 * (1 - a / 255)) for a in alpha]).max() <= 1
+    assert read["RGB"]("p").tolist() == [[[255] * 3, [40, 50, 60]]]
+    assert np.array_equal(read["L"]("l"), np.where(PIXELS == 40, 255, PIXELS))
+    assert (read["RGB"]("rgb") == (255, 0, 0)).all()
 
 
 @pytest.mark.parametrize("damage", [b"", b"no image", None])
@@ -204,6 +291,14 @@ def test_an_unreadable_image_is_named(tmp_path, damage):
     bad = make_folder(tmp_path, size=(64, 64)) / "train" / "bee" / "3.png"
     bad.write_bytes(bad.read_bytes()[:2000] if damage is None else damage)
     assert "bee/3.png" in refusal("folder", tmp_path, 4, image_size=8)
+
+
+def test_whatever_a_reader_raises_for_a_damaged_file_is_named(folder, monkeypatch):
+    def fail(path):
+        raise TypeError("'IFDRational' object cannot be interpreted as an integer")  # as Pillow 13 for a damaged TIFF
+
+    monkeypatch.setattr(Image, "open", fail)
+    assert "cannot read the image" in refusal("folder", folder, 4)
 
 
 def test_a_truncated_image_ends_workers_with_its_name(tmp_path):
@@ -224,6 +319,18 @@ def test_workers_end_with_a_killed_main_process(folder):
     main.kill()
     main.wait()
     assert select.select([main.stdout], [], [], 2.5)[0] and main.stdout.read() == b""
+
+
+def test_a_signal_that_comes_while_workers_start_does_not_end_them(folder, monkeypatch):
+    original = datasets._start_worker
+
+    def start_worker(worker):
+        for number in (signal.SIGINT, signal.SIGTERM):
+            os.kill(os.getpid(), number)
+        original(worker)
+
+    monkeypatch.setattr(datasets, "_start_worker", start_worker)
+    assert len(list(datasets.create("folder", folder, 10, workers=1, image_size=8).train)) == 3
 
 
 def test_a_set_too_large_for_memory_names_the_way_out(folder, monkeypatch):

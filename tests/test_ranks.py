@@ -22,6 +22,8 @@ from conftest import make_folder, program
 import cli
 import datasets
 import main
+import training
+from center_loss import CenterLoss
 from processes import BatchNormOverRanks, Ranks
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
@@ -33,7 +35,7 @@ VARIANTS = {
     "zhou2018, workers": ["--lr-model", "0.01", "--batch-size", "8", "-j", "1"],
     "softmax only": ["--lr-model", "0.01", "--batch-size", "9", "--weight-cent", "0", "--save-features"],
     "augmented, validation": ["--lr-model", "0.05", "--batch-size", "9", "--augment", "--val-share", "0.2"],
-    "one optimizer": ["--lr-model", "0.01", "--batch-size", "9", "--one-optimizer"],
+    "one optimizer": ["--lr-model", "0.01", "--batch-size", "9", "--one-optimizer", "--unseen", "bee", "--verify"],
     "wen2016": ["--recipe", "wen2016", "--batch-size", "9", "--max-iter", "5"],
     "zahn2024-v1.0": ["--recipe", "zahn2024-v1.0", "--batch-size", "8", "--max-epoch", "1"],
     "zahn2024-v1.2": ["--recipe", "zahn2024-v1.2", "--batch-size", "8", "--max-epoch", "1"],
@@ -202,10 +204,22 @@ def check_batch_norm(ranks):
             assert torch.allclose(mine.double(), whole, atol=1e-12 if dtype == torch.float64 else 0.02), (shares, index)
 
 
+def check_epoch_without_batches_left(ranks):
+    """As one that was stopped in its test: what all ranks have of it is what it was stopped with."""
+    step = training.Step(torch.nn.Linear(2, 2), CenterLoss(2, 2, use_gpu=False), {}, weight=1.0, ranks=ranks)
+    kept = [torch.rand(12, 2), torch.zeros(12, dtype=torch.int64), torch.ones(12, dtype=torch.int64)]
+    begun = training.Epoch(3, 12, torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64), kept)
+    epoch = training.train_epoch(step, [], None, begun, keep=True)
+    assert epoch.samples == 12 and torch.equal(epoch.sums, begun.sums)
+    if ranks.rank == 0:
+        assert all(torch.equal(ours, theirs) for ours, theirs in zip(epoch.kept, kept, strict=True))
+
+
 if __name__ == "__main__":
     ranks = Ranks.of_environment()
     with ranks.joined():
         check_batch_norm(ranks)
+        check_epoch_without_batches_left(ranks)
         for name, flags in json.loads(Path(sys.argv[1]).read_text()):
             with run_as(name):
                 main.main(cli.parse_args(flags))
