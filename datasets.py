@@ -316,14 +316,14 @@ def create(
 
     `image_size` is for data sets without a size of their own: "folder". `scaling` is in SCALINGS, or the mean and std.
     `unseen` are the names or numbers of classes to leave out of `train` and `test`; the test images of these are
-    `unknown`. `val_share` of each class's training images, drawn by `seed`, become `val`. `trained` has the `classes`
-    and `in_channels` of a network to be tested; the training split may then be missing, and is the test.
+    `unknown`. `val_share` of each class's training images, drawn by `seed`, become `val`. `trained`: facts() of a network
+    to be tested, for which the training images may be missing.
     Raises DatasetError where the data are missing, broken or too large for the device, or too few classes are left.
     """
     spec, root = SPECS[name], Path(root)
     if root.exists() and not root.is_dir():
         raise DatasetError(f"--data-root must be a directory, got the file {root}")
-    if trained and spec.open_test and not (root / "train").exists():
+    if spec.open_test and "in_channels" in (trained or {}) and not (root / "train").exists():
         train = test = spec.open_test(root, image_size, [*trained["classes"], *unseen], trained["in_channels"])
     else:
         train, test = spec.open(root, image_size)

@@ -250,8 +250,11 @@ class Trained:
 
 
 def load(path: str | Path, device: str | torch.device = "cpu") -> Trained:
-    """The network of a checkpoint, which needs no data set."""
-    return Trained(utils.load_checkpoint(path), device)
+    """The network of a checkpoint, which needs no data set. Raises RunError where it is not a whole one of ours."""
+    checkpoint = utils.load_checkpoint(path)
+    if not {"in_channels", "image_size"} <= checkpoint["data"].keys():
+        raise utils.RunError(f"the checkpoint {path} lacks the shape of its images, which --resume adds")
+    return Trained(checkpoint, device)
 
 
 def predict(args: argparse.Namespace, device: torch.device, log: utils.Log) -> None:

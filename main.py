@@ -38,7 +38,7 @@ def main(args: argparse.Namespace) -> None:
     device = choose_device(args, log)
 
     if args.predict:
-        return evaluation.predict(args, device, log)
+        return evaluation.predict(args, device, log) if ranks.rank == 0 else None
 
     log(f"Creating dataset: {args.dataset}")
     scaling = models.pretrained_scaling(args.model) if args.pretrained else args.scaling

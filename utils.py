@@ -313,7 +313,7 @@ def restore(path: str, run: dict, modules: dict, to_train: bool) -> dict:
         import torch
 
         torch.set_rng_state(checkpoint["rng"])
-        return {name: checkpoint[name] for name in run}
+        return {name: checkpoint[name] for name in run} | dict(data=run["data"])
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise RunError(f"the checkpoint {path} does not fit this network and its optimizers") from error
 
