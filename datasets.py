@@ -316,8 +316,8 @@ def create(
 
     `image_size` is for data sets without a size of their own: "folder". `scaling` is in SCALINGS, or the mean and std.
     `unseen` are the names or numbers of classes to leave out of `train` and `test`; the test images of these are
-    `unknown`. `val_share` of each class's training images, drawn by `seed`, become `val`. `trained`: facts() of a network
-    to be tested, for which the training images may be missing.
+    `unknown`. `val_share` of each class's training images, drawn by `seed`, become `val`. `trained` are the facts() of
+    a network to be tested, for which the training images may be missing.
     Raises DatasetError where the data are missing, broken or too large for the device, or too few classes are left.
     """
     spec, root = SPECS[name], Path(root)
