@@ -253,7 +253,7 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> Trained:
     """The network of a checkpoint, which needs no data set. Raises RunError where it is not a whole one of ours."""
     checkpoint = utils.load_checkpoint(path)
     if not {"in_channels", "image_size"} <= checkpoint["data"].keys():
-        raise utils.RunError(f"the checkpoint {path} lacks the shape of its images, which --resume adds")
+        raise utils.RunError(f"the checkpoint {path} lacks the shape of its images, which a resumed run adds")
     return Trained(checkpoint, device)
 
 
