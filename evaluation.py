@@ -199,9 +199,14 @@ def log_verification(what: str, measured: dict, log: utils.Log) -> None:
             f"TPR (%) at FAR 0.001: {metrics['tpr_at_far_1e-3']:.2f}\t Recall@1 (%): {metrics['recall_at_1']:.2f}")
 
 
-def is_best(validated: dict, history: Sequence[dict]) -> bool:
-    """Whether no earlier epoch has a higher validation accuracy, or the same with a lower cross-entropy."""
+def is_best(validated: dict, history: Sequence[dict], save_dir: str) -> bool:
+    """Whether no earlier epoch has a higher validation accuracy, or the same with a lower cross-entropy.
+
+    Earlier epochs do not count where their best.pt has not come along with the checkpoint.
+    """
     earlier = [(row["val_accuracy"], -row["val_xent"]) for row in history if row["val_accuracy"] is not None]
+    if not Path(save_dir, "best.pt").exists():
+        return True
     return (validated["accuracy"], -validated["xent"]) > max(earlier, default=(-1.0, 0.0))
 
 

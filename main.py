@@ -111,7 +111,7 @@ def main(args: argparse.Namespace) -> None:
                         tested = splits["val" if data.val else "test"]
                         check_finite({"cross entropy of the test": tested["xent"],
                                       "distances from the centers": tested["intra_distance"]}, number, args)
-                        is_best = data.val and evaluation.is_best(tested, run["history"])
+                        is_best = data.val and evaluation.is_best(tested, run["history"], args.save_dir)
                     if data.val and number == epochs:
                         best = best if is_best else evaluation.load_best(model, args.save_dir)
                         log(f"Best epoch by validation: {best[2]}")

@@ -68,9 +68,12 @@ def test_the_best_epoch_by_validation_is_kept_and_alone_is_tested(trained):
     ([], True), ([(None, None)], True), ([(80, 0.3)], True), ([(90, 0.3)], False), ([(90, 0.5)], True),
     ([(95, 0.9), (80, 0.1)], False), ([(90, 0.4)], False),
 ])  # fmt: skip
-def test_an_epoch_is_the_best_if_more_accurate_or_as_accurate_at_less_loss(scores, expected):
+def test_an_epoch_is_the_best_if_more_accurate_or_as_accurate_at_less_loss(scores, expected, tmp_path):
+    validated = dict(accuracy=90, xent=0.4)
     history = [dict(val_accuracy=accuracy, val_xent=xent) for accuracy, xent in scores]
-    assert evaluation.is_best(dict(accuracy=90, xent=0.4), history) == expected
+    assert evaluation.is_best(validated, history, tmp_path)  # there is no best.pt of an earlier epoch
+    (tmp_path / "best.pt").touch()
+    assert evaluation.is_best(validated, history, tmp_path) == expected
 
 
 def test_the_best_epoch_is_found_again_where_a_run_goes_on_elsewhere(trained, tmp_path, monkeypatch):
