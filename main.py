@@ -102,6 +102,8 @@ def main(args: argparse.Namespace) -> None:
                     row = record(number, scheduler.get_last_lr()[0], splits)
                     run |= dict(epoch=number, partial=None, history=[*run["history"], row], rng=torch.get_rng_state())
                     files.save_epoch(row, splits, centers)
+                    if args.verify and "test" in splits and ranks.rank == 0:
+                        evaluation.report(splits, centers, number, data, args, log)
                     if pictures:
                         plots.plot_epoch(pictures, files.directory, number, splits, centers, data.classes)
             files.save(run, modules)
