@@ -125,8 +125,6 @@ def main(args: argparse.Namespace) -> None:
                     if is_best:
                         files.save(run, modules, "best.pt")
                     files.save_epoch(row, splits, centers)
-                    if args.verify and "test" in splits and ranks.rank == 0:
-                        evaluation.report(splits, centers, number, data, args, log)
                     if pictures:
                         plots.plot_epoch(pictures, files.directory, number, splits, centers, data.classes)
             files.save(run, modules)
