@@ -11,13 +11,14 @@ import math
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import parent_process
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.utils.data import DataLoader, Dataset, RandomSampler, Sampler, TensorDataset, default_collate
@@ -205,6 +206,21 @@ class Batches:
         for number, (images, labels) in enumerate(self.loader, done):
             images, labels = images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
             yield Batch(self.normalise(images), labels, min(batch_size, size - number * batch_size))
+
+    def thumbnails(self, rows: Sequence[int], largest: int = 32) -> np.ndarray:
+        """The images of these rows as in the data set, uint8 (N, C, H, W), with at most `largest` pixels a side."""
+        dataset, kept = self.loader.dataset, []
+        with ThreadPoolExecutor() as pool:
+            for some in torch.as_tensor(rows).split(256):
+                if isinstance(dataset, TensorDataset):
+                    images = dataset.tensors[0][some.to(dataset.tensors[0].device)].cpu()
+                else:
+                    images = torch.stack(list(pool.map(lambda row: dataset[row][0], some.tolist())))
+                size = [min(side, largest) for side in images.shape[2:]]
+                if images.shape[2:] != tuple(size):
+                    images = F.interpolate(images.float(), size, mode="area").round().to(torch.uint8)
+                kept.append(images)
+        return torch.cat(kept).numpy()
 
 
 def create(

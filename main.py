@@ -62,6 +62,7 @@ def main(args: argparse.Namespace) -> None:
 
     files = utils.RunFiles(args, run, log, start) if ranks.rank == 0 else utils.NoFiles()
     pictures = plots.Plotter() if args.plot and ranks.rank == 0 else None
+    every = epochs_between_tests(args, data)
     with files, StopRequest() as stop:
         files.save(run, modules)  # so that a run that is killed in its first epoch can be resumed as well
         while run["epoch"] < epochs and not (stopped := ranks.any(stop.signal)):
@@ -85,7 +86,7 @@ def main(args: argparse.Namespace) -> None:
                 ranks.check_equal("centers", centers)
                 if not args.weight_cent:  # they are not trained; the class means stand in for them
                     centers = training.class_means(epoch.kept[0], epoch.kept[1], len(data.classes))
-                if number == epochs or (args.eval_freq and number % args.eval_freq == 0):
+                if number == epochs or (every and number % every == 0):
                     log("==> Test")
                     tested = splits["test"] = test(model, data, centers, args, log)
                     check_finite({"cross entropy of the test": tested["xent"],
@@ -95,7 +96,7 @@ def main(args: argparse.Namespace) -> None:
                             rng=torch.get_rng_state())
                 files.save_epoch(row, splits, centers)
                 if pictures:
-                    plots.plot_epoch(pictures, files.directory, number, splits, centers, data.classes)
+                    plots.plot_epoch(pictures, files.directory, number, splits, centers, data)
             files.save(run, modules)
 
         undrawn = plots.plot_run(pictures, files.directory, run["history"]) if pictures and run["history"] else []
@@ -104,6 +105,8 @@ def main(args: argparse.Namespace) -> None:
         if run["epoch"] < epochs:
             raise utils.Stopped(stopped, run, args.save_dir)
         log(f"Finished. Total elapsed time (h:m:s): {timedelta(seconds=round(time.monotonic() - start))}")
+        if pictures:
+            log(f"Pictures in {files.directory}, page {files.directory / 'report.html'}")
         if undrawn:
             raise utils.WriteError(f"{undrawn[0]}; --resume draws what is missing")
 
@@ -141,6 +144,17 @@ def build(args: argparse.Namespace, data: datasets.Data, device: torch.device, s
                          ranks=ranks)  # fmt: skip
     scheduler = SCHEDULES[args.schedule].create(optimizers["optimizer_model"], args, len(data.train), steps)
     return model, step, scheduler
+
+
+def epochs_between_tests(args: argparse.Namespace, data: datasets.Data) -> int:
+    """--eval-freq, or without it 10, and 1 for the films of --plot where a test takes less than a tenth of an epoch.
+
+    A training image costs about three forward passes, a test image one. Counting images, not seconds, so that a
+    resumed run tests after the same epochs.
+    """
+    if args.eval_freq is not None:
+        return args.eval_freq
+    return 1 if args.plot and data.test.rows.size < 3 * data.train.rows.size / 10 else 10
 
 
 def progress_bar(batches, what: str, total: int, done: int = 0) -> tqdm:

@@ -155,11 +155,14 @@ def train_epoch(
 def test(model: nn.Module, batches: Iterable[tuple], amp: bool = False, ranks: Ranks = Ranks()) -> dict:  # noqa: B008
     """Cross-entropy, accuracy (%), features (N, D), labels and predictions (N,) of a network on the batches."""
     model.eval()
-    outputs = []
-    for images, labels, _ in batches:
+    outputs, seen = [], 0
+    for images, labels, size in batches:
+        rows = ranks.share(torch.arange(seen, seen + size, device=labels.device))
         with torch.autocast(images.device.type, torch.bfloat16, enabled=amp):
-            outputs.append((*model(images), labels))
-    features, logits, labels = (ranks.gather(torch.cat(each)) for each in zip(*outputs, strict=True))
+            outputs.append((*model(images), labels, rows))
+        seen += size
+    *gathered, rows = (ranks.gather(torch.cat(each)) for each in zip(*outputs, strict=True))
+    features, logits, labels = (each[rows.argsort()] for each in gathered)  # in the data set's order
     predictions, xent = logits.argmax(1), F.cross_entropy(logits, labels).item()
     return dict(xent=xent, accuracy=percentage(predictions == labels),
                 features=features, labels=labels, predictions=predictions)  # fmt: skip

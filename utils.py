@@ -10,6 +10,7 @@ import functools
 import io
 import json
 import os
+import shlex
 import shutil
 import signal
 import sys
@@ -23,8 +24,9 @@ from tqdm import tqdm
 
 # What a run writes below its --save-dir; a new run there takes exactly these away first.
 EPOCH_FILES = ("train/epoch_*.*", "test/epoch_*.*", "features/epoch_*.npz")
-RUN_FILES = ("log_*.txt", "metrics.csv", "args.json", "checkpoint.pt", "train.gif", "test.gif", "curves.png",
-             "confusion.png", *EPOCH_FILES, "tensorboard/events.*")  # fmt: skip
+RUN_FILES = ("log_*.txt", "metrics.csv", "args.json", "run.json", "checkpoint.pt", "train.gif", "test.gif",
+             "curves.png", "confusion.png", "report.html", "compare.html", "test/images.npz", "test/features.npz",
+             "figures/*.png", "figures/*.pdf", "figures/*.svg", *EPOCH_FILES, "tensorboard/events.*")  # fmt: skip
 
 
 class RunError(Exception):
@@ -223,18 +225,42 @@ def write_metrics(path: Path, history: Sequence[dict]) -> None:
 
 def save_features(path: Path, splits: dict[str, dict], centers) -> None:
     """features (N, D), labels and predictions (N,) of each split, as train_features and so on, and centers (C, D)."""
-    import numpy as np
-
     path.parent.mkdir(exist_ok=True)
     arrays = {"centers": centers.cpu().numpy()}
     for split, values in splits.items():
         arrays |= {f"{split}_{name}": values[name].cpu().numpy() for name in ("features", "labels", "predictions")}
+    save_arrays(path, arrays)
+
+
+def save_arrays(path: Path, arrays: dict) -> None:
+    """The arrays by name, as .npz."""
+    import numpy as np
 
     def write(part: Path) -> None:
         with open(part, "wb") as file:  # numpy adds .npz to a name, but not to a file
             np.savez(file, **arrays)
 
     replace_file(path, write)
+
+
+def describe(args: argparse.Namespace, commands: list[str]) -> dict:
+    """What run.json says of a run apart from its settings: commands, versions and device."""
+    import platform
+
+    import torch
+    import torchvision
+
+    on_gpu = torch.cuda.is_available() and not args.use_cpu
+    device = torch.cuda.get_device_name(int(args.gpu)) if on_gpu else f"CPU, {torch.get_num_threads()} threads"
+    versions = dict(python=platform.python_version(), torch=torch.__version__, torchvision=torchvision.__version__)
+    return dict(commands=commands, versions=versions, device=device, ranks=int(os.environ.get("WORLD_SIZE", 1)))
+
+
+def read_facts(directory: Path) -> dict:
+    """run.json; nothing where there is none, or a damaged one."""
+    with contextlib.suppress(ValueError):
+        return json.loads(read_start(directory / "run.json", 2**20))
+    return {}
 
 
 def save_checkpoint(path: Path, checkpoint: dict) -> None:
@@ -335,7 +361,7 @@ class RunFiles:
 
     def __init__(self, args: argparse.Namespace, run: dict, log: Log, start: float):
         self.args, self.run, self.log, self.directory, self.start = args, run, log, Path(args.save_dir), start
-        self.context, self.board = contextlib.ExitStack(), None
+        self.context, self.board, self.facts = contextlib.ExitStack(), None, None
 
     def __enter__(self) -> "RunFiles":
         args, log_name = self.args, f"log_{self.args.dataset}.txt"
@@ -351,10 +377,11 @@ class RunFiles:
                 copy_epochs(Path(args.resume).parent, self.directory, self.run["epoch"])
             self.log.open(self.directory / log_name, printed)
             write_json(self.directory / "args.json", vars(args))
+            if args.plot:
+                earlier = read_facts(Path(args.resume).parent).get("commands", []) if args.resume else []
+                self.facts = describe(args, [*earlier, shlex.join(["python", *sys.argv])])
             if args.tensorboard:
-                from torch.utils.tensorboard import SummaryWriter
-
-                self.board = SummaryWriter(self.directory / "tensorboard", purge_step=self.run["epoch"] + 1)
+                self.board = self.context.enter_context(Board(self.directory, self.run["epoch"], args))
             self.context = self.context.pop_all()  # all went well: the directory stays claimed
         return self
 
@@ -367,6 +394,8 @@ class RunFiles:
         run.update(elapsed=time.monotonic() - self.start, log_bytes=self.log.position())
         if run["history"]:
             write_metrics(self.directory / "metrics.csv", run["history"])
+        if self.facts:
+            write_json(self.directory / "run.json", self.facts | dict(elapsed=run["elapsed"]))
         states = {name: module.state_dict() for name, module in modules.items()}
         save_checkpoint(self.directory / "checkpoint.pt", dict(args=vars(self.args), **run, **states))
 
@@ -376,7 +405,52 @@ class RunFiles:
         if self.args.save_features:
             save_features(self.directory / "features" / f"epoch_{row['epoch']}.npz", splits, centers)
         if self.board:
-            for name, value in row.items():
-                if value is not None and name != "epoch":
-                    self.board.add_scalar(name, value, row["epoch"])
-            self.board.flush()
+            self.board.add_epoch(row)
+
+
+class Board:
+    """What --tensorboard writes: the settings as hparams, the metrics of each epoch and the pictures of --plot.
+
+    These are drawn in the background, so that they are added when the next epoch ends or, the last ones, on leaving
+    the context.
+    """
+
+    def __init__(self, directory: Path, epoch: int, args: argparse.Namespace):
+        from torch.utils.tensorboard import SummaryWriter
+        from torch.utils.tensorboard.summary import hparams
+
+        self.directory = directory
+        self.added = {path for number, path in self._pictures() if number <= epoch}
+        self.writer = SummaryWriter(directory / "tensorboard", purge_step=epoch + 1)
+        settings = {name: value if isinstance(value, bool | int | float | str) else str(value)
+                    for name, value in vars(args).items()}  # fmt: skip
+        for summary in hparams(settings, dict.fromkeys(["test_accuracy", "nearest_center_accuracy", "train_loss"])):
+            self.writer.file_writer.add_summary(summary)
+
+    def __enter__(self) -> "Board":
+        return self
+
+    def __exit__(self, *error) -> None:
+        self._add_pictures()
+        self.writer.close()
+
+    def add_epoch(self, row: dict) -> None:
+        for name, value in row.items():
+            if value is not None and name != "epoch":
+                self.writer.add_scalar(name, value, row["epoch"])
+        self._add_pictures()
+        self.writer.flush()
+
+    def _pictures(self) -> list[tuple[int, Path]]:
+        return epoch_files(self.directory, ["train/epoch_*.png", "test/epoch_*.png"])
+
+    def _add_pictures(self) -> None:
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        for epoch, path in self._pictures():
+            if path not in self.added:
+                image = Summary.Image(colorspace=3, encoded_image_string=path.read_bytes())
+                summary = Summary(value=[Summary.Value(tag=f"{path.parent.name} features", image=image)])
+                self.writer.file_writer.add_summary(summary, epoch)
+                self.added.add(path)
+
