@@ -25,7 +25,7 @@ import utils
 COLUMN = 3.15  # inches, 8 cm: the width of a paper's column
 # Petroff's ten colours: at least 17 CIELAB units apart for red-green blind readers as well (matplotlib's own: 4.6).
 COLORS = ("#3f90da", "#ffa90e", "#bd1f01", "#94a4a2", "#832db6", "#a96b59", "#e76300", "#b9ac70", "#717581", "#92dadd")
-TSNE_NOTE = "t-SNE keeps neighbours together; distances between clusters and their sizes mean little."
+TSNE_AXES = ("t-SNE 1\n(distances between clusters mean little)", "t-SNE 2")
 PRINT_STYLE = {
     "font.size": 7, "axes.labelsize": 7, "axes.titlesize": 7, "xtick.labelsize": 6.5, "ytick.labelsize": 6.5,
     "legend.fontsize": 6.5, "axes.linewidth": 0.6, "xtick.major.width": 0.6, "ytick.major.width": 0.6,
@@ -182,7 +182,7 @@ class Scatter:
         text = (6 if small else 8) * (1 if len(classes) <= 20 else 0.75)
         self.centers = [
             axes.text(0, 0, literal(mark), fontsize=text, ha="center", va="center", clip_on=True,
-                      bbox=dict(boxstyle="circle,pad=0.2", facecolor="white", edgecolor=color, linewidth=text / 6))
+                      bbox=dict(boxstyle="circle,pad=0.15", facecolor="#ffffffb0", edgecolor=color, linewidth=text / 7))
             for mark, color in zip(marks(classes), self.colors, strict=True)
         ]  # fmt: skip
 
@@ -202,8 +202,7 @@ def add_legend(axes, classes: Sequence[str], small: bool = False) -> None:
     handles = [axes.plot([], [], "o", color=color, markersize=3 if small else 5)[0] for color in colors]
     handles += axes.plot([], [], "o", markerfacecolor="white", markeredgecolor="black", markersize=4 if small else 6)
     names = shorten(classes, 14 if small else 20)
-    if marks(classes) != list(classes):
-        names = [f"{mark} {name}" for mark, name in zip(marks(classes), names, strict=True)]
+    names = [name if name.startswith(mark) else f"{mark} {name}" for mark, name in zip(marks(classes), names, strict=True)]
     options = dict(handletextpad=0.2, frameon=False, labelspacing=0.3, columnspacing=1.0, borderaxespad=0)
     if below:
         columns = max(1, 60 // (max(map(len, names)) + 3))
@@ -274,7 +273,7 @@ def film_palette(colors: Sequence[str]) -> np.ndarray:
     return np.pad((255 * shades).round().astype(np.uint8), ((0, 256 - len(shades)), (0, 0)))
 
 
-def draw_panels(part: Path, panels: Sequence[tuple[str, dict]], columns: int, format: str, note: str = "") -> None:
+def draw_panels(part: Path, panels: Sequence[tuple[str, dict]], columns: int, format: str) -> None:
     """Draws epochs, of one run or several, with the same axes, for print. `panels`: the label and arrays of each."""
     from matplotlib import rc_context
 
@@ -285,15 +284,14 @@ def draw_panels(part: Path, panels: Sequence[tuple[str, dict]], columns: int, fo
                                   sharex=True, sharey=True)  # fmt: skip
         axis_limits = limits_of([shown for _, shown in panels])
         for axes, (label, shown) in zip(grid.flat, panels, strict=False):
-            Scatter(axes, shown, axis_limits, small=True).show(shown)
+            short = [str(name).replace("principal component", "PC") for name in shown["axes"]]
+            Scatter(axes, shown | dict(axes=short), axis_limits, small=True).show(shown)
             axes.label_outer()
             if len(panels) > 1:
                 axes.set_title(literal(label))
         for axes in grid.flat[len(panels) :]:
             axes.set_axis_off()
         add_legend(grid[0, -1], classes, small=True)
-        if note:
-            figure.supxlabel(note, fontsize=6)
         save_print(figure, part, format)
 
 
@@ -327,13 +325,13 @@ def draw_curves(part: Path, history: Sequence[dict], format: str = "") -> None:
             log_axis(axes)
             axes.grid(color="0.92")
             axes.xaxis.get_major_locator().set_params(integer=True)
-            axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2, frameon=False, fontsize="small")
+            axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2, frameon=False, fontsize="small")
         save_print(figure, part, format) if format else figure.savefig(part, format="png")
 
 
 def log_axis(axes) -> None:
     """A logarithmic y axis with plain numbers; a value of 0 lies below it."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+    from matplotlib.ticker import FuncFormatter, LogLocator
 
     values = np.concatenate([line.get_ydata() for line in axes.lines] or [np.ones(1)])
     positive = values[np.isfinite(values) & (values > 0)]
@@ -346,7 +344,7 @@ def log_axis(axes) -> None:
     subs = (1,) if decades > 3 else (1, 2, 5) if decades > 0.7 else range(1, 10)
     axes.yaxis.set_major_locator(LogLocator(subs=list(subs)))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.minorticks_off()
 
 
 def draw_confusion(part: Path, counts: np.ndarray, classes: Sequence[str], title: str = "", format: str = "") -> None:
@@ -371,7 +369,7 @@ def draw_confusion(part: Path, counts: np.ndarray, classes: Sequence[str], title
         if count <= 25:
             for row, column in zip(*counts.nonzero(), strict=True):
                 color, number = "white" if shares[row, column] > 50 else "black", str(counts[row, column])
-                room = min(size, 72 * 0.75 * side / count / (0.62 * len(number)))
+                room = min(size, 72 * 0.6 * side / count / (0.62 * len(number)))
                 axes.text(column, row, number, ha="center", va="center", color=color, fontsize=room)
         save_print(figure, part, format) if format else figure.savefig(part, format="png")
 
@@ -384,8 +382,8 @@ def draw_tsne(part: Path, source: Path, format: str) -> None:
     together = np.concatenate([saved["features"], saved["feature_centers"]])
     points = TSNE(init="pca", perplexity=min(30, (len(together) - 1) / 3), random_state=0).fit_transform(together)
     shown = saved | dict(points=points[: len(saved["features"])], centers=points[len(saved["features"]) :],
-                         labels=saved["labels"][saved["rows"]], axes=["t-SNE 1", "t-SNE 2"])  # fmt: skip
-    draw_panels(part, [("", shown)], 1, format, note=TSNE_NOTE)
+                         labels=saved["labels"][saved["rows"]], axes=TSNE_AXES)  # fmt: skip
+    draw_panels(part, [("", shown)], 1, format)
 
 
 # ------------------------------------------------------------------------------------------------------ command line

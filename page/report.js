@@ -234,7 +234,7 @@ function draw(panel) {
 function drawPoints(panel, context) {
   const { split, box } = panel, scale = box.width / state.view.span;
   const left = box.left + box.width / 2 - state.view.x * scale, top = box.top + box.height / 2 + state.view.y * scale;
-  const radius = Math.min(Math.max(110 / Math.sqrt(split.count), 1), 2.8), round = split.count <= 3000;
+  const radius = Math.min(Math.max(110 / Math.sqrt(Math.max(...panels.map((each) => each.split.count))), 1), 2.8), round = split.count <= 3000;
   const ring = []; // of what is marked or pointed at, above all others
   const marked = panel.name === "test" && state.marked?.run === panel.run ? state.marked.rows : null;
   const same = state.point?.panel.name === panel.name && (panel.name === "test" || state.point.panel === panel) ? state.point.index : null;
@@ -275,8 +275,8 @@ function drawCenters(panel, context) {
     if (!center || state.hidden.has(label)) return;
     const [x, y] = toPixel(panel, ...center);
     context.beginPath();
-    context.arc(x, y, Math.max(8, context.measureText(data.marks[label]).width / 2 + 3.5), 0, 7);
-    context.fillStyle = "#fff";
+    context.arc(x, y, Math.max(7.5, context.measureText(data.marks[label]).width / 2 + 3.5), 0, 7);
+    context.fillStyle = "#ffffffc0";
     context.fill();
     context.lineWidth = 2;
     context.strokeStyle = data.colors[label];
@@ -455,7 +455,7 @@ function pan(x, y) {
 
 function createLegend() {
   const buttons = data.classes.map((name, label) => {
-    const text = data.marks[label] === name ? name : `${data.marks[label]} ${name}`;
+    const text = name.startsWith(data.marks[label]) ? name : `${data.marks[label]} ${name}`;
     const button = element("button", { type: "button", title: name, attributes: { style: `--class: ${data.colors[label]}` } }, element("span", {}, text));
     button.addEventListener("click", () => hide((hidden) => (hidden.has(label) ? hidden.delete(label) : hidden.add(label))));
     button.addEventListener("dblclick", () => hide((hidden) => data.classes.forEach((_, other) => (other === label ? hidden.delete(other) : hidden.add(other)))));
