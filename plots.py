@@ -201,8 +201,10 @@ def add_legend(axes, classes: Sequence[str], small: bool = False) -> None:
     below, colors = small and len(classes) > 12, palette(len(classes))
     handles = [axes.plot([], [], "o", color=color, markersize=3 if small else 5)[0] for color in colors]
     handles += axes.plot([], [], "o", markerfacecolor="white", markeredgecolor="black", markersize=4 if small else 6)
-    names = shorten(classes, 14 if small else 20)
-    names = [name if name.startswith(mark) else f"{mark} {name}" for mark, name in zip(marks(classes), names, strict=True)]
+    names = [
+        name if name.startswith(mark) else f"{mark} {name}"
+        for mark, name in zip(marks(classes), shorten(classes, 14 if small else 20), strict=True)
+    ]
     options = dict(handletextpad=0.2, frameon=False, labelspacing=0.3, columnspacing=1.0, borderaxespad=0)
     if below:
         columns = max(1, 60 // (max(map(len, names)) + 3))

@@ -140,13 +140,14 @@ def pack_split(run: Run, split: str) -> dict:
                 f"the data of {run.directory} have changed during the run: {len(shown['labels'])} {split} images in "
                 f"epoch {number}, {len(last['labels'])} in epoch {epochs[-1]}"
             )
-        if split == "train":  # shuffled in each epoch; by class, labels take no room
-            rows = rows[np.argsort(shown["labels"][rows], kind="stable")]
-        points, grid = quantise(shown["points"][rows])
+        # Training images are shuffled in each epoch; by class, their labels take no room.
+        order = rows[np.argsort(shown["labels"][rows], kind="stable")] if split == "train" else rows
+        points, grid = quantise(shown["points"][order])
         centers = [[float(x), float(y)] if np.isfinite([x, y]).all() else None for x, y in shown["centers"]]
-        for name, value in dict(epochs=number, grids=grid, centers=centers, points=points, labels=shown["labels"][rows],
-                                predictions=shown["predictions"][rows]).items():  # fmt: skip
+        for name, value in dict(epochs=number, grids=grid, centers=centers, points=points).items():
             kept[name].append(value)
+        for name in ("labels", "predictions"):
+            kept[name].append(shown[name][order])
     packed = {name: pack(np.stack(kept.pop(name))) for name in ("points", "labels", "predictions")}
     return kept | packed | dict(rows=rows.tolist() if split == "test" else [], count=len(rows), of=len(last["labels"]))
 
@@ -200,6 +201,9 @@ def pack_run(run: Run) -> dict:
 def write(part: Path, runs: Sequence[Run], colors: Sequence[str], marks: Sequence[str]) -> None:
     """Writes the page of a run, or of several of the same data, with each class's colour and mark in the pictures."""
     packed = [pack_run(run) | dict(name=name) for run, name in zip(runs, names(runs), strict=True)]
+    for run in packed[1:]:
+        if run["images"] == packed[0]["images"]:
+            run["images"] = "as the first run"  # once is enough
     data = dict(classes=runs[0].classes, colors=list(colors), marks=list(marks), runs=packed)
     # A class may be called </script>: within the page's <script>, JSON has no "<".
     parts = dict(json=json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c"))

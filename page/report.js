@@ -63,7 +63,8 @@ async function unpackRun(run) {
     split.order = Uint32Array.from({ length: split.count }, (_, i) => i);
     if (split.rows.length) split.order.sort((a, b) => split.labels[a] - split.labels[b]);
   }
-  if (run.images) {
+  if (run.images === "as the first run") Object.assign(run, { images: data.runs[0].images, sprite: data.runs[0].sprite });
+  else if (run.images) {
     run.sprite = new Image();
     run.sprite.src = run.images.source;
     await run.sprite.decode();

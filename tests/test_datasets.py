@@ -149,6 +149,16 @@ def test_the_rest_of_a_pass_is_what_the_whole_one_would_have_gone_on_with():
     assert torch.equal(rest[0].images, whole[2][0]) and len(list(train)) == 3
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_thumbnails_are_the_images_of_the_data_set_and_no_larger_than_asked(workers, tmp_path):
+    root = make_folder(tmp_path / "images", size=(16, 16), mode="RGB")
+    data = datasets.create("folder", root, 4, workers, image_size=16)
+    whole = np.stack([np.asarray(Image.open(path)) for path in sorted((root / "test").rglob("*.png"))])
+    assert (data.test.thumbnails([11, 2]) == whole[[11, 2]].transpose(0, 3, 1, 2)).all()
+    halves = whole.reshape(12, 8, 2, 8, 2, 3).mean((2, 4)).transpose(0, 3, 1, 2)
+    assert data.test.thumbnails(range(12), largest=8) == pytest.approx(halves, abs=0.51)
+
+
 def test_testing_draws_nothing_from_the_training_randomness():
     data = datasets.create("digits", "nowhere", 500)
     torch.manual_seed(3)

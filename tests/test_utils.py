@@ -59,8 +59,9 @@ def test_a_directory_has_one_run_at_a_time(tmp_path):
 
 
 def test_clear_takes_a_runs_files_and_no_others(tmp_path):
-    mine = ["log_mnist.txt", "metrics.csv", "checkpoint.pt", "train/epoch_12.png", "train/epoch_12.npz", "test.gif"]
-    others = ["notes.txt", "reference/mnist/metrics.csv", "train/notes.png", "my.gif"]
+    mine = ["log_mnist.txt", "metrics.csv", "checkpoint.pt", "train/epoch_12.png", "train/epoch_12.npz", "test.gif",
+            "report.html", "compare.html", "run.json", "test/images.npz", "test/features.npz", "figures/curves.pdf"]
+    others = ["notes.txt", "reference/mnist/metrics.csv", "train/notes.png", "my.gif", "figures/notes.txt"]
     for name in mine + others:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
