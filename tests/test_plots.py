@@ -322,7 +322,7 @@ def test_tsne_keeps_clusters_together_is_seeded_and_says_what_it_is(directory, d
     (["--format", "pdf", "--epochs", "7"], "--epochs must be among those of "),
     (["--epochs", "1"], "--epochs goes with --format or --compare"),
     (["--compare"], "--compare needs two runs or more"),
-    (["--projection", "tsne", "--compare", "."], "--projection tsne shows a run's last tested epoch"),
+    (["--projection", "tsne", "--compare"], "--projection tsne shows a run's last tested epoch"),
     (["--format", "gif"], "invalid choice: 'gif'"),
     (["--unknown"], "unrecognized arguments: --unknown"),
 ])  # fmt: skip
