@@ -77,7 +77,8 @@ def plot_run(plotter: "Plotter", save_dir: Path, history: Sequence[dict]) -> lis
 def write_page(part: Path, directories: Sequence[Path]) -> None:
     """Writes the page of a run, or of several side by side."""
     runs = [report.read_run(directory) for directory in directories]
-    report.write(part, runs, colors=palette(len(runs[0].classes)), marks=marks(runs[0].classes))
+    classes = runs[0].classes
+    report.write(part, runs, colors=palette(len(classes)), marks=marks(classes), short=shorten(classes, 20))
 
 
 # ---------------------------------------------------------------------------------------------------- what one sees

@@ -198,13 +198,16 @@ def pack_run(run: Run) -> dict:
     )
 
 
-def write(part: Path, runs: Sequence[Run], colors: Sequence[str], marks: Sequence[str]) -> None:
-    """Writes the page of a run, or of several of the same data, with each class's colour and mark in the pictures."""
+def write(part: Path, runs: Sequence[Run], **looks: Sequence[str]) -> None:
+    """Writes the page of a run, or of several of the same data.
+
+    `looks`: of each class its color, its mark at the center and its short name, as in the pictures.
+    """
     packed = [pack_run(run) | dict(name=name) for run, name in zip(runs, names(runs), strict=True)]
     for run in packed[1:]:
         if run["images"] == packed[0]["images"]:
             run["images"] = "as the first run"  # once is enough
-    data = dict(classes=runs[0].classes, colors=list(colors), marks=list(marks), runs=packed)
+    data = dict(classes=runs[0].classes, runs=packed, **looks)
     # A class may be called </script>: within the page's <script>, JSON has no "<".
     parts = dict(json=json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c"))
     parts |= {kind: (PAGE / f"report.{kind}").read_text(encoding="utf-8").strip() for kind in ("html", "css", "js")}

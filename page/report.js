@@ -384,10 +384,9 @@ function pointAt(panel, index) {
   if (split.rows.length) lines.append(element("p", {}, `test image ${split.rows[index]}`));
   box.replaceChildren(...(split.rows.length && run.images ? [picture(run, index)] : []), lines);
   const [x, y] = toPixel(panel, ...found), area = panel.canvas.getBoundingClientRect();
-  const room = document.documentElement.clientWidth - box.offsetWidth - 8;
-  box.style.left = `${Math.max(Math.min(area.left + x + 14, room), 8)}px`;
-  const below = area.top + y + 14;
-  box.style.top = `${below + box.offsetHeight > innerHeight ? area.top + y - box.offsetHeight - 14 : below}px`;
+  const room = document.documentElement.clientWidth - box.offsetWidth - 8, below = area.top + y + 14;
+  box.style.left = `${Math.max(Math.min(area.left + x + 14, room), 8) + scrollX}px`;
+  box.style.top = `${(below + box.offsetHeight > innerHeight ? area.top + y - box.offsetHeight - 14 : below) + scrollY}px`;
 }
 
 /** Goes to the next (1) or previous (-1) mistake of a panel that is shown. */
@@ -456,7 +455,7 @@ function pan(x, y) {
 
 function createLegend() {
   const buttons = data.classes.map((name, label) => {
-    const text = name.startsWith(data.marks[label]) ? name : `${data.marks[label]} ${name}`;
+    const text = name.startsWith(data.marks[label]) ? data.short[label] : `${data.marks[label]} ${data.short[label]}`;
     const button = element("button", { type: "button", title: name, attributes: { style: `--class: ${data.colors[label]}` } }, element("span", {}, text));
     button.addEventListener("click", () => hide((hidden) => (hidden.has(label) ? hidden.delete(label) : hidden.add(label))));
     button.addEventListener("dblclick", () => hide((hidden) => data.classes.forEach((_, other) => (other === label ? hidden.delete(other) : hidden.add(other)))));
@@ -559,8 +558,8 @@ function createConfusion(run) {
   const cells = [], list = element("ol", { className: "mistakes" });
   if (count <= MATRIX) {
     const long = data.classes.some((name) => name.length > 3) ? "long" : "";
-    const head = element("tr", {}, element("th", {}, "true \\ predicted"), ...data.classes.map((name) => element("th", { scope: "col", title: name }, element("span", { className: long }, name))));
-    const rows = data.classes.map((name, label) => element("tr", {}, element("th", { scope: "row", title: name }, name), ...data.classes.map((_, predicted) => {
+    const head = element("tr", {}, element("th", {}, "true \\ predicted"), ...data.classes.map((name, label) => element("th", { scope: "col", title: name }, element("span", { className: long }, data.short[label]))));
+    const rows = data.classes.map((name, label) => element("tr", {}, element("th", { scope: "row", title: name }, data.short[label]), ...data.classes.map((_, predicted) => {
       const cell = element("button", { type: "button" });
       cell.addEventListener("click", () => showImages(run, label, predicted));
       cells.push(cell);
@@ -590,7 +589,7 @@ function createConfusion(run) {
       wrong.sort((a, b) => counts[b] - counts[a] || a - b);
       list.replaceChildren(...wrong.slice(0, MATRIX).map((index) => {
         const [label, predicted] = [Math.floor(index / count), index % count];
-        const button = element("button", { type: "button" }, `${data.classes[label]} → ${data.classes[predicted]}: ${counts[index]} of ${totals[label]}`);
+        const button = element("button", { type: "button" }, `${data.short[label]} → ${data.short[predicted]}: ${counts[index]} of ${totals[label]}`);
         button.addEventListener("click", () => showImages(run, label, predicted));
         return element("li", {}, button);
       }));
@@ -648,7 +647,7 @@ function createFacts() {
     for (const [name, value] of [["test accuracy", last.test_accuracy == null ? "–" : `${last.test_accuracy.toFixed(2)} %`],
       ["nearest center", last.nearest_center_accuracy == null ? "–" : `${last.nearest_center_accuracy.toFixed(2)} %`],
       ["intra / inter-class distance", `${number(last.intra_distance, 3)} / ${number(last.inter_distance, 3)}`],
-      ["epochs", String(last.epoch)], ["h:m:s", duration(run.facts.elapsed)]]) {
+      ["epochs", String(last.epoch)], ["time (h:m:s)", duration(run.facts.elapsed)]]) {
       $("summary").append(element("div", {}, element("dt", {}, name), element("dd", {}, value)));
     }
   }
@@ -700,7 +699,12 @@ async function start() {
   fit(true);
   new ResizeObserver(redraw).observe($("panels"));
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", redraw);
-  addEventListener("beforeprint", () => panels.forEach(draw));
+  for (const [event, printing] of [["beforeprint", true], ["afterprint", false]]) {
+    addEventListener(event, () => {
+      document.documentElement.classList.toggle("printing", printing); // light, also in dark mode
+      panels.forEach(draw);
+    });
+  }
   document.body.dataset.ready = "yes";
 }
 

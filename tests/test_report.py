@@ -101,7 +101,7 @@ def test_no_class_name_is_markup(directory):
 def test_a_class_that_closes_the_script_stays_within_the_data(directory, tmp_path):
     run = report.read_run(directory)
     run.classes = ["</script><script>alert(1)</script>", "<!-- <script>", "{{js}}"]
-    report.write(tmp_path / "page.html", [run], ["#000000"] * 3, ["0", "1", "2"])
+    report.write(tmp_path / "page.html", [run], colors=["#000000"] * 3, marks=["0", "1", "2"], short=run.classes)
     assert data_of(tmp_path / "page.html")["classes"] == run.classes
 
 
@@ -323,6 +323,8 @@ def test_the_keyboard_alone_reaches_zoom_and_mistakes(page, directory, browser):
 @pytest.mark.browser
 def test_names_are_shown_as_they_are_and_nothing_is_fetched(page, directory, browser):
     run = page(directory / "report.html")
+    assert [button.text for button in browser.find_elements("css selector", "#legend button")] == [
+        f"{label} {name}" for label, name in enumerate(plots.shorten(sorted(CLASSES), 20))]  # fmt: skip
     titles = [button.get_attribute("title") for button in browser.find_elements("css selector", "#legend button")]
     assert titles == sorted(CLASSES) and run("return document.querySelectorAll('body img').length") == 0
     fetched = run("return performance.getEntriesByType('resource').map((each) => each.name)")
