@@ -67,10 +67,11 @@ def plot_run(plotter: "Plotter", save_dir: Path, history: Sequence[dict]) -> lis
         if points.with_suffix(".png") not in plotter.paths and not points.with_suffix(".png").exists():
             plotter(points.with_suffix(".png"), draw_points, points)
     plotter(save_dir / "curves.png", draw_curves, history)
-    plotter(save_dir / "report.html", write_page, [save_dir])
     for split in ("train", "test"):
         if utils.epoch_files(save_dir / split, ["epoch_*.npz"]):
             plotter(save_dir / f"{split}.gif", draw_film, save_dir / split)
+            if split == "test":  # a run that was stopped before its first test has no page yet
+                plotter(save_dir / "report.html", write_page, [save_dir])
     return plotter.finish()
 
 
@@ -392,11 +393,11 @@ def draw_tsne(part: Path, source: Path, format: str) -> None:
 # ------------------------------------------------------------------------------------------------------ command line
 
 
-Drawing = tuple  # of a path, the function that draws it, and this function's further arguments
+def figures(run: report.Run, epochs: Sequence[int] | None, format: str) -> list[tuple]:
+    """The figures for print of a run: points of the epochs, by default of the last, curves and confusion matrix.
 
-
-def figures(run: report.Run, epochs: Sequence[int] | None, format: str) -> list[Drawing]:
-    """The figures for print of a run: points of the epochs, by default of the last, curves and confusion matrix."""
+    A tuple each, as for the other functions here: the path, the function that draws it, this one's further arguments.
+    """
     directory, drawings = run.directory / "figures", []
     for split, files in run.files.items():
         numbers = [number for number in epochs or [max(files)] if split == "train" or number in files]
@@ -410,7 +411,7 @@ def figures(run: report.Run, epochs: Sequence[int] | None, format: str) -> list[
     return drawings
 
 
-def tsne(run: report.Run, format: str) -> list[Drawing]:
+def tsne(run: report.Run, format: str) -> list[tuple]:
     if run.args["feat_dim"] <= 2:
         raise utils.RunError(f"--projection tsne needs more than two dimensions, got {run.args['feat_dim']} in "
                              f"{run.directory}, which are drawn as they are")  # fmt: skip
@@ -419,7 +420,7 @@ def tsne(run: report.Run, format: str) -> list[Drawing]:
     return [(run.directory / "figures" / f"test_tsne_epoch_{epoch}.{format}", draw_tsne, source, format)]
 
 
-def compared(runs: Sequence[report.Run], epochs: Sequence[int] | None, format: str) -> list[Drawing]:
+def compared(runs: Sequence[report.Run], epochs: Sequence[int] | None, format: str) -> list[tuple]:
     """The page and the figure of several runs: a column each, a row for each epoch, by default for the last ones."""
     report.check_comparable(runs)
     directory, names = runs[0].directory, report.names(runs)
@@ -474,7 +475,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(path)
     for error in errors:
         print(f"plots.py: error: {error}", file=sys.stderr)
-    return bool(errors)
+    return 1 if errors else 0
 
 
 # ------------------------------------------------------------------------------------------ background processes

@@ -8,6 +8,7 @@ import base64
 import csv
 import io
 import json
+import math
 import re
 import zlib
 from collections.abc import Sequence
@@ -21,7 +22,7 @@ import utils
 PAGE = Path(__file__).parent / "page"
 TEST_POINTS, TRAIN_POINTS, TSNE_POINTS = 10_000, 5_000, 5_000  # of more, a sample that is always the same
 EPOCHS = 100  # of more, so many evenly spaced
-SPRITE_BYTES = 3_000_000  # of colour images; grey ones are kept as they are while they need no more than this
+SPRITE_BYTES = 3_000_000  # of the test images: more are compressed with loss
 LOG_CHARACTERS = 200_000  # of a longer log, its end
 GRID = 65_534  # steps between the smallest and the largest coordinate of an epoch; one more means "not finite"
 ARRAYS = ("points", "labels", "predictions", "centers", "classes", "axes", "title")  # of <split>/epoch_<N>.npz
@@ -52,8 +53,7 @@ def read_run(directory: Path) -> Run:
     try:
         args = json.loads((directory / "args.json").read_text())
         with open(directory / "metrics.csv", newline="") as file:
-            rows = [{name: float(value) if value else None for name, value in row.items()}
-                    for row in csv.DictReader(file)]  # fmt: skip
+            rows = [{name: measured(value) for name, value in row.items()} for row in csv.DictReader(file)]
         history = [row | dict(epoch=int(row["epoch"])) for row in rows]
         log = utils.read_start(directory / f"log_{args['dataset']}.txt", 2**30).decode(errors="replace")
         facts = utils.read_facts(directory)
@@ -63,9 +63,14 @@ def read_run(directory: Path) -> Run:
         raise utils.RunError(f"{directory} is no run: args.json, metrics.csv or run.json is damaged") from error
     files = {split: dict(utils.epoch_files(directory / split, ["epoch_*.npz"])) for split in ("train", "test")}
     if not all(files.values()):
-        raise utils.RunError(f"{directory} has no points to draw: train with --plot")
+        raise utils.RunError(f"{directory} has no points of a tested epoch: train with --plot")
     last = read_arrays(files["test"][max(files["test"])], ARRAYS)
     return Run(directory, args, history, facts, log, files, [str(name) for name in last["classes"]])
+
+
+def measured(cell: str) -> float | None:
+    """A cell of metrics.csv; None where it is empty or, as JSON has no such numbers, not finite."""
+    return float(cell) if cell and math.isfinite(float(cell)) else None
 
 
 def read_arrays(path: Path, names: Sequence[str] = ()) -> dict[str, np.ndarray]:
@@ -174,12 +179,12 @@ def pack_images(run: Run, rows: Sequence[int]) -> dict | None:
     tiles = padded.reshape(-1, columns, channels, height, width).transpose(0, 3, 1, 4, 2)
     pixels = tiles.reshape(-1, columns * width, channels)
     sprite = Image.fromarray(pixels[:, :, 0] if channels == 1 else pixels[:, :, :3])
-    for format, options in (("PNG", dict(optimize=True)), *(("JPEG", dict(quality=q)) for q in (90, 75, 50, 30))):
+    lossless = [("PNG", dict(optimize=True))] if pixels.size < 4 * SPRITE_BYTES else []  # it could not become small
+    for format, options in (*lossless, *(("JPEG", dict(quality=quality)) for quality in (90, 75, 50, 30))):
         file = io.BytesIO()
-        if format == "JPEG" or pixels.size < 4 * SPRITE_BYTES:
-            sprite.save(file, format, **options)
-            if file.tell() <= SPRITE_BYTES:
-                break
+        sprite.save(file, format, **options)
+        if file.tell() <= SPRITE_BYTES:
+            break
     source = f"data:image/{format.lower()};base64,{base64.b64encode(file.getvalue()).decode()}"
     return dict(source=source, columns=columns, width=width, height=height)
 

@@ -19,6 +19,7 @@ const state = {
   point: null, // {panel, index}: the one that is pointed at
   marked: null, // {run, rows: Set of indices}: those of a confusion
   playing: null, // the time of the last frame
+  clock: 0, // the position that the film has come to
 };
 const epochs = [...new Set(data.runs.flatMap((run) => Object.values(run.splits).flatMap((split) => split.epochs)))].sort((a, b) => a - b);
 const panels = [];
@@ -314,29 +315,25 @@ function describe(panel) {
   const sample = panel.split.of > panel.split.count ? `; ${panel.split.count.toLocaleString("en")} of ${panel.split.of.toLocaleString("en")} shown` : "";
   const text = `${title}${name}, epoch ${epoch}${accuracy == null ? "" : `: accuracy ${accuracy.toFixed(2)} %`}${sample}`;
   panel.caption.textContent = text;
-  panel.canvas.setAttribute("aria-label", `Scatter plot of features: ${text}. Press n for the next mistake.`);
+  panel.canvas.setAttribute("aria-label", `Features, ${text}. Press n for the next mistake.`);
 }
 
 function play(on) {
-  state.playing = on ? performance.now() : null;
   if (on && state.position >= epochs.length - 1) show(0);
+  state.playing = on ? performance.now() : null;
+  state.clock = state.position;
   $("play").textContent = on ? "Pause" : "Play";
   $("play").setAttribute("aria-pressed", String(on));
   if (on) requestAnimationFrame(step);
   else show(Math.floor(state.position));
 }
 
-/** A frame of the film: about twelve seconds in all, at most four epochs a second. */
+/** A frame of the film, which takes twelve seconds, a short one less. */
 function step(now) {
   if (state.playing === null) return;
-  const speed = Math.max(Math.min(epochs.length / 12, 25), Math.min(epochs.length / 12, 4), 1.5);
-  const position = state.position + (Math.max(now - state.playing, 0) / 1000) * speed;
+  state.clock += (Math.max(now - state.playing, 0) / 1000) * Math.max(epochs.length / 12, 1.5);
   state.playing = now;
-  const still = matchMedia("(prefers-reduced-motion: reduce)").matches;
-  if (still) {
-    state.partial = (state.partial ?? state.position) + position - state.position;
-    if (Math.floor(state.partial) !== state.position) show(Math.floor(state.partial));
-  } else show(position);
+  show(matchMedia("(prefers-reduced-motion: reduce)").matches ? Math.floor(state.clock) : state.clock);
   if (state.position >= epochs.length - 1) play(false);
   else requestAnimationFrame(step);
 }
@@ -401,7 +398,7 @@ function nextMistake(panel, direction) {
 }
 
 function createPanel(run, name) {
-  const canvas = element("canvas", { tabIndex: 0, attributes: { role: "img" } }), caption = element("figcaption");
+  const canvas = element("canvas", { tabIndex: 0, attributes: { role: "application", "aria-roledescription": "scatter plot" } }), caption = element("figcaption");
   const panel = { run, name, split: run.splits[name], canvas, caption };
   $("panels").append(element("figure", {}, caption, canvas));
   let dragged = null;

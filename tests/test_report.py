@@ -149,7 +149,7 @@ def test_what_is_no_run_is_refused(directory, tmp_path):
     utils.save_arrays(copy / "test" / "epoch_3.npz", dict(points=np.zeros((2, 2))))
     assert "has no labels" in refusal(copy)
     shutil.rmtree(copy / "test")
-    assert "train with --plot" in refusal(copy)
+    assert "has no points of a tested epoch: train with --plot" in refusal(copy)
     (copy / "args.json").write_text("{")
     assert "is no run" in refusal(copy)
 
@@ -171,8 +171,7 @@ def test_runs_of_other_data_are_not_compared(directory, tmp_path):
 @pytest.fixture(scope="module")
 def browser():
     """Chromium without a window, for which there is no network."""
-    from selenium import webdriver
-
+    webdriver = pytest.importorskip("selenium.webdriver")
     options = webdriver.ChromeOptions()
     options.binary_location = shutil.which("chromium")
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
@@ -317,7 +316,7 @@ def test_the_keyboard_alone_reaches_zoom_and_mistakes(page, directory, browser):
     saved = np.load(directory / "test" / "epoch_3.npz")
     wrong = np.flatnonzero(saved["labels"] != saved["predictions"]).tolist()
     assert wrong and run("return state.point.index") in wrong
-    assert canvas.get_attribute("aria-label").startswith("Scatter plot of features: test, epoch 3: accuracy ")
+    assert canvas.get_attribute("aria-label").startswith("Features, test, epoch 3: accuracy ")
 
 
 @pytest.mark.browser
