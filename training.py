@@ -162,7 +162,8 @@ def test(model: nn.Module, batches: Iterable[tuple], amp: bool = False, ranks: R
             outputs.append((*model(images), labels, rows))
         seen += size
     *gathered, rows = (ranks.gather(torch.cat(each)) for each in zip(*outputs, strict=True))
-    features, logits, labels = (each[rows.argsort()] for each in gathered)  # in the data set's order
+    order = rows.argsort()  # that of the data set
+    features, logits, labels = (each[order] for each in gathered)
     predictions, xent = logits.argmax(1), F.cross_entropy(logits, labels).item()
     return dict(xent=xent, accuracy=percentage(predictions == labels),
                 features=features, labels=labels, predictions=predictions)  # fmt: skip

@@ -246,13 +246,13 @@ def save_arrays(path: Path, arrays: dict) -> None:
 def describe(args: argparse.Namespace, commands: list[str]) -> dict:
     """What run.json says of a run apart from its settings: commands, versions and device."""
     import platform
-    from importlib.metadata import version
 
     import torch
 
     on_gpu = torch.cuda.is_available() and not args.use_cpu
     device = torch.cuda.get_device_name(int(args.gpu)) if on_gpu else f"CPU, threads: {torch.get_num_threads()}"
-    versions = dict(python=platform.python_version(), torch=torch.__version__, torchvision=version("torchvision"))
+    loaded = {name: sys.modules[name].__version__ for name in ("torch", "torchvision", "numpy") if name in sys.modules}
+    versions = dict(python=platform.python_version(), **loaded)
     return dict(commands=commands, versions=versions, device=device, ranks=int(os.environ.get("WORLD_SIZE", 1)))
 
 
