@@ -470,7 +470,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             plotter(path, *drawing)
         errors += plotter.finish()
     except (utils.RunError, OSError) as error:
-        parser.error(str(error))
+        parser.exit(getattr(error, "status", 1), f"plots.py: error: {error}\n")
     for path, *_ in drawings:
         print(path)
     for error in errors:
