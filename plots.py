@@ -82,7 +82,7 @@ def write_page(part: Path, directories: Sequence[Path]) -> None:
     report.write(part, runs, colors=palette(len(classes)), marks=marks(classes), short=shorten(classes, 20))
 
 
-# ---------------------------------------------------------------------------------------------------- what one sees
+# ---------------------------------------------------------------------------------------- projection, colours, names
 
 
 def plane(features: np.ndarray) -> tuple[Callable[[np.ndarray], np.ndarray], tuple[str, str]]:
@@ -213,6 +213,8 @@ def add_legend(axes, classes: Sequence[str], small: bool = False) -> None:
         options |= dict(loc="outside lower center", ncols=columns)
     else:
         options |= dict(loc="center left", bbox_to_anchor=(1.02, 0.5))
+        if not small:
+            options |= dict(fontsize=min(9, 260 / (len(classes) + 1)))  # points, of which a picture is 374 high
     owner = axes.figure if below else axes
     owner.legend(handles, [*map(literal, names), "center"], **options)
 

@@ -141,6 +141,16 @@ def test_nothing_is_cut_at_the_edges_of_a_film(drawn, tmp_path):
     inside(figure, [text for text in texts if text.get_text()])
 
 
+def test_the_legend_of_forty_classes_is_not_cut(drawn, tmp_path):
+    names = [f"class number {i} of many" for i in range(40)]
+    plots.draw_points(tmp_path / "p.png", write_epoch(tmp_path / "epoch_1.npz", *cloud(40), classes=names))
+    figure, ((axes,),) = drawn[0]
+    texts = axes.get_legend().get_texts()
+    assert len(texts) == 41
+    boxes = inside(figure, texts)
+    assert all(above.y0 >= below.y1 - 0.5 for above, below in itertools.pairwise(boxes))
+
+
 @pytest.mark.parametrize("print_format", ["", "pdf"])
 def test_all_of_forty_names_stand_at_a_confusion_matrix_without_overlap(print_format, drawn, tmp_path):
     names = [f"class number {i} of many" for i in range(40)]
