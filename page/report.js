@@ -21,7 +21,9 @@ const state = {
   playing: null, // the time of the last frame
   clock: 0, // the position that the film has come to
 };
-const epochs = [...new Set(data.runs.flatMap((run) => Object.values(run.splits).flatMap((split) => split.epochs)))].sort((a, b) => a - b);
+const epochs = [
+  ...new Set(data.runs.flatMap((run) => Object.values(run.splits).flatMap((split) => split.epochs))),
+].sort((a, b) => a - b);
 const panels = [];
 const $ = (id) => document.getElementById(id);
 
@@ -41,7 +43,8 @@ function drawn(name, attributes, ...children) {
 }
 
 const color = (variable) => getComputedStyle(document.documentElement).getPropertyValue(variable).trim();
-const number = (value, digits = 4) => (value === null || value === undefined ? "–" : String(+value.toPrecision(digits)).replace("-", "−"));
+const number = (value, digits = 4) =>
+  value === null || value === undefined ? "–" : String(+value.toPrecision(digits)).replace("-", "−");
 
 // ---------------------------------------------------------------------------------------------------------------- data
 
@@ -64,7 +67,8 @@ async function unpackRun(run) {
     split.order = Uint32Array.from({ length: split.count }, (_, i) => i);
     if (split.rows.length) split.order.sort((a, b) => split.labels[a] - split.labels[b]);
   }
-  if (run.images === "as the first run") Object.assign(run, { images: data.runs[0].images, sprite: data.runs[0].sprite });
+  if (run.images === "as the first run")
+    Object.assign(run, { images: data.runs[0].images, sprite: data.runs[0].sprite });
   else if (run.images) {
     run.sprite = new Image();
     run.sprite.src = run.images.source;
@@ -81,18 +85,26 @@ function at(split, epoch = epochs[Math.floor(state.position)]) {
 
 /** Calls visit(i, x, y, label) for each point of a split that is shown, between two epochs where the film is. */
 function eachPoint(split, visit) {
-  const index = at(split), count = split.count, labels = split.labels, predictions = split.predictions, points = split.points;
-  const from = 2 * count * index, grid = split.grids[index];
-  let share = state.position % 1, next = null;
+  const index = at(split);
+  const count = split.count;
+  const labels = split.labels;
+  const predictions = split.predictions;
+  const points = split.points;
+  const from = 2 * count * index;
+  const grid = split.grids[index];
+  let share = state.position % 1;
+  let next = null;
   // Test points keep their rows, so that they can move from one epoch to the next.
-  if (share && split.rows.length && split.epochs[index + 1] === epochs[Math.floor(state.position) + 1]) next = split.grids[index + 1];
+  if (share && split.rows.length && split.epochs[index + 1] === epochs[Math.floor(state.position) + 1])
+    next = split.grids[index + 1];
   else share = 0;
   const to = from + 2 * count;
   for (const i of split.order) {
     const label = labels[count * index + i];
     if (state.hidden.has(label) || (state.mistakes && predictions[count * index + i] === label)) continue;
     if (points[from + i] === NOT_FINITE) continue;
-    let x = grid[0] + grid[1] * points[from + i], y = grid[2] + grid[3] * points[from + count + i];
+    let x = grid[0] + grid[1] * points[from + i];
+    let y = grid[2] + grid[3] * points[from + count + i];
     if (next && points[to + i] !== NOT_FINITE) {
       x += share * (next[0] + next[1] * points[to + i] - x);
       y += share * (next[2] + next[3] * points[to + count + i] - y);
@@ -103,10 +115,14 @@ function eachPoint(split, visit) {
 
 /** The centers at the epoch shown: [x, y] or null. */
 function centersOf(split) {
-  const index = at(split), share = state.position % 1, next = split.centers[index + 1];
-  if (!share || !next || split.epochs[index + 1] !== epochs[Math.floor(state.position) + 1]) return split.centers[index];
+  const index = at(split);
+  const share = state.position % 1;
+  const next = split.centers[index + 1];
+  if (!share || !next || split.epochs[index + 1] !== epochs[Math.floor(state.position) + 1])
+    return split.centers[index];
   return split.centers[index].map((center, label) =>
-    center && next[label] ? center.map((value, axis) => value + share * (next[label][axis] - value)) : center);
+    center && next[label] ? center.map((value, axis) => value + share * (next[label][axis] - value)) : center,
+  );
 }
 
 const prediction = (split, i) => split.predictions[split.count * at(split) + i];
@@ -123,8 +139,10 @@ function fit(all) {
         if (!all && index !== at(split)) return;
         const corners = [[x, y], [x + 65534 * stepX, y + 65534 * stepY], ...split.centers[index].filter(Boolean)];
         for (const [cornerX, cornerY] of corners) {
-          x0 = Math.min(x0, cornerX); x1 = Math.max(x1, cornerX);
-          y0 = Math.min(y0, cornerY); y1 = Math.max(y1, cornerY);
+          x0 = Math.min(x0, cornerX);
+          x1 = Math.max(x1, cornerX);
+          y0 = Math.min(y0, cornerY);
+          y1 = Math.max(y1, cornerY);
         }
       });
     }
@@ -154,7 +172,9 @@ function redraw() {
 
 /** The box of a panel that holds its points, and the plane's window in it. */
 function measure(panel) {
-  const ratio = window.devicePixelRatio || 1, width = panel.canvas.clientWidth, height = panel.canvas.clientHeight;
+  const ratio = window.devicePixelRatio || 1;
+  const width = panel.canvas.clientWidth;
+  const height = panel.canvas.clientHeight;
   if (panel.canvas.width !== Math.round(width * ratio) || panel.canvas.height !== Math.round(height * ratio)) {
     panel.canvas.width = Math.round(width * ratio);
     panel.canvas.height = Math.round(height * ratio);
@@ -164,18 +184,21 @@ function measure(panel) {
 }
 
 function toPixel(panel, x, y) {
-  const { left, top, width, height } = panel.box, scale = width / state.view.span;
+  const { left, top, width, height } = panel.box,
+    scale = width / state.view.span;
   return [left + width / 2 + (x - state.view.x) * scale, top + height / 2 - (y - state.view.y) * scale];
 }
 
 function toPlane(panel, pixelX, pixelY) {
-  const { left, top, width, height } = panel.box, scale = width / state.view.span;
+  const { left, top, width, height } = panel.box,
+    scale = width / state.view.span;
   return [state.view.x + (pixelX - left - width / 2) / scale, state.view.y - (pixelY - top - height / 2) / scale];
 }
 
 /** About `count` round numbers between two. */
 function ticks(low, high, count) {
-  const rough = (high - low) / count, power = 10 ** Math.floor(Math.log10(rough));
+  const rough = (high - low) / count;
+  const power = 10 ** Math.floor(Math.log10(rough));
   const step = power * [1, 2, 5, 10].find((factor) => factor * power >= rough);
   const found = [];
   for (let i = Math.ceil(low / step); i * step <= high; i++) found.push(+(i * step).toPrecision(6));
@@ -184,8 +207,10 @@ function ticks(low, high, count) {
 
 function draw(panel) {
   measure(panel);
-  const { canvas, split, box } = panel, context = canvas.getContext("2d");
-  const [x0, y1] = toPlane(panel, box.left, box.top), [x1, y0] = toPlane(panel, box.left + box.width, box.top + box.height);
+  const { canvas, split, box } = panel,
+    context = canvas.getContext("2d");
+  const [x0, y1] = toPlane(panel, box.left, box.top),
+    [x1, y0] = toPlane(panel, box.left + box.width, box.top + box.height);
   canvas.dataset.limits = [x0, x1, y0, y1].map((value) => value.toPrecision(9)).join(" ");
   context.setTransform(panel.ratio, 0, 0, panel.ratio, 0, 0);
   context.fillStyle = color("--ground");
@@ -234,16 +259,29 @@ function draw(panel) {
 }
 
 function drawPoints(panel, context) {
-  const { split, box } = panel, scale = box.width / state.view.span;
-  const left = box.left + box.width / 2 - state.view.x * scale, top = box.top + box.height / 2 + state.view.y * scale;
-  const radius = Math.min(Math.max(110 / Math.sqrt(Math.max(...panels.map((each) => each.split.count))), 1), 2.8), round = split.count <= 3000;
+  const { split, box } = panel,
+    scale = box.width / state.view.span;
+  const left = box.left + box.width / 2 - state.view.x * scale;
+  const top = box.top + box.height / 2 + state.view.y * scale;
+  const radius = Math.min(Math.max(110 / Math.sqrt(Math.max(...panels.map((each) => each.split.count))), 1), 2.8);
+  const round = split.count <= 3000;
   const ring = []; // of what is marked or pointed at, above all others
   const marked = panel.name === "test" && state.marked?.run === panel.run ? state.marked.rows : null;
-  const same = state.point?.panel.name === panel.name && (panel.name === "test" || state.point.panel === panel) ? state.point.index : null;
+  const same =
+    state.point?.panel.name === panel.name && (panel.name === "test" || state.point.panel === panel)
+      ? state.point.index
+      : null;
   let last = -1;
   eachPoint(split, (i, x, y, label) => {
-    const pixelX = left + x * scale, pixelY = top - y * scale;
-    if (pixelX < box.left - radius || pixelX > box.left + box.width + radius || pixelY < box.top - radius || pixelY > box.top + box.height + radius) return;
+    const pixelX = left + x * scale;
+    const pixelY = top - y * scale;
+    if (
+      pixelX < box.left - radius ||
+      pixelX > box.left + box.width + radius ||
+      pixelY < box.top - radius ||
+      pixelY > box.top + box.height + radius
+    )
+      return;
     if (label !== last) {
       if (round && last >= 0) context.fill();
       context.fillStyle = data.colors[label];
@@ -293,7 +331,8 @@ function drawCenters(panel, context) {
 
 /** Shows the epoch at a position among `epochs`. */
 function show(position) {
-  const before = Math.floor(state.position), ready = $("shown").textContent;
+  const before = Math.floor(state.position);
+  const ready = $("shown").textContent;
   state.position = Math.min(Math.max(position, 0), epochs.length - 1);
   redraw();
   if (Math.floor(state.position) === before && ready) return;
@@ -309,10 +348,15 @@ function show(position) {
 }
 
 function describe(panel) {
-  const epoch = panel.split.epochs[at(panel.split)], row = panel.run.history.find((each) => each.epoch === epoch);
-  const name = { train: "training", test: "test" }[panel.name], accuracy = row?.[`${panel.name}_accuracy`];
+  const epoch = panel.split.epochs[at(panel.split)];
+  const row = panel.run.history.find((each) => each.epoch === epoch);
+  const name = { train: "training", test: "test" }[panel.name];
+  const accuracy = row?.[`${panel.name}_accuracy`];
   const title = data.runs.length > 1 ? `${panel.run.name} · ` : "";
-  const sample = panel.split.of > panel.split.count ? `; ${panel.split.count.toLocaleString("en")} of ${panel.split.of.toLocaleString("en")} shown` : "";
+  const sample =
+    panel.split.of > panel.split.count
+      ? `; ${panel.split.count.toLocaleString("en")} of ${panel.split.of.toLocaleString("en")} shown`
+      : "";
   const text = `${title}${name}, epoch ${epoch}${accuracy == null ? "" : `: accuracy ${accuracy.toFixed(2)} %`}${sample}`;
   panel.caption.textContent = text;
   panel.canvas.setAttribute("aria-label", `Features, ${text}. Press n for the next mistake.`);
@@ -342,9 +386,11 @@ function step(now) {
 
 /** The index of the nearest point that is shown within ten pixels, or null. */
 function nearest(panel, pixelX, pixelY) {
-  let best = 100, found = null;
+  let best = 100;
+  let found = null;
   eachPoint(panel.split, (i, x, y) => {
-    const [px, py] = toPixel(panel, x, y), distance = (px - pixelX) ** 2 + (py - pixelY) ** 2;
+    const [px, py] = toPixel(panel, x, y),
+      distance = (px - pixelX) ** 2 + (py - pixelY) ** 2;
     if (distance < best) [best, found] = [distance, i];
   });
   return found;
@@ -361,27 +407,38 @@ function place(panel, index) {
 
 /** A test image on a canvas of its own. */
 function picture(run, i) {
-  const { columns, width, height } = run.images, canvas = element("canvas", { width, height });
-  canvas.getContext("2d").drawImage(run.sprite, (i % columns) * width, Math.floor(i / columns) * height, width, height, 0, 0, width, height);
+  const { columns, width, height } = run.images,
+    canvas = element("canvas", { width, height });
+  canvas
+    .getContext("2d")
+    .drawImage(run.sprite, (i % columns) * width, Math.floor(i / columns) * height, width, height, 0, 0, width, height);
   return canvas;
 }
 
 /** Tells about a point, beside it; null: about none. */
 function pointAt(panel, index) {
-  const box = $("point"), found = index === null ? null : place(panel, index);
+  const box = $("point");
+  const found = index === null ? null : place(panel, index);
   state.point = found ? { panel, index } : null;
   box.hidden = !found;
   redraw();
   if (!found) return;
-  const { split, run } = panel, label = labelOf(split, index), predicted = prediction(split, index);
-  const lines = element("div", {},
+  const { split, run } = panel,
+    label = labelOf(split, index),
+    predicted = prediction(split, index);
+  const lines = element(
+    "div",
+    {},
     element("p", {}, `class ${data.classes[label]}`),
     element("p", { className: predicted === label ? "" : "wrong" }, `predicted ${data.classes[predicted]}`),
-    element("p", {}, `epoch ${split.epochs[at(split)]}: (${number(found[0])}, ${number(found[1])})`));
+    element("p", {}, `epoch ${split.epochs[at(split)]}: (${number(found[0])}, ${number(found[1])})`),
+  );
   if (split.rows.length) lines.append(element("p", {}, `test image ${split.rows[index]}`));
   box.replaceChildren(...(split.rows.length && run.images ? [picture(run, index)] : []), lines);
-  const [x, y] = toPixel(panel, ...found), area = panel.canvas.getBoundingClientRect();
-  const room = document.documentElement.clientWidth - box.offsetWidth - 8, below = area.top + y + 14;
+  const [x, y] = toPixel(panel, ...found),
+    area = panel.canvas.getBoundingClientRect();
+  const room = document.documentElement.clientWidth - box.offsetWidth - 8;
+  const below = area.top + y + 14;
   box.style.left = `${Math.max(Math.min(area.left + x + 14, room), 8) + scrollX}px`;
   box.style.top = `${(below + box.offsetHeight > innerHeight ? area.top + y - box.offsetHeight - 14 : below) + scrollY}px`;
 }
@@ -398,7 +455,11 @@ function nextMistake(panel, direction) {
 }
 
 function createPanel(run, name) {
-  const canvas = element("canvas", { tabIndex: 0, attributes: { role: "application", "aria-roledescription": "scatter plot" } }), caption = element("figcaption");
+  const canvas = element("canvas", {
+      tabIndex: 0,
+      attributes: { role: "application", "aria-roledescription": "scatter plot" },
+    }),
+    caption = element("figcaption");
   const panel = { run, name, split: run.splits[name], canvas, caption };
   $("panels").append(element("figure", {}, caption, canvas));
   let dragged = null;
@@ -423,15 +484,28 @@ function createPanel(run, name) {
     redraw();
   });
   canvas.addEventListener("dblclick", (event) => zoom(event.shiftKey ? 0.5 : 2, ...toPlane(panel, ...inside(event))));
-  canvas.addEventListener("wheel", (event) => {
-    if (!event.ctrlKey && !event.metaKey) return; // else the page could not be scrolled past the plots
-    event.preventDefault();
-    zoom(Math.exp(-event.deltaY / 300), ...toPlane(panel, ...inside(event)));
-  }, { passive: false });
+  canvas.addEventListener(
+    "wheel",
+    (event) => {
+      if (!event.ctrlKey && !event.metaKey) return; // else the page could not be scrolled past the plots
+      event.preventDefault();
+      zoom(Math.exp(-event.deltaY / 300), ...toPlane(panel, ...inside(event)));
+    },
+    { passive: false },
+  );
   const keys = {
-    "+": () => zoom(1.5), "=": () => zoom(1.5), "-": () => zoom(1 / 1.5), 0: () => fit(true), n: () => nextMistake(panel, 1),
-    p: () => nextMistake(panel, -1), " ": () => play(state.playing === null), Escape: () => pointAt(panel, null),
-    ArrowLeft: () => pan(-1, 0), ArrowRight: () => pan(1, 0), ArrowUp: () => pan(0, 1), ArrowDown: () => pan(0, -1),
+    "+": () => zoom(1.5),
+    "=": () => zoom(1.5),
+    "-": () => zoom(1 / 1.5),
+    0: () => fit(true),
+    n: () => nextMistake(panel, 1),
+    p: () => nextMistake(panel, -1),
+    " ": () => play(state.playing === null),
+    Escape: () => pointAt(panel, null),
+    ArrowLeft: () => pan(-1, 0),
+    ArrowRight: () => pan(1, 0),
+    ArrowUp: () => pan(0, 1),
+    ArrowDown: () => pan(0, -1),
   };
   canvas.addEventListener("keydown", (event) => {
     if (!keys[event.key] || event.ctrlKey || event.metaKey || event.altKey) return;
@@ -453,9 +527,19 @@ function pan(x, y) {
 function createLegend() {
   const buttons = data.classes.map((name, label) => {
     const text = name.startsWith(data.marks[label]) ? data.short[label] : `${data.marks[label]} ${data.short[label]}`;
-    const button = element("button", { type: "button", title: name, attributes: { style: `--class: ${data.colors[label]}` } }, element("span", {}, text));
-    button.addEventListener("click", () => hide((hidden) => (hidden.has(label) ? hidden.delete(label) : hidden.add(label))));
-    button.addEventListener("dblclick", () => hide((hidden) => data.classes.forEach((_, other) => (other === label ? hidden.delete(other) : hidden.add(other)))));
+    const button = element(
+      "button",
+      { type: "button", title: name, attributes: { style: `--class: ${data.colors[label]}` } },
+      element("span", {}, text),
+    );
+    button.addEventListener("click", () =>
+      hide((hidden) => (hidden.has(label) ? hidden.delete(label) : hidden.add(label))),
+    );
+    button.addEventListener("dblclick", () =>
+      hide((hidden) =>
+        data.classes.forEach((_, other) => (other === label ? hidden.delete(other) : hidden.add(other))),
+      ),
+    );
     return button;
   });
   const hide = (change) => {
@@ -478,12 +562,19 @@ const charts = []; // functions that move the cursor to an epoch
 function createChart(title, unit, series) {
   const [left, top, width, height] = [46, 8, Math.min(500, $("curves").clientWidth - 60), 230];
   const values = series.flatMap((each) => each.points.map((point) => point[1])).filter((value) => value > 0);
-  const low = Math.log10(Math.min(...values) / 1.25), high = Math.log10(Math.max(...values) * 1.25);
-  const first = epochs[0], last = Math.max(epochs[epochs.length - 1], first + 1);
+  const low = Math.log10(Math.min(...values) / 1.25);
+  const high = Math.log10(Math.max(...values) * 1.25);
+  const first = epochs[0];
+  const last = Math.max(epochs[epochs.length - 1], first + 1);
   const x = (epoch) => left + (width * (epoch - first)) / (last - first);
   const y = (value) => top + height * (1 - (Math.log10(Math.max(value, 1e-30)) - low) / (high - low));
-  const svg = drawn("svg", { viewBox: `0 0 ${left + width + 8} ${top + height + 38}`, role: "img", "aria-label": `${title} over the epochs` });
-  const decades = high - low, factors = decades > 3 ? [1] : decades > 0.7 ? [1, 2, 5] : [1, 1.5, 2, 3, 4, 5, 6, 7, 8, 9];
+  const svg = drawn("svg", {
+    viewBox: `0 0 ${left + width + 8} ${top + height + 38}`,
+    role: "img",
+    "aria-label": `${title} over the epochs`,
+  });
+  const decades = high - low;
+  const factors = decades > 3 ? [1] : decades > 0.7 ? [1, 2, 5] : [1, 1.5, 2, 3, 4, 5, 6, 7, 8, 9];
   for (let power = Math.floor(low); power <= high; power++) {
     for (const factor of factors) {
       const value = factor * 10 ** power;
@@ -498,14 +589,26 @@ function createChart(title, unit, series) {
   svg.append(drawn("text", { x: left + width / 2, y: top + height + 34, "text-anchor": "middle" }, "epoch"));
   svg.append(drawn("rect", { class: "frame", x: left, y: top, width, height }));
   const cursor = drawn("line", { class: "cursor", y1: top, y2: top + height });
-  const key = element("ul", { className: "key" }), items = [];
-  const inner = drawn("svg", { x: left, y: top, width, height, viewBox: `${left} ${top} ${width} ${height}`, style: "overflow: hidden; width: auto" });
+  const key = element("ul", { className: "key" });
+  const items = [];
+  const inner = drawn("svg", {
+    x: left,
+    y: top,
+    width,
+    height,
+    viewBox: `${left} ${top} ${width} ${height}`,
+    style: "overflow: hidden; width: auto",
+  });
   svg.append(inner, cursor);
   for (const { name, color: variable, dash, points } of series) {
     const style = { class: "series", stroke: `var(${variable})`, "stroke-dasharray": dash };
-    inner.append(drawn("polyline", { ...style, points: points.map(([epoch, value]) => `${x(epoch)},${y(value)}`).join(" ") }));
-    if (points.length === 1) inner.append(drawn("circle", { cx: x(points[0][0]), cy: y(points[0][1]), r: 3, fill: `var(${variable})` }));
-    const text = element("span"), sample = drawn("svg", { viewBox: "0 0 26 8" }, drawn("line", { ...style, x1: 0, x2: 26, y1: 4, y2: 4 }));
+    inner.append(
+      drawn("polyline", { ...style, points: points.map(([epoch, value]) => `${x(epoch)},${y(value)}`).join(" ") }),
+    );
+    if (points.length === 1)
+      inner.append(drawn("circle", { cx: x(points[0][0]), cy: y(points[0][1]), r: 3, fill: `var(${variable})` }));
+    const text = element("span");
+    const sample = drawn("svg", { viewBox: "0 0 26 8" }, drawn("line", { ...style, x1: 0, x2: 26, y1: 4, y2: 4 }));
     key.append(element("li", {}, sample, text));
     items.push((epoch) => {
       const measured = points.filter((point) => point[0] <= epoch).pop();
@@ -513,7 +616,9 @@ function createChart(title, unit, series) {
     });
   }
   svg.addEventListener("click", (event) => {
-    const area = svg.getBoundingClientRect(), epoch = first + (((event.clientX - area.left) / area.width) * (left + width + 8) - left) / width * (last - first);
+    const area = svg.getBoundingClientRect();
+    const epoch =
+      first + ((((event.clientX - area.left) / area.width) * (left + width + 8) - left) / width) * (last - first);
     const distances = epochs.map((each) => Math.abs(each - epoch));
     show(distances.indexOf(Math.min(...distances)));
   });
@@ -528,17 +633,36 @@ function createChart(title, unit, series) {
 function createCurves() {
   const several = data.runs.length > 1;
   for (const [title, unit, measures] of [
-    ["Loss", "", [["train_loss", "training: total", "--series-3", ""], ["train_xent", "training: cross-entropy", "--series-0", ""],
-      ["train_center", "training: λ · center loss", "--series-2", "2 3"], ["test_xent", "test: cross-entropy", "--series-1", ""]]],
-    ["Error rate (%)", " %", [["train_accuracy", "training: softmax", "--series-0", ""], ["test_accuracy", "test: softmax", "--series-1", ""],
-      ["nearest_center_accuracy", "test: nearest center", "--series-2", "6 3"]]],
+    [
+      "Loss",
+      "",
+      [
+        ["train_loss", "training: total", "--series-3", ""],
+        ["train_xent", "training: cross-entropy", "--series-0", ""],
+        ["train_center", "training: λ · center loss", "--series-2", "2 3"],
+        ["test_xent", "test: cross-entropy", "--series-1", ""],
+      ],
+    ],
+    [
+      "Error rate (%)",
+      " %",
+      [
+        ["train_accuracy", "training: softmax", "--series-0", ""],
+        ["test_accuracy", "test: softmax", "--series-1", ""],
+        ["nearest_center_accuracy", "test: nearest center", "--series-2", "6 3"],
+      ],
+    ],
   ]) {
-    const series = data.runs.flatMap((run, index) => measures.map(([column, name, variable, dash], kind) => ({
-      name: several ? `${run.name}, ${name}` : name,
-      color: several ? `--series-${index % 4}` : variable,
-      dash: several ? ["", "6 3", "2 3", "8 3 2 3"][kind] : dash,
-      points: run.history.filter((row) => row[column] !== null).map((row) => [row.epoch, unit ? 100 - row[column] : row[column]]),
-    })));
+    const series = data.runs.flatMap((run, index) =>
+      measures.map(([column, name, variable, dash], kind) => ({
+        name: several ? `${run.name}, ${name}` : name,
+        color: several ? `--series-${index % 4}` : variable,
+        dash: several ? ["", "6 3", "2 3", "8 3 2 3"][kind] : dash,
+        points: run.history
+          .filter((row) => row[column] !== null)
+          .map((row) => [row.epoch, unit ? 100 - row[column] : row[column]]),
+      })),
+    );
     const measured = series.filter(({ points }) => points.some(([, value]) => value > 0));
     if (measured.length) createChart(title, unit, measured);
   }
@@ -549,57 +673,91 @@ function createCurves() {
 const matrices = []; // functions that count again, for the epoch shown
 
 function createConfusion(run) {
-  const split = run.splits.test, count = data.classes.length, title = element("h3");
+  const split = run.splits.test;
+  const count = data.classes.length;
+  const title = element("h3");
   const figure = element("figure", {}, title);
   $("confusion").append(figure);
-  const cells = [], list = element("ol", { className: "mistakes" });
+  const cells = [];
+  const list = element("ol", { className: "mistakes" });
   if (count <= MATRIX) {
     const long = data.classes.some((name) => name.length > 3) ? "long" : "";
-    const head = element("tr", {}, element("th", {}, "true \\ predicted"), ...data.classes.map((name, label) => element("th", { scope: "col", title: name }, element("span", { className: long }, data.short[label]))));
-    const rows = data.classes.map((name, label) => element("tr", {}, element("th", { scope: "row", title: name }, data.short[label]), ...data.classes.map((_, predicted) => {
-      const cell = element("button", { type: "button" });
-      cell.addEventListener("click", () => showImages(run, label, predicted));
-      cells.push(cell);
-      return element("td", {}, cell);
-    })));
+    const head = element(
+      "tr",
+      {},
+      element("th", {}, "true \\ predicted"),
+      ...data.classes.map((name, label) =>
+        element("th", { scope: "col", title: name }, element("span", { className: long }, data.short[label])),
+      ),
+    );
+    const rows = data.classes.map((name, label) =>
+      element(
+        "tr",
+        {},
+        element("th", { scope: "row", title: name }, data.short[label]),
+        ...data.classes.map((_, predicted) => {
+          const cell = element("button", { type: "button" });
+          cell.addEventListener("click", () => showImages(run, label, predicted));
+          cells.push(cell);
+          return element("td", {}, cell);
+        }),
+      ),
+    );
     const table = element("table", { className: "matrix" }, element("thead", {}, head), element("tbody", {}, ...rows));
     figure.append(element("div", { className: "scroll", tabIndex: 0 }, table));
   } else figure.append(list);
 
   matrices.push(() => {
-    const counts = new Uint32Array(count * count), totals = new Uint32Array(count), from = split.count * at(split);
+    const counts = new Uint32Array(count * count);
+    const totals = new Uint32Array(count);
+    const from = split.count * at(split);
     for (let i = 0; i < split.count; i++) {
       counts[split.labels[from + i] * count + split.predictions[from + i]]++;
       totals[split.labels[from + i]]++;
     }
-    const of = split.of > split.count ? `, ${split.count.toLocaleString("en")} of ${split.of.toLocaleString("en")} images` : "";
+    const of =
+      split.of > split.count ? `, ${split.count.toLocaleString("en")} of ${split.of.toLocaleString("en")} images` : "";
     title.textContent = `${data.runs.length > 1 ? `${run.name} · ` : ""}epoch ${split.epochs[at(split)]}${of}`;
     cells.forEach((cell, index) => {
-      const [label, predicted] = [Math.floor(index / count), index % count], share = counts[index] / Math.max(totals[label], 1);
+      const [label, predicted] = [Math.floor(index / count), index % count],
+        share = counts[index] / Math.max(totals[label], 1);
       cell.textContent = counts[index] || "";
       cell.disabled = !counts[index];
       cell.style.background = share ? `rgb(63 144 218 / ${0.12 + 0.6 * share})` : "";
-      cell.setAttribute("aria-label", `${counts[index]} of class ${data.classes[label]} predicted as ${data.classes[predicted]}`);
+      cell.setAttribute(
+        "aria-label",
+        `${counts[index]} of class ${data.classes[label]} predicted as ${data.classes[predicted]}`,
+      );
     });
     if (!cells.length) {
       const wrong = [...counts.keys()].filter((index) => counts[index] && Math.floor(index / count) !== index % count);
       wrong.sort((a, b) => counts[b] - counts[a] || a - b);
-      list.replaceChildren(...wrong.slice(0, MATRIX).map((index) => {
-        const [label, predicted] = [Math.floor(index / count), index % count];
-        const button = element("button", { type: "button" }, `${data.short[label]} → ${data.short[predicted]}: ${counts[index]} of ${totals[label]}`);
-        button.addEventListener("click", () => showImages(run, label, predicted));
-        return element("li", {}, button);
-      }));
+      list.replaceChildren(
+        ...wrong.slice(0, MATRIX).map((index) => {
+          const [label, predicted] = [Math.floor(index / count), index % count];
+          const button = element(
+            "button",
+            { type: "button" },
+            `${data.short[label]} → ${data.short[predicted]}: ${counts[index]} of ${totals[label]}`,
+          );
+          button.addEventListener("click", () => showImages(run, label, predicted));
+          return element("li", {}, button);
+        }),
+      );
     }
   });
 }
 
 /** Shows the test images of a class that are predicted as another, and marks their points. */
 function showImages(run, label, predicted) {
-  const split = run.splits.test, from = split.count * at(split), found = [];
-  for (let i = 0; i < split.count; i++) if (split.labels[from + i] === label && split.predictions[from + i] === predicted) found.push(i);
+  const split = run.splits.test;
+  const from = split.count * at(split);
+  const found = [];
+  for (let i = 0; i < split.count; i++)
+    if (split.labels[from + i] === label && split.predictions[from + i] === predicted) found.push(i);
   state.marked = { run, label, predicted, rows: new Set(found) };
-  const shown = found.slice(0, MOST_IMAGES), more = found.length > shown.length ? `, the first ${shown.length} shown` : "";
+  const shown = found.slice(0, MOST_IMAGES);
+  const more = found.length > shown.length ? `, the first ${shown.length} shown` : "";
   const close = element("button", { type: "button" }, "Close");
   close.addEventListener("click", () => {
     state.marked = null;
@@ -609,7 +767,11 @@ function showImages(run, label, predicted) {
   const panel = panels.find((each) => each.run === run && each.name === "test");
   const buttons = shown.map((i) => {
     const text = `test image ${split.rows[i]}: class ${data.classes[label]}, predicted ${data.classes[predicted]}`;
-    const button = element("button", { type: "button", title: text, attributes: { "aria-label": text } }, run.images ? picture(run, i) : String(split.rows[i]));
+    const button = element(
+      "button",
+      { type: "button", title: text, attributes: { "aria-label": text } },
+      run.images ? picture(run, i) : String(split.rows[i]),
+    );
     button.addEventListener("click", () => {
       panel.canvas.scrollIntoView({ block: "center" });
       pointAt(panel, i);
@@ -624,43 +786,100 @@ function showImages(run, label, predicted) {
 
 // ------------------------------------------------------------------------------------------------------------ the run
 
-const duration = (seconds) => (seconds == null ? "–" : `${Math.floor(seconds / 3600)}:${new Date((seconds % 3600) * 1000).toISOString().slice(14, 19)}`);
+const duration = (seconds) =>
+  seconds == null
+    ? "–"
+    : `${Math.floor(seconds / 3600)}:${new Date((seconds % 3600) * 1000).toISOString().slice(14, 19)}`;
 
 /** A table with a column for each run; a row whose values differ is marked. */
 function createTable(rows) {
   const several = data.runs.length > 1;
-  const head = several ? [element("tr", {}, element("th"), ...data.runs.map((run) => element("th", { scope: "col" }, run.name)))] : [];
-  return element("div", { className: "scroll" }, element("table", {}, element("tbody", {}, ...head, ...rows.map(([name, value]) => {
-    const values = data.runs.map(value), differs = several && new Set(values).size > 1;
-    return element("tr", { className: differs ? "differs" : "" }, element("th", { scope: "row" }, name), ...values.map((text) => element("td", {}, text)));
-  }))));
+  const head = several
+    ? [element("tr", {}, element("th"), ...data.runs.map((run) => element("th", { scope: "col" }, run.name)))]
+    : [];
+  return element(
+    "div",
+    { className: "scroll" },
+    element(
+      "table",
+      {},
+      element(
+        "tbody",
+        {},
+        ...head,
+        ...rows.map(([name, value]) => {
+          const values = data.runs.map(value);
+          const differs = several && new Set(values).size > 1;
+          return element(
+            "tr",
+            { className: differs ? "differs" : "" },
+            element("th", { scope: "row" }, name),
+            ...values.map((text) => element("td", {}, text)),
+          );
+        }),
+      ),
+    ),
+  );
 }
 
 function createFacts() {
   const names = data.runs.map((run) => run.name).join(" and ");
   document.title = $("title").textContent = `Center loss: ${names}`;
   if (data.runs.length === 1) {
-    const run = data.runs[0], last = run.history[run.history.length - 1];
-    for (const [name, value] of [["test accuracy", last.test_accuracy == null ? "–" : `${last.test_accuracy.toFixed(2)} %`],
+    const run = data.runs[0];
+    const last = run.history[run.history.length - 1];
+    for (const [name, value] of [
+      ["test accuracy", last.test_accuracy == null ? "–" : `${last.test_accuracy.toFixed(2)} %`],
       ["nearest center", last.nearest_center_accuracy == null ? "–" : `${last.nearest_center_accuracy.toFixed(2)} %`],
       ["intra / inter-class distance", `${number(last.intra_distance, 3)} / ${number(last.inter_distance, 3)}`],
-      ["epochs", String(last.epoch)], ["time (h:m:s)", duration(run.facts.elapsed)]]) {
+      ["epochs", String(last.epoch)],
+      ["time (h:m:s)", duration(run.facts.elapsed)],
+    ]) {
       $("summary").append(element("div", {}, element("dt", {}, name), element("dd", {}, value)));
     }
   }
   const final = (column, digits) => (run) => number(run.history[run.history.length - 1][column], digits);
-  $("facts").append(createTable([
-    ...(data.runs.length > 1 ? [["test accuracy, %", final("test_accuracy", 4)], ["nearest center, %", final("nearest_center_accuracy", 4)],
-      ["intra-class distance", final("intra_distance", 4)], ["inter-class distance", final("inter_distance", 4)], ["time (h:m:s)", (run) => duration(run.facts.elapsed)]] : []),
-    ["command", (run) => (run.facts.commands ?? []).join("\n") || "–"],
-    ["device", (run) => (run.facts.device ? run.facts.device + (run.facts.ranks > 1 ? `, ${run.facts.ranks} ranks` : "") : "–")],
-    ["versions", (run) => Object.entries(run.facts.versions ?? {}).map((pair) => pair.join(" ")).join(", ") || "–"],
-  ]));
+  $("facts").append(
+    createTable([
+      ...(data.runs.length > 1
+        ? [
+            ["test accuracy, %", final("test_accuracy", 4)],
+            ["nearest center, %", final("nearest_center_accuracy", 4)],
+            ["intra-class distance", final("intra_distance", 4)],
+            ["inter-class distance", final("inter_distance", 4)],
+            ["time (h:m:s)", (run) => duration(run.facts.elapsed)],
+          ]
+        : []),
+      ["command", (run) => (run.facts.commands ?? []).join("\n") || "–"],
+      [
+        "device",
+        (run) =>
+          run.facts.device ? run.facts.device + (run.facts.ranks > 1 ? `, ${run.facts.ranks} ranks` : "") : "–",
+      ],
+      [
+        "versions",
+        (run) =>
+          Object.entries(run.facts.versions ?? {})
+            .map((pair) => pair.join(" "))
+            .join(", ") || "–",
+      ],
+    ]),
+  );
   const flags = [...new Set(data.runs.flatMap((run) => Object.keys(run.args)))].sort();
-  const text = (value) => (value === null || value === undefined ? "–" : Array.isArray(value) ? value.join(" ") : String(value));
-  $("settings").append(createTable(flags.map((flag) => [`--${flag.replaceAll("_", "-")}`, (run) => text(run.args[flag])])));
+  const text = (value) =>
+    value === null || value === undefined ? "–" : Array.isArray(value) ? value.join(" ") : String(value);
+  $("settings").append(
+    createTable(flags.map((flag) => [`--${flag.replaceAll("_", "-")}`, (run) => text(run.args[flag])])),
+  );
   for (const run of data.runs) {
-    $("logs").append(element("details", {}, element("summary", {}, data.runs.length > 1 ? `Log of ${run.name}` : "Log"), element("pre", { tabIndex: 0 }, run.log)));
+    $("logs").append(
+      element(
+        "details",
+        {},
+        element("summary", {}, data.runs.length > 1 ? `Log of ${run.name}` : "Log"),
+        element("pre", { tabIndex: 0 }, run.log),
+      ),
+    );
   }
 }
 
@@ -671,7 +890,8 @@ async function start() {
   if (typeof DecompressionStream === "undefined") throw new Error("this page needs a browser of 2023 or later");
   for (const run of data.runs) await unpackRun(run);
   const several = data.runs.length > 1;
-  for (const name of several ? ["test", "train"] : ["train", "test"]) for (const run of data.runs) createPanel(run, name);
+  for (const name of several ? ["test", "train"] : ["train", "test"])
+    for (const run of data.runs) createPanel(run, name);
   if (several) $("panels").style.setProperty("--least", `${Math.max(72 / data.runs.length - 2, 15)}rem`);
   createLegend();
   createCurves();
@@ -696,7 +916,10 @@ async function start() {
   fit(true);
   new ResizeObserver(redraw).observe($("panels"));
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", redraw);
-  for (const [event, printing] of [["beforeprint", true], ["afterprint", false]]) {
+  for (const [event, printing] of [
+    ["beforeprint", true],
+    ["afterprint", false],
+  ]) {
     addEventListener(event, () => {
       document.documentElement.classList.toggle("printing", printing); // light, also in dark mode
       panels.forEach(draw);
@@ -707,5 +930,7 @@ async function start() {
 
 start().catch((error) => {
   console.error(error);
-  document.querySelector("main").prepend(element("p", { attributes: { role: "alert" } }, `The page cannot be drawn: ${error.message}`));
+  document
+    .querySelector("main")
+    .prepend(element("p", { attributes: { role: "alert" } }, `The page cannot be drawn: ${error.message}`));
 });
