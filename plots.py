@@ -177,6 +177,8 @@ class Scatter:
         self.colors = palette(len(classes))
         axes.set(xlabel=shown["axes"][0], ylabel=shown["axes"][1], xlim=axis_limits[0], ylim=axis_limits[1])
         axes.set(aspect="equal", axisbelow=True)
+        axes.ticklabel_format(scilimits=(-2, 4))  # with few ticks, no label is long enough to meet the next
+        axes.locator_params(nbins=4 if small else 7)
         axes.grid(color="0.92")
         size = float(np.clip(250 / max(len(shown["points"]), 1) ** 0.5, 1.0, 5.0)) * (0.6 if small else 1)
         styles = [dict(color=color, markersize=size, markeredgewidth=0) for color in self.colors]

@@ -141,6 +141,23 @@ def test_nothing_is_cut_at_the_edges_of_a_film(drawn, tmp_path):
     inside(figure, [text for text in texts if text.get_text()])
 
 
+@pytest.mark.parametrize("scale", [150, 6e4])
+def test_tick_labels_never_overlap(scale, drawn, tmp_path):
+    features, labels, centers = cloud()
+    path = write_epoch(tmp_path / "epoch_1.npz", features * scale, labels, centers * scale)
+    plots.draw_points(tmp_path / "p.png", path)
+    shown = report.read_arrays(path, report.ARRAYS)
+    plots.draw_panels(tmp_path / "f.png", [("one", shown), ("two", shown), ("three", shown)], 3, "png")
+    for figure, grid in drawn:
+        for axes in grid.flat:
+            low, high = axes.get_xlim()
+            texts = [text for text in axes.get_xticklabels() if low <= text.get_position()[0] <= high]
+            assert len(texts) >= 3
+            figure.draw_without_rendering()
+            boxes = sorted((text.get_window_extent().x0, text.get_window_extent().x1) for text in texts)
+            assert all(end < start for (_, end), (start, _) in itertools.pairwise(boxes))
+
+
 def test_the_legend_of_forty_classes_is_not_cut(drawn, tmp_path):
     names = [f"class number {i} of many" for i in range(40)]
     plots.draw_points(tmp_path / "p.png", write_epoch(tmp_path / "epoch_1.npz", *cloud(40), classes=names))
