@@ -178,7 +178,7 @@ class Scatter:
         axes.set(xlabel=shown["axes"][0], ylabel=shown["axes"][1], xlim=axis_limits[0], ylim=axis_limits[1])
         axes.set(aspect="equal", axisbelow=True)
         axes.ticklabel_format(scilimits=(-2, 4))  # with few ticks, no label is long enough to meet the next
-        axes.locator_params(nbins=4 if small else 7)
+        axes.locator_params("x", nbins=4 if small else 7)
         axes.grid(color="0.92")
         size = float(np.clip(250 / max(len(shown["points"]), 1) ** 0.5, 1.0, 5.0)) * (0.6 if small else 1)
         styles = [dict(color=color, markersize=size, markeredgewidth=0) for color in self.colors]
@@ -281,20 +281,24 @@ def film_palette(colors: Sequence[str]) -> np.ndarray:
     return np.pad((255 * shades).round().astype(np.uint8), ((0, 256 - len(shades)), (0, 0)))
 
 
-def draw_panels(part: Path, panels: Sequence[tuple[str, dict]], columns: int, format: str) -> None:
-    """Draws epochs, of one run or several, with the same axes, for print. `panels`: the label and arrays of each."""
+def draw_panels(
+    part: Path, panels: Sequence[tuple[str, dict]], columns: int, format: str, own_axes: bool = False
+) -> None:
+    """Draws epochs, of one run or several, for print. `panels`: the label and arrays of each."""
     from matplotlib import rc_context
 
     classes = list(map(str, panels[0][1]["classes"]))
     width, rows = min(columns * 2.3, 6.9) if columns > 1 else COLUMN, -(-len(panels) // columns)
     with rc_context(PRINT_STYLE):
         figure, grid = new_figure(width, width / columns * rows + 0.4, rows, columns, layout="compressed",
-                                  sharex=True, sharey=True)  # fmt: skip
-        axis_limits = limits_of([shown for _, shown in panels])
+                                  sharex=not own_axes, sharey=not own_axes)  # fmt: skip
+        common = limits_of([shown for _, shown in panels])
         for axes, (label, shown) in zip(grid.flat, panels, strict=False):
             short = [str(name).replace("principal component", "PC") for name in shown["axes"]]
+            axis_limits = limits_of([shown]) if own_axes else common
             Scatter(axes, shown | dict(axes=short), axis_limits, small=True).show(shown)
-            axes.label_outer()
+            if not own_axes:
+                axes.label_outer()
             if len(panels) > 1:
                 axes.set_title(literal(label))
         for axes in grid.flat[len(panels) :]:
@@ -424,7 +428,7 @@ def tsne(run: report.Run, format: str) -> list[tuple]:
     return [(run.directory / "figures" / f"test_tsne_epoch_{epoch}.{format}", draw_tsne, source, format)]
 
 
-def compared(runs: Sequence[report.Run], epochs: Sequence[int] | None, format: str) -> list[tuple]:
+def compared(runs: Sequence[report.Run], epochs: Sequence[int] | None, format: str, own_axes: bool) -> list[tuple]:
     """The page and the figure of several runs: a column each, a row for each epoch, by default for the last ones."""
     report.check_comparable(runs)
     directory, names = runs[0].directory, report.names(runs)
@@ -434,8 +438,8 @@ def compared(runs: Sequence[report.Run], epochs: Sequence[int] | None, format: s
         for numbers in chosen
         for run, name, number in zip(runs, names, numbers, strict=True)
     ]
-    return [(directory / "compare.html", write_page, [run.directory for run in runs]),
-            (directory / "figures" / f"compare.{format}", draw_panels, panels, len(runs), format)]  # fmt: skip
+    page = (directory / "compare.html", write_page, [run.directory for run in runs])
+    return [page, (directory / "figures" / f"compare.{format}", draw_panels, panels, len(runs), format, own_axes)]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -445,6 +449,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add = parser.add_argument
     add("directories", nargs="+", type=Path, metavar="DIR", help="--save-dir of a run with --plot")
     add("--compare", action="store_true", help="one page and one figure of all the runs, with the same axes")
+    add("--own-axes", action="store_true", help="give each panel of the figure of --compare its own axes")
     add("--format", choices=("pdf", "svg", "png"), help="draw figures for print, in DIR/figures")
     add("--epochs", nargs="+", type=int, metavar="N", help="of these figures; several become panels (default: last)")
     add("--projection", choices=("pca", "tsne"), default="pca", help="of features with more than two dimensions in the "
@@ -454,13 +459,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("--epochs goes with --format or --compare")
     if args.projection == "tsne" and (args.compare or args.epochs):
         parser.error("--projection tsne shows a run's last tested epoch: it goes without --compare and --epochs")
+    if args.own_axes and not args.compare:
+        parser.error("--own-axes goes with --compare")
     if args.compare and len(args.directories) < 2:
         parser.error(f"--compare needs two runs or more, got {args.directories[0]} alone")
     plotter, errors, drawings, format = Plotter(), [], [], args.format or "png"
     try:
         runs = [report.read_run(directory) for directory in args.directories]
         if args.compare:
-            drawings = compared(runs, args.epochs, format)
+            drawings = compared(runs, args.epochs, format, args.own_axes)
         elif args.projection == "tsne":
             drawings = [drawing for run in runs for drawing in tsne(run, format)]
         elif args.format:

@@ -839,12 +839,13 @@ function createFacts() {
     }
   }
   const final = (column, digits) => (run) => number(run.history[run.history.length - 1][column], digits);
+  const percent = (column) => (run) => run.history[run.history.length - 1][column]?.toFixed(2) ?? "–";
   $("facts").append(
     createTable([
       ...(data.runs.length > 1
         ? [
-            ["test accuracy, %", final("test_accuracy", 4)],
-            ["nearest center, %", final("nearest_center_accuracy", 4)],
+            ["test accuracy, %", percent("test_accuracy")],
+            ["nearest center, %", percent("nearest_center_accuracy")],
             ["intra-class distance", final("intra_distance", 4)],
             ["inter-class distance", final("inter_distance", 4)],
             ["time (h:m:s)", (run) => duration(run.facts.elapsed)],

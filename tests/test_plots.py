@@ -203,6 +203,9 @@ def test_panels_have_the_same_axes(drawn, tmp_path):
     first, second = drawn[0][1].flat
     assert first.get_xlim() == second.get_xlim() and first.get_ylim() == second.get_ylim()
     assert (first.get_title(), second.get_title()) == ("1", "20")
+    plots.draw_panels(tmp_path / "f.png", shown, 2, "png", own_axes=True)
+    first, second = drawn[1][1].flat
+    assert np.ptp(second.get_xlim()) == pytest.approx(20 * np.ptp(first.get_xlim()))
 
 
 def test_picture_of_an_epoch(tmp_path):
@@ -326,7 +329,7 @@ def test_command_draws_chosen_epochs_for_print(command, tmp_path):
 
 def test_command_compares_runs(command, directory, tmp_path):
     shutil.copytree(directory, tmp_path / "two")
-    status, files, err = command(tmp_path / "two", "--compare")
+    status, files, err = command(tmp_path / "two", "--compare", "--own-axes")
     assert (status, err) == (0, "") and files == ["one/compare.html", "one/figures/compare.png"]
     assert '"name":"two"' in (tmp_path / "one" / "compare.html").read_text(encoding="utf-8")
 
@@ -348,6 +351,7 @@ def test_tsne_keeps_clusters_together_is_seeded_and_says_what_it_is(directory, d
     (["missing"], "missing is no run: "),
     (["--format", "pdf", "--epochs", "7"], "--epochs must be among those of "),
     (["--epochs", "1"], "--epochs goes with --format or --compare"),
+    (["--own-axes", "--format", "pdf"], "--own-axes goes with --compare"),
     (["--compare"], "--compare needs two runs or more"),
     (["--projection", "tsne", "--compare"], "--projection tsne shows a run's last tested epoch"),
     (["--format", "gif"], "invalid choice: 'gif'"),
