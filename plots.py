@@ -50,15 +50,14 @@ def plot_epoch(plotter: "Plotter", save_dir: Path, epoch: int, splits: dict[str,
                      title=f"{name}, epoch {epoch}: accuracy {split['accuracy']:.2f} %")  # fmt: skip
         utils.save_arrays(path, shown)
         plotter(path.with_suffix(".png"), draw_points, path)
-        if name == "test":
-            if features.shape[1] > 2:  # what t-SNE starts from
-                rows = report.sample(len(features), report.TSNE_POINTS)
-                latest = shown | dict(epoch=epoch, features=features[rows], feature_centers=centers, rows=rows)
-                utils.save_arrays(save_dir / "test" / "features.npz", latest)
-            if not (save_dir / "test" / "images.npz").exists():
-                rows = report.sample(len(features), report.TEST_POINTS)
-                images = dict(rows=rows, images=data.test.thumbnails(rows))
-                utils.save_arrays(save_dir / "test" / "images.npz", images)
+        if name == "test" and features.shape[1] > 2:  # what t-SNE starts from, of the latest test
+            rows = report.sample(len(features), report.TSNE_POINTS)
+            latest = dict(features=features[rows], labels=labels[rows], centers=centers, epoch=epoch)
+            utils.save_arrays(save_dir / "test" / "features.npz", latest | dict(classes=list(data.classes)))
+        if name == "test" and not (save_dir / "test" / "images.npz").exists():  # for the page
+            rows = report.sample(len(features), report.TEST_POINTS)
+            images = dict(rows=rows, images=data.test.thumbnails(rows))
+            utils.save_arrays(save_dir / "test" / "images.npz", images)
 
 
 def plot_run(plotter: "Plotter", save_dir: Path, history: Sequence[dict]) -> list[str]:
@@ -197,6 +196,7 @@ class Scatter:
         for text, center in zip(self.centers, shown["centers"], strict=True):
             text.set_position(center)
             text.set_visible(bool(np.isfinite(center).all()))
+
 
 def add_legend(axes, classes: Sequence[str], small: bool = False) -> None:
     """Names every class outside of `axes`, up to 40 of them: beside a few, in print below many."""
@@ -390,11 +390,10 @@ def draw_tsne(part: Path, source: Path, format: str) -> None:
     """Draws t-SNE of the test features, the centers among them, for print; seeded, so that it is always the same."""
     from sklearn.manifold import TSNE
 
-    saved = report.read_arrays(source, ("features", "feature_centers", "rows", "epoch"))
-    together = np.concatenate([saved["features"], saved["feature_centers"]])
+    saved = report.read_arrays(source, ("features", "labels", "centers", "classes"))
+    together, count = np.concatenate([saved["features"], saved["centers"]]), len(saved["features"])
     points = TSNE(init="pca", perplexity=min(30, (len(together) - 1) / 3), random_state=0).fit_transform(together)
-    shown = saved | dict(points=points[: len(saved["features"])], centers=points[len(saved["features"]) :],
-                         labels=saved["labels"][saved["rows"]], axes=TSNE_AXES)  # fmt: skip
+    shown = saved | dict(points=points[:count], centers=points[count:], axes=TSNE_AXES)
     draw_panels(part, [("", shown)], 1, format)
 
 

@@ -127,6 +127,10 @@ def test_plots_of_a_run(flags, run):
     shown = np.load("log/test/epoch_2.npz")
     assert len(shown["points"]) == 12 and len(shown["centers"]) == 3
     assert shown["axes"][0].startswith("principal component 1 (" if "--feat-dim" in flags else "feature 1")
+    assert np.load("log/test/images.npz")["images"].shape == (12, 1, 8, 8)
+    if "--feat-dim" in flags:
+        latest = np.load("log/test/features.npz")
+        assert latest["features"].shape == (12, 5) and latest["epoch"] == 3
     assert str(shown["title"]) == f"test, epoch 2: accuracy {float(metrics()[1]['test_accuracy']):.2f} %"
 
 

@@ -293,8 +293,7 @@ def directory(tmp_path_factory):
     utils.write_metrics(root / "metrics.csv", [row, row | dict(epoch=2, test_accuracy=80.0)])
     features, labels, centers = cloud(dim=5)
     utils.save_arrays(root / "test" / "features.npz", dict(
-        features=features[::2], feature_centers=centers, rows=np.arange(0, 60, 2), labels=labels, epoch=2,
-        classes=["0", "1", "2"]))  # fmt: skip
+        features=features[::2], labels=labels[::2], centers=centers, classes=["0", "1", "2"], epoch=2))  # fmt: skip
     return root
 
 
