@@ -1,17 +1,19 @@
 """Data sets: `create(...)` gives the batches of both splits, the class names and the image shape.
 
 With `workers=0` a whole data set is kept on the device as uint8, and a batch is an index into it; with `workers=N` the
-torchvision data set is read by N processes. Either way a batch is normalised on the device when it is drawn, and both
-give the same batches for the same seed and the same pixels, bit for bit.
+torchvision data set is read by N processes, which live as long as the run. Either way a batch is normalised on the
+device when it is drawn, and both give the same batches for the same seed and the same pixels, bit for bit.
 """
 
 import contextlib
+import functools
 import io
+import itertools
 import math
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import parent_process
@@ -21,7 +23,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch.utils.data import DataLoader, Dataset, RandomSampler, Sampler, TensorDataset, default_collate
+from torch.utils.data import ConcatDataset, DataLoader, Dataset, TensorDataset, default_collate
 
 from processes import Ranks
 
@@ -36,11 +38,15 @@ class Spec:
 
     `open` takes the root and an image size, which only sets without a size of their own heed, and returns the training
     and the test split: data sets of (uint8 image (C, H, W), label), with `targets` (all labels) and `classes` (names).
+    `flip`: a mirrored image is of the same class. `open_test` takes a trained network's classes and channels as well,
+    and returns the test split of a root without training images.
     """
 
     open: Callable[[Path, int], tuple[Dataset, Dataset]]
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    flip: bool = True
+    open_test: Callable[[Path, int, list[str], int], Dataset] | None = None
 
 
 class Batch(NamedTuple):
@@ -54,9 +60,17 @@ class Batch(NamedTuple):
 class Data(NamedTuple):
     train: "Batches"
     test: "Batches"
-    classes: list[str]
+    unknown: "Batches | None"  # the test images of the classes left out, labelled from len(classes) on
+    classes: list[str]  # those trained
+    unseen: list[str]  # those left out
     in_channels: int
     image_size: int
+    val: "Batches | None" = None
+
+    def facts(self) -> dict:
+        """What a checkpoint keeps of the data, for those who go on with it."""
+        return dict(classes=self.classes, images=self.train.rows.size, in_channels=self.in_channels,
+                    image_size=self.image_size)  # fmt: skip
 
 
 def from_torchvision(
@@ -123,10 +137,8 @@ def open_digits(root: Path, image_size: int) -> tuple[Dataset, Dataset]:
 def open_folder(root: Path, image_size: int) -> tuple[Dataset, Dataset]:
     """train/<class>/* and test/<class>/* of a directory, resized and cropped to squares of image_size pixels."""
     from torchvision.datasets import ImageFolder
-    from torchvision.transforms import CenterCrop, Compose, PILToTensor, Resize
 
-    read = ReadImage(_scan_folder(root))
-    transform = Compose([Resize(image_size), CenterCrop(image_size), PILToTensor()])
+    read, transform = ReadImage(_scan_folder(root)), square(image_size)
     splits = []
     for split in (root / "train", root / "test"):
         try:
@@ -141,15 +153,40 @@ def open_folder(root: Path, image_size: int) -> tuple[Dataset, Dataset]:
     return train, test
 
 
+def open_test_folder(root: Path, image_size: int, classes: list[str], in_channels: int) -> Dataset:
+    """test/<class>/* alone, of some of a trained network's classes."""
+    from torchvision.datasets import ImageFolder
+
+    try:
+        test = ImageFolder(root / "test", square(image_size), loader=ReadImage(MODES[in_channels]))
+    except OSError as error:
+        raise DatasetError(f"--data-root must hold test/<class>/*: {_one_line(error)}") from error
+    if odd := sorted(set(test.classes) - set(classes)):
+        raise DatasetError(f"{root / 'test'} must hold classes of the trained network, but it has {', '.join(odd)}")
+    test.samples = [(path, classes.index(test.classes[label])) for path, label in test.samples]
+    test.targets, test.classes = [label for _, label in test.samples], classes
+    return test
+
+
+MODES = {1: "L", 3: "RGB"}  # Pillow's, by channels
+
+
+def square(image_size: int) -> Callable:
+    """From a PIL image to uint8 (C, image_size, image_size): resized by its shorter side and cropped to the middle."""
+    from torchvision.transforms import CenterCrop, Compose, PILToTensor, Resize
+
+    return Compose([Resize(image_size), CenterCrop(image_size), PILToTensor()])
+
+
 SPECS = {
-    "mnist": Spec(from_torchvision("MNIST", 10, (1, 28, 28)), (0.1307,), (0.3081,)),
+    "mnist": Spec(from_torchvision("MNIST", 10, (1, 28, 28)), (0.1307,), (0.3081,), flip=False),
     "fashion-mnist": Spec(from_torchvision("FashionMNIST", 10, (1, 28, 28)), (0.2860,), (0.3530,)),
     "cifar10": Spec(from_torchvision("CIFAR10", 10, (3, 32, 32)), (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
     "cifar100": Spec(
         from_torchvision("CIFAR100", 100, (3, 32, 32)), (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)
     ),
-    "digits": Spec(open_digits, (0.3053,), (0.3247,)),
-    "folder": Spec(open_folder, (0.5,), (0.5,)),
+    "digits": Spec(open_digits, (0.3053,), (0.3247,), flip=False),
+    "folder": Spec(open_folder, (0.5,), (0.5,), open_test=open_test_folder),
 }
 
 # How pixels p in [0, 255] become network input: the mean to subtract from p / 255 and the std to divide by.
@@ -158,6 +195,15 @@ SCALINGS: dict[str, Callable[[Spec], tuple[tuple[float, ...], tuple[float, ...]]
     "symmetric": lambda spec: ((127.5 / 255,), (128 / 255,)),  # (p - 127.5) / 128
     "unit": lambda spec: ((0.0,), (1.0,)),  # p / 255
 }
+
+
+Moments = tuple[tuple[float, ...], tuple[float, ...]]
+
+
+def moments(spec: Spec, scaling: str | Moments, in_channels: int) -> Moments:
+    """The mean and the std of a scaling, which may be given as these; of grey images the average over the channels."""
+    values = SCALINGS[scaling](spec) if isinstance(scaling, str) else scaling
+    return tuple((sum(each) / len(each),) if in_channels == 1 else each for each in values)
 
 
 class Normalise:
@@ -171,27 +217,71 @@ class Normalise:
         return images.float().div_(255).sub_(self.mean).div_(self.std)
 
 
-class BatchRows(Sampler):
-    """The row numbers of each batch, in RandomSampler's order when shuffled; of each batch this rank's share."""
+class Augment:
+    """Mirrors and shifts the images of a batch, each of them by random: uint8 (B, C, H, W) to the same, channels last.
+
+    A shift is of up to an eighth of the side in either direction; what it uncovers mirrors what is beside it. The draws
+    are those of the whole batch, from a CPU generator of their own: equal on every device, over ranks, and resumed.
+    """
+
+    def __init__(self, seed: int, flip: bool, ranks: Ranks = Ranks()):  # noqa: B008  (immutable)
+        self.flip, self.ranks = flip, ranks
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        return dict(rng=self.generator.get_state())
+
+    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+        self.generator.set_state(state["rng"])
+
+    def __call__(self, images: torch.Tensor, size: int) -> torch.Tensor:
+        """`images`: this rank's share of a batch of `size`."""
+        side, device = images.shape[-1], images.device
+        reach = side // 8
+        shifts = torch.randint(-reach, reach + 1, (size, 2), generator=self.generator)
+        flips = torch.randint(1 + self.flip, (size, 1), generator=self.generator)
+        draws = self.ranks.share(torch.cat([shifts, flips], dim=1)).to(device, non_blocking=True)
+        down, right, flipped = draws.unsqueeze(1).unbind(2)  # (B, 1) each
+        along = torch.arange(side, device=device)
+        rows, columns = ((side - 1 - (side - 1 - (along + shift).abs()).abs()) for shift in (down, right))  # (B, side)
+        columns = torch.where(flipped.bool(), columns.flip(1), columns)
+        index = torch.arange(len(images), device=device).view(-1, 1, 1)
+        return images[index, :, rows.unsqueeze(2), columns.unsqueeze(1)].permute(0, 3, 1, 2)
+
+
+class BatchRows:
+    """The row numbers of each batch, if shuffled in a DataLoader's order; of each batch this rank's share."""
 
     def __init__(self, size: int, batch_size: int, shuffle: bool, device: str | torch.device, ranks: Ranks):
-        self.size, self.batch_size, self.shuffle, self.device = size, batch_size, shuffle, device
-        self.ranks, self.skip = ranks, 0
+        self.size, self.batch_size, self.shuffle, self.device, self.ranks = size, batch_size, shuffle, device, ranks
 
     def __len__(self) -> int:
         return -(-self.size // self.batch_size)
 
     def __iter__(self) -> Iterator[torch.Tensor]:
-        rows = list(RandomSampler(range(self.size))) if self.shuffle else range(self.size)
-        for batch in torch.tensor(rows).to(self.device).split(self.batch_size)[self.skip :]:
-            yield self.ranks.share(batch)
+        return self.after(0)
+
+    def after(self, done: int, last: int | None = None) -> Iterator[torch.Tensor]:
+        """A pass until batch `last` without its first `done`."""
+        rows = torch.arange(self.size)
+        if self.shuffle:  # testing draws nothing: how often one tests changes nothing in the training
+            torch.empty((), dtype=torch.int64).random_()  # a DataLoader's seed for its workers
+            seed = torch.empty((), dtype=torch.int64).random_().item()
+            rows = torch.randperm(self.size, generator=torch.Generator().manual_seed(seed))
+        return map(self.ranks.share, rows.to(self.device).split(self.batch_size)[done:last])
+
+
+# From the row numbers of each batch to its images, uint8 (B, C, H, W), and labels (B,).
+Load = Callable[[Iterable[torch.Tensor]], Iterable[tuple[torch.Tensor, torch.Tensor]]]
 
 
 class Batches:
-    """All batches of a split, to be iterated over once an epoch."""
+    """All batches of a split, to be iterated over once an epoch; `augment` may be set to change their images."""
 
-    def __init__(self, loader: DataLoader, rows: BatchRows, normalise: Normalise, device: str | torch.device):
-        self.loader, self.rows, self.normalise, self.device = loader, rows, normalise, device
+    def __init__(self, rows: BatchRows, load: Load, normalise: Normalise, device: str | torch.device):
+        self.rows, self.load, self.normalise, self.device = rows, load, normalise, device
+        self.augment: Augment | None = None
+        self.paths: list[str] = []  # of the images' files, where each has one
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -199,28 +289,54 @@ class Batches:
     def __iter__(self) -> Iterator[Batch]:
         return self.after(0)
 
-    def after(self, done: int) -> Iterator[Batch]:
-        """A pass without its first `done` batches: the rest of an interrupted one, from the same random state."""
-        self.rows.skip = done
+    def after(self, done: int, last: int | None = None) -> Iterator[Batch]:
+        """A pass until batch `last` without its first `done`: the rest of an interrupted one, from the same random
+        state. Where nothing is left of it, that state still moves on as in a whole one."""
         size, batch_size = self.rows.size, self.rows.batch_size
-        for number, (images, labels) in enumerate(self.loader, done):
+        for number, (images, labels) in enumerate(self.load(self.rows.after(done, last)), done):
             images, labels = images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
-            yield Batch(self.normalise(images), labels, min(batch_size, size - number * batch_size))
+            joined = min(batch_size, size - number * batch_size)
+            images = self.augment(images, joined) if self.augment else images
+            yield Batch(self.normalise(images), labels, joined)
 
     def thumbnails(self, rows: Sequence[int], largest: int = 32) -> np.ndarray:
         """The images of these rows as in the data set, uint8 (N, C, H, W), with at most `largest` pixels a side."""
-        dataset, kept = self.loader.dataset, []
-        with ThreadPoolExecutor() as pool:
-            for some in torch.as_tensor(rows).split(256):
-                if isinstance(dataset, TensorDataset):
-                    images = dataset.tensors[0][some.to(dataset.tensors[0].device)].cpu()
-                else:
-                    images = torch.stack(list(pool.map(lambda row: dataset[row][0], some.tolist())))
-                size = [min(side, largest) for side in images.shape[2:]]
-                if images.shape[2:] != tuple(size):
-                    images = F.interpolate(images.float(), size, mode="area").round().to(torch.uint8)
-                kept.append(images)
+        kept = []
+        for images, _ in self.load(torch.as_tensor(rows).split(256)):
+            size = [min(side, largest) for side in images.shape[2:]]
+            if list(images.shape[2:]) != size:
+                images = F.interpolate(images.float(), size, mode="area").round().to(torch.uint8)
+            kept.append(images.cpu())
         return torch.cat(kept).numpy()
+
+
+def in_memory(split: Dataset, shape: tuple[int, int, int], device: str | torch.device) -> Load:
+    """Loads batches of a split that is kept on the device."""
+    images, labels = (each.to(device) for each in _load_all(split, shape))
+    return lambda batches: ((images[rows], labels[rows]) for rows in batches)
+
+
+def by_workers(splits: Sequence[Dataset], workers: int, shape: tuple[int, int, int], pin: bool) -> list[Load]:
+    """Load batches of each split, by worker processes that live as long as the run and read all.
+
+    They are forked here, where the main process has no threads yet, beside which a fork may hang.
+    """
+    batches = []  # of the pass that begins next
+    loader = DataLoader(
+        ConcatDataset(splits), batch_sampler=batches, num_workers=workers, persistent_workers=True, pin_memory=pin,
+        collate_fn=Collate(shape), worker_init_fn=_start_worker, generator=torch.Generator(),
+    )  # fmt: skip
+    _start(loader)
+
+    def load(first: int, rows: Iterable[torch.Tensor]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        batches[:] = [(first + each).tolist() for each in rows]  # sending a tensor would start a thread
+        try:
+            yield from loader
+        except DatasetError as error:  # a frame in torch refers to it, and its traceback to that one and the workers
+            raise error.with_traceback(None) from None
+
+    firsts = itertools.accumulate(map(len, splits[:-1]), initial=0)
+    return [functools.partial(load, first) for first in firsts]
 
 
 def create(
@@ -231,36 +347,106 @@ def create(
     device: str | torch.device = "cpu",
     *,
     image_size: int = 32,
-    scaling: str = "standard",
+    scaling: str | Moments = "standard",
+    unseen: Sequence[str] = (),
+    val_share: float = 0.0,
+    seed: int = 1,
+    trained: dict | None = None,
     ranks: Ranks = Ranks(),  # noqa: B008  (immutable)
 ) -> Data:
     """Opens data set `name` below `root`, downloading it where torchvision can.
 
-    `image_size` is for data sets without a size of their own: "folder".
-    Raises DatasetError where the data are missing, broken or too large for the device.
+    `image_size` is for data sets without a size of their own: "folder". `scaling` is in SCALINGS, or the mean and std.
+    `unseen` are the names or numbers of classes to leave out of `train` and `test`; the test images of these are
+    `unknown`. `val_share` of each class's training images, drawn by `seed`, become `val`. `trained` are the facts() of
+    a network to be tested, for which the training images may be missing.
+    Raises DatasetError where the data are missing, broken or too large for the device, or too few classes are left.
     """
     spec, root = SPECS[name], Path(root)
     if root.exists() and not root.is_dir():
         raise DatasetError(f"--data-root must be a directory, got the file {root}")
-    splits = spec.open(root, image_size)
-    shape = tuple(splits[0][0][0].shape)
+    if spec.open_test and "in_channels" in (trained or {}) and not (root / "train").exists():
+        train = test = spec.open_test(root, image_size, [*trained["classes"], *unseen], trained["in_channels"])
+    else:
+        train, test = spec.open(root, image_size)
+    splits = dict(train=train, test=test)
+    if unseen:
+        seen, unseen = _divide(train.classes, unseen)
+        splits = dict(train=of_classes(train, seen), test=of_classes(test, seen),
+                      unknown=of_classes(test, unseen, first_label=len(seen)))  # fmt: skip
+    if val_share and not trained:
+        splits["train"], splits["val"] = split_off(splits["train"], val_share, seed)
+    shape, cuda = tuple(train[0][0].shape), torch.device(device).type == "cuda"
     if workers == 0:
-        _check_memory(sum(map(len, splits)) * math.prod(shape), torch.device(device))
-    normalise = Normalise(*SCALINGS[scaling](spec), device)
-    batches = []
-    for split, shuffle in zip(splits, (True, False), strict=True):
-        # Testing has a generator of its own: how often one tests changes nothing in the training.
-        common = dict(num_workers=workers, generator=None if shuffle else torch.Generator(),
-                      worker_init_fn=_start_worker)  # fmt: skip
-        rows = BatchRows(len(split), batch_size, shuffle, "cpu" if workers else device, ranks)
-        if workers == 0:
-            dataset = TensorDataset(*(each.to(device) for each in _load_all(split, shape)))
-            loader = DataLoader(dataset, sampler=rows, batch_size=None, **common)
-        else:
-            pin = torch.device(device).type == "cuda"
-            loader = DataLoader(split, batch_sampler=rows, pin_memory=pin, collate_fn=Collate(shape), **common)
-        batches.append(Batches(loader, rows, normalise, device))
-    return Data(*batches, list(splits[0].classes), shape[0], shape[1])
+        _check_memory(sum(map(len, splits.values())) * math.prod(shape), torch.device(device))
+        loads = [in_memory(split, shape, device) for split in splits.values()]
+    else:
+        loads = by_workers(list(splits.values()), workers, shape, pin=cuda)
+    # A GPU tests in larger batches, as far as they take some 32 MiB.
+    test_size = max(batch_size, min(2000, 2**23 // math.prod(shape))) if cuda else batch_size
+    normalise, batches = Normalise(*moments(spec, scaling, shape[0]), device), {}
+    for (name, split), load in zip(splits.items(), loads, strict=True):
+        size = batch_size if name == "train" else test_size
+        rows = BatchRows(len(split), size, name == "train", "cpu" if workers else device, ranks)
+        batches[name] = Batches(rows, load, normalise, device)
+        batches[name].paths = [path for path, _ in getattr(split, "samples", [])]
+    names = [list(splits[name].classes) if name in splits else [] for name in ("train", "unknown")]
+    return Data(batches["train"], batches["test"], batches.get("unknown"), *names, shape[0], shape[1],
+                batches.get("val"))  # fmt: skip
+
+
+class Rows(Dataset):
+    """Some rows of a data set, with the targets and classes given, and all else that `create` reads of one."""
+
+    def __init__(self, split: Dataset, rows: torch.Tensor, targets: torch.Tensor, classes: Sequence[str]):
+        self.split, self.rows, self.targets, self.classes = split, rows.tolist(), targets, classes
+        if hasattr(split, "data"):
+            self.data = torch.as_tensor(split.data)[rows]
+        if hasattr(split, "samples"):
+            self.samples = [split.samples[row] for row in self.rows]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        return self.split[self.rows[index]][0], int(self.targets[index])
+
+
+def of_classes(split: Dataset, numbers: list[int], first_label: int = 0) -> Rows:
+    """The images of some classes of a split: these classes' numbers become labels first_label, first_label + 1, …"""
+    labels = torch.full((len(split.classes),), -1)
+    labels[numbers] = torch.arange(first_label, first_label + len(numbers))
+    targets = labels[torch.as_tensor(split.targets)]
+    rows = (targets >= 0).nonzero().flatten()
+    return Rows(split, rows, targets[rows], [split.classes[number] for number in numbers])
+
+
+def split_off(split: Dataset, share: float, seed: int) -> tuple[Rows, Rows]:
+    """The data set without a share of each class, at least one image, drawn by `seed`; and that share."""
+    labels, generator = torch.as_tensor(split.targets), torch.Generator().manual_seed(seed)
+    drawn = torch.zeros(len(labels), dtype=torch.bool)
+    for label, name in enumerate(split.classes):
+        rows = (labels == label).nonzero().flatten()
+        count = max(1, round(share * len(rows)))
+        if count >= len(rows):
+            raise DatasetError(f"--val-share {share:g} leaves no training image of class {name}, which has {len(rows)}")
+        drawn[rows[torch.randperm(len(rows), generator=generator)[:count]]] = True
+    return tuple(Rows(split, rows, labels[rows], split.classes)
+                 for rows in ((~drawn).nonzero().flatten(), drawn.nonzero().flatten()))  # fmt: skip
+
+
+def _divide(classes: Sequence[str], unseen: Sequence[str]) -> tuple[list[int], list[int]]:
+    """The numbers of the classes to train and of those to leave out, which are given by name or else by number."""
+    numbers = {str(number): number for number in range(len(classes))}
+    numbers |= {name: number for number, name in enumerate(classes)}
+    if unknown := [name for name in unseen if name not in numbers]:
+        shown = ", ".join(classes[:10]) + (f", … ({len(classes)} in all)" if len(classes) > 10 else "")
+        raise DatasetError(f"--unseen must be names or numbers of classes, got {unknown[0]}; the classes are {shown}")
+    left_out = sorted({numbers[name] for name in unseen})
+    seen = [number for number in range(len(classes)) if number not in left_out]
+    if len(seen) < 2:
+        raise DatasetError(f"--unseen must leave at least two classes, got {len(left_out)} of {len(classes)}")
+    return seen, left_out
 
 
 class Collate:
@@ -273,6 +459,21 @@ class Collate:
         return default_collate(items) if items else [each.clone() for each in self.empty]
 
 
+STOPS = {signal.SIGINT, signal.SIGTERM}
+
+
+def _start(loader: DataLoader) -> None:
+    """Starts the workers with signals blocked, until _start_worker has installed their handlers."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        iter(loader)
+        return
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
+    try:
+        iter(loader)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
 def _start_worker(worker: int) -> None:
     """Workers ignore SIGINT and put off SIGTERM, so that the main process can finish its current batch.
 
@@ -283,22 +484,49 @@ def _start_worker(worker: int) -> None:
     threading.Thread(target=lambda: (parent_process().join(), os._exit(1)), daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(10))
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
 
 
 class ReadImage:
-    """An image file as PIL image of a mode; a file that cannot be decoded is a DatasetError with its path."""
+    """An image file as PIL image of `mode`, "L" or "RGB": what an image viewer shows of it.
+
+    Turned as its EXIF orientation says, transparency blended on white, of an animation the first frame, CMYK and other
+    colour models converted by Pillow, without colour profiles. More than 8 bits a channel are refused where Pillow
+    would clip them (grey; of 16-bit colours it takes the upper 8 bits).
+    Raises DatasetError, with the path, where the file cannot be decoded or is refused.
+    """
 
     def __init__(self, mode: str):
         self.mode = mode
 
     def __call__(self, path: str):
-        from PIL import Image
+        from PIL import Image, ImageOps
 
-        try:
-            with Image.open(path) as image:
-                return image.convert(self.mode)
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            raise DatasetError(f"cannot read the image {path}: {_one_line(error)}") from error
+        with _opened(path) as image:
+            image.load()
+            with contextlib.suppress(Exception):  # whatever broken EXIF data raise; viewers ignore these too
+                ImageOps.exif_transpose(image, in_place=True)
+            if image.mode.upper().endswith("A") or "transparency" in image.info:
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            return image.convert(self.mode)
+
+
+@contextlib.contextmanager
+def _opened(path: str):
+    """The image, opened; DatasetError where it or what is done with it in the context fails."""
+    from PIL import Image
+
+    try:
+        with Image.open(path) as image:
+            if image.mode.startswith(("I", "F")):  # a conversion would clip all but the darkest pixels to white
+                raise DatasetError(f"images must have at most 8 bits a channel, got mode {image.mode} in {path}")
+            yield image
+    except (DatasetError, MemoryError):
+        raise
+    except Exception as error:  # whatever a damaged file raises in Pillow's readers
+        raise DatasetError(f"cannot read the image {path}: {_one_line(error)}") from error
 
 
 def _remove_empty(download: Path, created: list[Path]) -> None:
@@ -309,27 +537,32 @@ def _remove_empty(download: Path, created: list[Path]) -> None:
 
 
 def _scan_folder(root: Path) -> str:
-    """Opens each image's header: "L" where all are grey, else "RGB"."""
-    from PIL import Image
-    from torchvision.datasets.folder import IMG_EXTENSIONS
-
-    for split in (root / "train", root / "test"):
-        if not split.is_dir():
-            raise DatasetError(f"--data-root must hold train/<class>/* and test/<class>/*, but {split} is missing")
+    """Opens each image's header, which refuses what ReadImage does: "L" where all are grey, else "RGB"."""
 
     def is_grey(path: str) -> bool:
-        try:
-            with Image.open(path) as image:
-                if image.mode.startswith(("I", "F")):  # a conversion would clip all but the darkest pixels to white
-                    raise DatasetError(f"images must have at most 8 bits a channel, got mode {image.mode} in {path}")
-                return image.mode in ("1", "L")
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            raise DatasetError(f"cannot read the image {path}: {_one_line(error)}") from error
+        with _opened(path) as image:
+            return image.mode in ("1", "L")
 
-    paths = [os.path.join(base, file) for base, _, files in os.walk(root, followlinks=True) for file in files]
-    paths = [path for path in paths if path.lower().endswith(IMG_EXTENSIONS)]
+    paths = [path for split in ("train", "test") for path in _image_paths(root / split)]
     with ThreadPoolExecutor() as pool:
-        return "L" if all(pool.map(is_grey, paths)) else "RGB"
+        return "L" if all(list(pool.map(is_grey, paths))) else "RGB"
+
+
+def _image_paths(split: Path) -> Iterator[str]:
+    """The images below the class directories of a split, as ImageFolder finds them: through symbolic links.
+
+    Raises DatasetError where links form a circle, in which ImageFolder would find the same images again and again.
+    """
+    from torchvision.datasets.folder import IMG_EXTENSIONS
+
+    if not split.is_dir():
+        raise DatasetError(f"--data-root must hold train/<class>/* and test/<class>/*, but {split} is missing")
+    for each in (each for each in split.iterdir() if each.is_dir()):
+        for base, _, files in os.walk(each, followlinks=True):
+            above = Path(base).absolute().parents
+            if os.path.islink(base) and any(os.path.samefile(base, parent) for parent in above):
+                raise DatasetError(f"symbolic links below {split} must not form a circle: {base} links to one above it")
+            yield from (os.path.join(base, file) for file in files if file.lower().endswith(IMG_EXTENSIONS))
 
 
 def _load_all(split: Dataset, shape: tuple[int, int, int]) -> tuple[torch.Tensor, torch.Tensor]:

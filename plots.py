@@ -8,12 +8,15 @@ python plots.py log/a --projection tsne   t-SNE of the test features, where they
 
 import argparse
 import contextlib
+import functools
 import os
 import signal
 import sys
 import threading
+import unicodedata
+import warnings
 from collections.abc import Callable, Iterator, Sequence
-from multiprocessing import get_context, parent_process
+from multiprocessing import active_children, get_context, parent_process
 from pathlib import Path
 from types import ModuleType
 
@@ -25,6 +28,7 @@ import utils
 COLUMN = 3.15  # inches, 8 cm: the width of a paper's column
 # Petroff's ten colours: at least 17 CIELAB units apart for red-green blind readers as well (matplotlib's own: 4.6).
 COLORS = ("#3f90da", "#ffa90e", "#bd1f01", "#94a4a2", "#832db6", "#a96b59", "#e76300", "#b9ac70", "#717581", "#92dadd")
+HOLLOW = dict(color="0.5", markerfacecolor="none", markeredgewidth=0.5)  # points of unknown classes
 TSNE_AXES = ("t-SNE 1\n(distances between clusters mean little)", "t-SNE 2")
 PRINT_STYLE = {
     "font.size": 7, "axes.labelsize": 7, "axes.titlesize": 7, "xtick.labelsize": 6.5, "ytick.labelsize": 6.5,
@@ -37,41 +41,59 @@ PRINT_STYLE = {
 
 
 def plot_epoch(plotter: "Plotter", save_dir: Path, epoch: int, splits: dict[str, dict], centers, data) -> None:
-    """Saves and draws <split>/epoch_<N> of each split; the plane that they show is fitted on the training features."""
+    """Saves and draws <split>/epoch_<N> of each split; the plane that they show is fitted on the training features.
+
+    Images of unknown classes, labelled from len(data.classes) on, follow those of the test.
+    """
+    if "features" not in splits["train"]:  # of an epoch that was begun without them
+        return
     project, axes = plane(splits["train"]["features"].cpu().numpy())
     centers = centers.cpu().numpy()
-    for name, split in splits.items():
+    for name in [name for name in splits if name != "unknown"]:
         (save_dir / name).mkdir(exist_ok=True)
         path = save_dir / name / f"epoch_{epoch}.npz"
-        features, labels, predictions = (split[each].cpu().numpy() for each in ("features", "labels", "predictions"))
+        together = [name, "unknown"] if name == "test" and "unknown" in splits else [name]
+        features, labels, predictions = (np.concatenate([splits[each][key].cpu().numpy() for each in together])
+                                         for key in ("features", "labels", "predictions"))  # fmt: skip
         shown = dict(points=project(features).astype(np.float32), labels=labels.astype(np.int32),
                      predictions=predictions.astype(np.int32), centers=project(centers).astype(np.float32),
                      classes=list(data.classes), axes=list(axes),
-                     title=f"{name}, epoch {epoch}: accuracy {split['accuracy']:.2f} %")  # fmt: skip
+                     title=f"{name}, epoch {epoch}: accuracy {splits[name]['accuracy']:.2f} %")  # fmt: skip
         utils.save_arrays(path, shown)
         plotter(path.with_suffix(".png"), draw_points, path)
-        if name == "test" and features.shape[1] > 2:  # what t-SNE starts from, of the latest test
+        if name != "train" and features.shape[1] > 2:  # what t-SNE starts from, of the latest test
             rows = report.sample(len(features), report.TSNE_POINTS)
             latest = dict(features=features[rows], labels=labels[rows], centers=centers, epoch=epoch)
-            utils.save_arrays(save_dir / "test" / "features.npz", latest | dict(classes=list(data.classes)))
-        if name == "test" and not (save_dir / "test" / "images.npz").exists():  # for the page
+            utils.save_arrays(path.with_name("features.npz"), latest | dict(classes=list(data.classes)))
+        if name != "train" and not path.with_name("images.npz").exists():  # for the page
             rows = report.sample(len(features), report.TEST_POINTS)
-            images = dict(rows=rows, images=data.test.thumbnails(rows))
-            utils.save_arrays(save_dir / "test" / "images.npz", images)
+            images = thumbnails([getattr(data, each) for each in together], rows)
+            utils.save_arrays(path.with_name("images.npz"), dict(rows=rows, images=images))
 
 
-def plot_run(plotter: "Plotter", save_dir: Path, history: Sequence[dict]) -> list[str]:
-    """Draws curves, films, the page, and pictures that a killed run has left undrawn; returns what went wrong."""
-    for _, points in utils.epoch_files(save_dir, ["t*/epoch_*.npz"]):
+def thumbnails(splits: Sequence, rows: np.ndarray) -> np.ndarray:
+    """The images of these rows, uint8 (N, C, H, W), counted through all `splits`; ascending."""
+    firsts = np.cumsum([0, *(split.rows.size for split in splits)])
+    parts = np.split(rows, np.searchsorted(rows, firsts[1:-1]))
+    found = [(split, part - first) for split, part, first in zip(splits, parts, firsts, strict=False) if len(part)]
+    return np.concatenate([split.thumbnails(part) for split, part in found])
+
+
+def plot_run(
+    plotter: "Plotter", save_dir: Path, history: Sequence[dict], stop: Callable[[], bool] = lambda: False
+) -> list[str]:
+    """Draws curves, films, the page, and pictures that a killed run has left undrawn, until all is drawn or `stop` says
+    to leave it; returns what is missing."""
+    for _, points in utils.epoch_files(save_dir, [f"{split}/epoch_*.npz" for split in report.SPLITS]):
         if points.with_suffix(".png") not in plotter.paths and not points.with_suffix(".png").exists():
             plotter(points.with_suffix(".png"), draw_points, points)
     plotter(save_dir / "curves.png", draw_curves, history)
-    for split in ("train", "test"):
+    for split in report.SPLITS:
         if utils.epoch_files(save_dir / split, ["epoch_*.npz"]):
             plotter(save_dir / f"{split}.gif", draw_film, save_dir / split)
-            if split == "test":  # a run that was stopped before its first test has no page yet
+            if split != "train":  # a run that was stopped before its first test has no page yet
                 plotter(save_dir / "report.html", write_page, [save_dir])
-    return plotter.finish()
+    return plotter.finish(stop)
 
 
 def write_page(part: Path, directories: Sequence[Path]) -> None:
@@ -147,9 +169,54 @@ def shorten(names: Sequence[str], width: int) -> list[str]:
     return list(names)
 
 
-def literal(name: str) -> str:
-    """The name for matplotlib, which would take what stands between two dollars for a formula."""
-    return name.replace("$", r"\$")
+def drawable(names: Sequence[str]) -> list[str]:
+    r"""The names as text for matplotlib, which takes none of it for a formula and has a font for every letter.
+
+    Letters that no font of the system has become \u4e2d, with a warning; bytes that are not UTF-8 become \xe9. Texts
+    have the fonts of when they were created, those of axes with the axes: call this before.
+    """
+    from matplotlib import rcParams
+
+    names = [os.fsencode(name).decode(errors="backslashreplace") for name in names]
+    families, missing = _fonts_for(frozenset("".join(names)), tuple(rcParams["font.family"]))
+    rcParams["font.family"] = list(families)
+    if missing:
+        some = " ".join(sorted(missing)[:10]) + " …" * (len(missing) > 10)
+        warnings.warn(f"No font of this system has {some}: pictures show their numbers, such as \\u4e2d", stacklevel=2)
+
+    def show(letter: str) -> str:
+        odd = letter in missing or unicodedata.category(letter) == "Cc"
+        return letter.encode("unicode_escape").decode() if odd else letter
+
+    return ["".join(map(show, name)).replace("$", r"\$") for name in names]
+
+
+@functools.cache
+def _fonts_for(letters: frozenset[str], families: tuple[str, ...]) -> tuple[tuple[str, ...], frozenset[str]]:
+    """The families and, for letters that these lack, further ones of the system; the letters that none has."""
+    from matplotlib import font_manager
+
+    def letters_of(path: str) -> set[str]:
+        with contextlib.suppress(OSError, RuntimeError):  # a font that FreeType cannot draw with
+            font = font_manager.get_font(path)
+            return {letter for letter in missing if font.scalable and ord(letter) in font.get_charmap()}
+        return set()
+
+    def default_of(family: str) -> str:
+        return font_manager.findfont(font_manager.FontProperties(family=[family]))
+
+    missing = {letter for letter in letters if unicodedata.category(letter) != "Cc"}
+    for family in families:
+        missing -= letters_of(default_of(family))
+    paths = font_manager.findSystemFonts() if missing else []
+    for path in sorted(paths, key=lambda path: ("Regular" not in path, path)):
+        if letters_of(path):
+            font_manager.fontManager.addfont(path)
+            family = font_manager.get_font(path).family_name
+            if found := letters_of(default_of(family)):  # not its bold alone
+                missing -= found
+                families = (*families, family)
+    return families, frozenset(missing)
 
 
 def new_figure(width: float, height: float, rows: int = 1, columns: int = 1, **options):
@@ -182,24 +249,32 @@ class Scatter:
         size = float(np.clip(250 / max(len(shown["points"]), 1) ** 0.5, 1.0, 5.0)) * (0.6 if small else 1)
         styles = [dict(color=color, markersize=size, markeredgewidth=0) for color in self.colors]
         self.points = [axes.plot([], [], ".", rasterized=True, **style)[0] for style in styles]
+        self.unknown = axes.plot([], [], "o", rasterized=True, markersize=0.8 * size, **HOLLOW)[0]
         text = (6 if small else 8) * (1 if len(classes) <= 20 else 0.75)
         self.centers = [
-            axes.text(0, 0, literal(mark), fontsize=text, ha="center", va="center", clip_on=True,
+            axes.text(0, 0, mark, fontsize=text, ha="center", va="center", clip_on=True,
                       bbox=dict(boxstyle="circle,pad=0.15", facecolor="#ffffffb0", edgecolor=color, linewidth=text / 7))
-            for mark, color in zip(marks(classes), self.colors, strict=True)
+            for mark, color in zip(drawable(marks(classes)), self.colors, strict=True)
         ]  # fmt: skip
 
     def show(self, shown: dict) -> None:
         points, labels = shown["points"], shown["labels"]
         for label, line in enumerate(self.points):
             line.set_data(*points[labels == label].T)
+        self.unknown.set_data(*points[labels >= len(self.points)].T)
         for text, center in zip(self.centers, shown["centers"], strict=True):
             text.set_position(center)
             text.set_visible(bool(np.isfinite(center).all()))
 
 
-def add_legend(axes, classes: Sequence[str], small: bool = False) -> None:
+def has_unknown(shown: dict) -> bool:
+    """Whether some of the points are of unknown classes."""
+    return bool((shown["labels"] >= len(shown["classes"])).any())
+
+
+def add_legend(axes, shown: dict, small: bool = False) -> None:
     """Names every class outside of `axes`, up to 40 of them: beside a few, in print below many."""
+    classes = [str(name) for name in shown["classes"]]
     if len(classes) > 40:
         return
     below, colors = small and len(classes) > 12, palette(len(classes))
@@ -217,8 +292,12 @@ def add_legend(axes, classes: Sequence[str], small: bool = False) -> None:
         options |= dict(loc="center left", bbox_to_anchor=(1.02, 0.5))
         if not small:
             options |= dict(fontsize=min(9, 260 / (len(classes) + 1)))  # points, of which a picture is 374 high
+    names = [*drawable(names), "center"]
+    if has_unknown(shown):
+        handles += axes.plot([], [], "o", markersize=3 if small else 5, **HOLLOW)
+        names.append("unknown")
     owner = axes.figure if below else axes
-    owner.legend(handles, [*map(literal, names), "center"], **options)
+    owner.legend(handles, names, **options)
 
 
 def limits_of(clouds: Sequence[dict]) -> np.ndarray:
@@ -233,7 +312,7 @@ def draw_points(part: Path, source: Path) -> None:
     """Draws an epoch's points, every one of them, as PNG."""
     shown = report.read_arrays(source, report.ARRAYS)
     figure, ((axes,),) = new_figure(6.4, 5.2, layout="compressed")
-    add_legend(axes, list(map(str, shown["classes"])))
+    add_legend(axes, shown)
     Scatter(axes, shown, limits_of([shown])).show(shown)
     axes.set_title(str(shown["title"]), fontsize=11)
     figure.savefig(part, format="png")
@@ -251,7 +330,7 @@ def draw_film(part: Path, directory: Path) -> None:
     axis_limits = np.stack([np.min(corners, axis=(0, 1)), np.max(corners, axis=(0, 1))], axis=1)
     figure, ((axes,),) = new_figure(6.4, 5.2, layout="compressed")
     figure.set_dpi(80)
-    add_legend(axes, list(map(str, shown["classes"])))
+    add_legend(axes, shown)
     scatter = Scatter(axes, shown, axis_limits)
     axes.set_title(str(shown["title"]), fontsize=11)
     figure.draw_without_rendering()  # finds the layout, which all frames then have
@@ -287,23 +366,23 @@ def draw_panels(
     """Draws epochs, of one run or several, for print. `panels`: the label and arrays of each."""
     from matplotlib import rc_context
 
-    classes = list(map(str, panels[0][1]["classes"]))
     width, rows = min(columns * 2.3, 6.9) if columns > 1 else COLUMN, -(-len(panels) // columns)
     with rc_context(PRINT_STYLE):
+        titles = drawable([label for label, _ in panels])
         figure, grid = new_figure(width, width / columns * rows + 0.4, rows, columns, layout="compressed",
                                   sharex=not own_axes, sharey=not own_axes)  # fmt: skip
         common = limits_of([shown for _, shown in panels])
-        for axes, (label, shown) in zip(grid.flat, panels, strict=False):
+        for axes, title, (_, shown) in zip(grid.flat, titles, panels, strict=False):
             short = [str(name).replace("principal component", "PC") for name in shown["axes"]]
             axis_limits = limits_of([shown]) if own_axes else common
             Scatter(axes, shown | dict(axes=short), axis_limits, small=True).show(shown)
             if not own_axes:
                 axes.label_outer()
             if len(panels) > 1:
-                axes.set_title(literal(label))
+                axes.set_title(title)
         for axes in grid.flat[len(panels) :]:
             axes.set_axis_off()
-        add_legend(grid[0, -1], classes, small=True)
+        add_legend(grid[0, -1], max((shown for _, shown in panels), key=has_unknown), small=True)
         save_print(figure, part, format)
 
 
@@ -318,16 +397,19 @@ def draw_curves(part: Path, history: Sequence[dict], format: str = "") -> None:
             (losses, "train_loss", "training: total", "-"),
             (losses, "train_xent", "training: cross-entropy", "--"),
             (losses, "train_center", "training: λ · center loss", ":"),
+            (losses, "val_xent", "validation: cross-entropy", "-o"),
             (losses, "test_xent", "test: cross-entropy", "-o"),
             (errors, "train_accuracy", "training: softmax", "-"),
+            (errors, "val_accuracy", "validation: softmax", "-o"),
+            (errors, "val_nearest_center_accuracy", "validation: nearest center", "--s"),
             (errors, "test_accuracy", "test: softmax", "-o"),
             (errors, "nearest_center_accuracy", "test: nearest center", "--s"),
         ):
-            measured = [(row["epoch"], row[column]) for row in history if row[column] is not None]
+            measured = [(row["epoch"], row[column]) for row in history if row.get(column) is not None]
             if axes is errors:
                 measured = [(epoch, 100 - accuracy) for epoch, accuracy in measured]
             if measured and (column != "train_center" or any(value > 0 for _, value in measured)):  # λ = 0 has none
-                color = COLORS[dict(train=0, test=6).get(column[: column.find("_")], 4)]
+                color = COLORS[dict(train=0, val=8, test=6).get(column[: column.find("_")], 4)]
                 axes.plot(*zip(*measured, strict=True), style, label=name, color=color, markersize=2 if format else 3)
         losses.set(ylabel="loss")
         errors.set(xlabel="epoch", ylabel="error rate (%)")
@@ -368,6 +450,7 @@ def draw_confusion(part: Path, counts: np.ndarray, classes: Sequence[str], title
     if format:
         side = COLUMN if count <= 12 else 2 * COLUMN
     with rc_context(style):
+        names = drawable(shorten(classes, 20)) if count <= 40 else []
         figure, ((axes,),) = new_figure(side * 1.15, side, layout="compressed")
         shares = 100 * counts / np.maximum(counts.sum(1, keepdims=True), 1)
         image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=100)
@@ -375,7 +458,6 @@ def draw_confusion(part: Path, counts: np.ndarray, classes: Sequence[str], title
         axes.set(xlabel="predicted class", ylabel="true class", title=title)
         if count <= 40:
             size = min(72 * 0.75 * side / count * 0.62, 7 if format else 9)  # points; a cell has room for one line
-            names = [literal(name) for name in shorten(classes, 20)]
             axes.set_xticks(range(count), names, rotation=90 if max(map(len, names)) > 2 else 0, fontsize=size)
             axes.set_yticks(range(count), names, fontsize=size)
         if count <= 25:
@@ -384,6 +466,19 @@ def draw_confusion(part: Path, counts: np.ndarray, classes: Sequence[str], title
                 room = min(size, 72 * 0.6 * side / count / (0.62 * len(number)))
                 axes.text(column, row, number, ha="center", va="center", color=color, fontsize=room)
         save_print(figure, part, format) if format else figure.savefig(part, format="png")
+
+
+def draw_roc(part: Path, fars: Sequence[float], curves: dict[str, Sequence[float]]) -> None:
+    """Draws the true positive rate of each curve over the false accept rate, logarithmic, as PNG."""
+    figure, ((axes,),) = new_figure(6.4, 4.8)
+    for (name, curve), color in zip(curves.items(), palette(len(curves)), strict=True):
+        axes.plot(fars, curve, label=name, color=color)
+    axes.plot(fars, fars, ":", color="0.5", label="chance")
+    axes.set(xscale="log", xlim=(fars[0], 1), ylim=(0, 1.01), title="verification")
+    axes.set(xlabel="false accept rate (pairs of two classes)", ylabel="true accept rate (pairs of one class)")
+    axes.grid(color="0.92")
+    axes.legend(fontsize="small", frameon=False)
+    figure.savefig(part, format="png")
 
 
 def draw_tsne(part: Path, source: Path, format: str) -> None:
@@ -411,29 +506,31 @@ def figures(run: report.Run, epochs: Sequence[int] | None, format: str) -> list[
         if panels := [(f"epoch {number}", run.epoch(split, number)) for number in numbers]:
             path = directory / f"{split}_epoch_{'_'.join(map(str, numbers))}.{format}"
             drawings.append((path, draw_panels, panels, min(len(panels), 3), format))
-    last, count = run.epoch("test", max(run.files["test"])), len(run.classes)
-    confusion = np.bincount(last["labels"] * count + last["predictions"], minlength=count**2).reshape(count, count)
+    last, count = run.last(), len(run.classes)
+    known = last["labels"] < count
+    pairs = last["labels"][known] * count + last["predictions"][known]
+    confusion = np.bincount(pairs, minlength=count**2).reshape(count, count)
     drawings.append((directory / f"curves.{format}", draw_curves, run.history, format))
     drawings.append((directory / f"confusion.{format}", draw_confusion, confusion, run.classes, "", format))
     return drawings
 
 
 def tsne(run: report.Run, format: str) -> list[tuple]:
-    if run.args["feat_dim"] <= 2:
+    if run.args["feat_dim"] in (1, 2):
         raise utils.RunError(f"--projection tsne needs more than two dimensions, got {run.args['feat_dim']} in "
                              f"{run.directory}, which are drawn as they are")  # fmt: skip
-    source = run.directory / "test" / "features.npz"
+    source = run.directory / run.tested / "features.npz"
     epoch = int(report.read_arrays(source, ["epoch"])["epoch"])
-    return [(run.directory / "figures" / f"test_tsne_epoch_{epoch}.{format}", draw_tsne, source, format)]
+    return [(run.directory / "figures" / f"{run.tested}_tsne_epoch_{epoch}.{format}", draw_tsne, source, format)]
 
 
 def compared(runs: Sequence[report.Run], epochs: Sequence[int] | None, format: str, own_axes: bool) -> list[tuple]:
     """The page and the figure of several runs: a column each, a row for each epoch, by default for the last ones."""
     report.check_comparable(runs)
     directory, names = runs[0].directory, report.names(runs)
-    chosen = [[number] * len(runs) for number in epochs or ()] or [[max(run.files["test"]) for run in runs]]
+    chosen = [[number] * len(runs) for number in epochs or ()] or [[max(run.files[run.tested]) for run in runs]]
     panels = [
-        (f"{name}, epoch {number}" if epochs else name, run.epoch("test", number))
+        (f"{name}, epoch {number}" if epochs else name, run.epoch(run.tested, number))
         for numbers in chosen
         for run, name, number in zip(runs, names, numbers, strict=True)
     ]
@@ -462,29 +559,30 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("--own-axes goes with --compare")
     if args.compare and len(args.directories) < 2:
         parser.error(f"--compare needs two runs or more, got {args.directories[0]} alone")
-    plotter, errors, drawings, format = Plotter(), [], [], args.format or "png"
+    errors, drawings, format = [], [], args.format or "png"
     try:
-        runs = [report.read_run(directory) for directory in args.directories]
-        if args.compare:
-            drawings = compared(runs, args.epochs, format, args.own_axes)
-        elif args.projection == "tsne":
-            drawings = [drawing for run in runs for drawing in tsne(run, format)]
-        elif args.format:
-            drawings = [drawing for run in runs for drawing in figures(run, args.epochs, format)]
-        else:
-            for run in runs:
-                errors += plot_run(plotter, run.directory, run.history)
-                print(f"Pictures in {run.directory}, page {run.directory / 'report.html'}")
-        for path, *drawing in drawings:
-            path.parent.mkdir(exist_ok=True)
-            plotter(path, *drawing)
-        errors += plotter.finish()
+        with Plotter(lambda line: print(f"plots.py: {line}", file=sys.stderr)) as plotter:
+            runs = [report.read_run(directory) for directory in args.directories]
+            if args.compare:
+                drawings = compared(runs, args.epochs, format, args.own_axes)
+            elif args.projection == "tsne":
+                drawings = [drawing for run in runs for drawing in tsne(run, format)]
+            elif args.format:
+                drawings = [drawing for run in runs for drawing in figures(run, args.epochs, format)]
+            else:
+                for run in runs:
+                    errors += plot_run(plotter, run.directory, run.history)
+                    print(f"Pictures in {run.directory}, page {run.directory / 'report.html'}")
+            for path, *drawing in drawings:
+                path.parent.mkdir(exist_ok=True)
+                plotter(path, *drawing)
+            errors += plotter.finish()
+    except KeyboardInterrupt:
+        parser.exit(130, "plots.py: interrupted\n")
     except (utils.RunError, OSError) as error:
         parser.exit(getattr(error, "status", 1), f"plots.py: error: {error}\n")
     for path, *_ in drawings:
         print(path)
-    for error in errors:
-        print(f"plots.py: error: {error}", file=sys.stderr)
     return 1 if errors else 0
 
 
@@ -492,10 +590,20 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 class Plotter:
-    """Draws in background processes, off the training's way; `finish` waits for them and returns their errors."""
+    """Draws in background processes, off the training's way; `finish` waits for them, logs and returns their errors.
 
-    def __init__(self):
-        self.pool, self.tasks = None, []
+    An interrupt in its context ends them, as does `finish` when asked to stop.
+    """
+
+    def __init__(self, log: Callable[[str], None] = print):
+        self.log, self.pool, self.tasks, self.drawers = log, None, [], set()
+
+    def __enter__(self) -> "Plotter":
+        return self
+
+    def __exit__(self, kind: type | None, *error) -> None:
+        if kind is KeyboardInterrupt:
+            self._kill()
 
     @property
     def paths(self) -> set[Path]:
@@ -509,19 +617,39 @@ class Plotter:
         if self.pool is None:
             workers = max(1, min(4, (os.cpu_count() or 1) // 2))
             self.pool = ProcessPoolExecutor(workers, get_context("spawn"), _start_drawing)
+        before = set(active_children())
         try:
             with _without_main():
-                task = self.pool.submit(_draw, path, draw, arguments)
+                task = self.pool.submit(draw_to, path, draw, *arguments)
         except BrokenProcessPool as error:  # a drawer has died: the training is worth more than its pictures
             task = Future()
             task.set_exception(error)
+        self.drawers |= set(active_children()) - before
         self.tasks.append((path, task))
 
-    def finish(self) -> list[str]:
-        failed = [(path, task.exception()) for path, task in self.tasks if task.exception()]
-        errors = [f"{path}: {' '.join(str(error).split())}" for path, error in failed]
+    def finish(self, stop: Callable[[], bool] = lambda: False) -> list[str]:
+        """Waits until all is drawn or `stop` says to leave it; the error of each picture that is missing."""
+        from concurrent.futures import wait
+
+        pending = {task for _, task in self.tasks}
+        while pending and not stop():
+            pending = wait(pending, timeout=0.1).not_done
+        if pending:
+            self._kill()
+        failed = [(path, "stopped" if task in pending else task.exception()) for path, task in self.tasks]
+        errors = [f"{path}: {' '.join(str(error).split())}" for path, error in failed if error]
+        notes = set().union(*(task.result() for _, task in self.tasks if task not in pending and not task.exception()))
+        for line in (*sorted(notes), *(f"A picture could not be drawn: {error}" for error in errors)):
+            self.log(line)
         self.tasks = []
         return errors
+
+    def _kill(self) -> None:
+        for drawer in self.drawers:
+            drawer.kill()
+            drawer.join()
+            for path, _ in self.tasks:
+                utils.part_of(path, drawer.pid).unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -534,8 +662,13 @@ def _without_main() -> Iterator[None]:
         sys.modules["__main__"] = script
 
 
-def _draw(path: Path, draw: Callable, arguments: tuple) -> None:
-    utils.replace_file(path, lambda part: draw(part, *arguments))
+def draw_to(path: Path, draw: Callable, *arguments) -> set[str]:
+    """Lets draw(part, *arguments) write `path`; returns its warnings."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("ignore")
+        warnings.simplefilter("always", UserWarning)
+        utils.replace_file(path, lambda part: draw(part, *arguments))
+    return {str(warning.message) for warning in caught}
 
 
 def _start_drawing() -> None:

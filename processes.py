@@ -3,7 +3,7 @@
 import contextlib
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -13,8 +13,12 @@ from torch import nn
 from utils import RunError
 
 
+class Interrupted(Exception):
+    """A signal asks to stop in the middle of a pass over batches."""
+
+
 class StopRequest:
-    """In its context, the first SIGINT or SIGTERM only sets `signal`, which the training looks at between batches.
+    """In its context, the first SIGINT or SIGTERM only sets `signal`, which is looked at between batches.
 
     A second SIGINT interrupts at once.
     """
@@ -29,6 +33,17 @@ class StopRequest:
     def __exit__(self, *error) -> None:
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
+
+    def is_urgent(self) -> bool:
+        """A cluster's SIGTERM is followed by SIGKILL: there is no time to draw what is missing."""
+        return self.signal == signal.SIGTERM
+
+    def watch(self, batches: Iterable, ranks: "Ranks") -> Iterator:
+        """The batches; raises Interrupted after the one in which a signal has reached any rank."""
+        for batch in batches:
+            yield batch
+            if ranks.any(self.signal):
+                raise Interrupted
 
     def _note(self, number: int, frame) -> None:
         if self.signal and number == signal.SIGINT:

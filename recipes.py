@@ -52,7 +52,7 @@ RECIPES["fast"] = dict(
     schedule="onecycle",
     max_epoch=3,
     eval_freq=1,
-    amp=True,
+    amp="auto",
 )
 RECIPES["digits"] = dict(
     dataset="digits",
@@ -61,6 +61,20 @@ RECIPES["digits"] = dict(
     lr_model=0.01,
     batch_size=16,
     max_epoch=12,
+)
+RECIPES["images"] = dict(
+    model="bn-images",
+    feat_dim=64,
+    augment=True,
+    batch_size=128,
+    weight_cent=0.003,
+    optimizer="adamw",
+    lr_model=0.005,
+    weight_decay=0.1,
+    schedule="onecycle",
+    max_epoch=16,
+    eval_freq=1,
+    amp=True,
 )
 
 # From parameter groups and the flags' values.
@@ -88,10 +102,7 @@ SCHEDULES = {
     ),
     "onecycle": Schedule(
         lambda optimizer, args, epoch, run: lr_scheduler.OneCycleLR(
-            optimizer,
-            [group["lr"] for group in optimizer.param_groups],
-            run,
-            cycle_momentum=args.optimizer == "adamw",  # SGD keeps the momentum of its flags
+            optimizer, [group["lr"] for group in optimizer.param_groups], run, cycle_momentum=False
         ),
         fixed_length=True,
     ),
@@ -107,8 +118,20 @@ def create_optimizers(model, center_loss, args) -> dict[str, torch.optim.Optimiz
         groups.append(dict(params=biases, lr=2 * args.lr_model, weight_decay=0.0))
     if args.one_optimizer:
         groups.append(dict(params=center_loss.parameters(), momentum=args.momentum_cent, weight_decay=0.0))
-        return dict(optimizer_model=OPTIMIZERS[args.optimizer](groups, args))
-    return dict(
-        optimizer_model=OPTIMIZERS[args.optimizer](groups, args),
-        optimizer_cent=torch.optim.SGD(center_loss.parameters(), lr=args.lr_cent, momentum=args.momentum_cent),
-    )
+    optimizers = dict(optimizer_model=OPTIMIZERS[args.optimizer](groups, args))
+    if not args.one_optimizer:
+        sgd = torch.optim.SGD(center_loss.parameters(), lr=args.lr_cent, momentum=args.momentum_cent)
+        optimizers["optimizer_cent"] = sgd
+    for optimizer in optimizers.values():
+        for group in optimizer.param_groups:
+            group["fused"] = group["params"][0].is_cuda or None  # whose rates a CUDA graph can read from tensors
+        optimizer.register_load_state_dict_pre_hook(keep_kernels)
+    return optimizers
+
+
+def keep_kernels(optimizer: torch.optim.Optimizer, state: dict) -> dict:
+    """The loaded state with the kernels of this optimizer, as the checkpoint may be from another device."""
+    kernels = ("foreach", "fused", "capturable")
+    groups = zip(state["param_groups"], optimizer.param_groups, strict=True)
+    groups = [saved | {name: own[name] for name in kernels if name in own} for saved, own in groups]
+    return state | dict(param_groups=groups)

@@ -21,6 +21,7 @@ import utils
 
 PAGE = Path(__file__).parent / "page"
 TEST_POINTS, TRAIN_POINTS, TSNE_POINTS = 10_000, 5_000, 5_000  # of more, a sample that is always the same
+SPLITS = ("train", "val", "test")
 EPOCHS = 100  # of more, so many evenly spaced
 SPRITE_BYTES = 3_000_000  # of the test images: more are compressed with loss
 LOG_CHARACTERS = 200_000  # of a longer log, its end
@@ -30,15 +31,24 @@ ARRAYS = ("points", "labels", "predictions", "centers", "classes", "axes", "titl
 
 @dataclass
 class Run:
-    """What a run with --plot has written to its directory."""
+    """What a run with --plot has written to its directory. Labels from len(classes) on are of unknown classes."""
 
     directory: Path
     args: dict
     history: list[dict]  # the rows of metrics.csv; None where nothing was measured
     facts: dict  # run.json: commands, versions, device, elapsed seconds
     log: str
-    files: dict[str, dict[int, Path]]  # of each split, its points by epoch
+    files: dict[str, dict[int, Path]]  # of each split of the run, its points by epoch
     classes: list[str]
+
+    @property
+    def tested(self) -> str:
+        """The split that the epochs were tested on: "val" of a run that chooses its best epoch by that, else "test"."""
+        return "test" if "test" in self.files else "val"
+
+    def last(self) -> dict[str, np.ndarray]:
+        """The arrays of the last tested epoch."""
+        return self.epoch(self.tested, max(self.files[self.tested]))
 
     def epoch(self, split: str, number: int) -> dict[str, np.ndarray]:
         """The arrays of an epoch; RunError where it has none, or a damaged file."""
@@ -61,11 +71,13 @@ def read_run(directory: Path) -> Run:
         raise utils.RunError(f"{directory} is no run: {error.strerror}: {error.filename}") from error
     except (KeyError, TypeError, ValueError) as error:
         raise utils.RunError(f"{directory} is no run: args.json, metrics.csv or run.json is damaged") from error
-    files = {split: dict(utils.epoch_files(directory / split, ["epoch_*.npz"])) for split in ("train", "test")}
-    if not all(files.values()):
+    files = {split: dict(utils.epoch_files(directory / split, ["epoch_*.npz"])) for split in SPLITS}
+    files = {split: numbers for split, numbers in files.items() if numbers}
+    if "train" not in files or len(files) < 2:
         raise utils.RunError(f"{directory} has no points of a tested epoch: train with --plot")
-    last = read_arrays(files["test"][max(files["test"])], ARRAYS)
-    return Run(directory, args, history, facts, log, files, [str(name) for name in last["classes"]])
+    run = Run(directory, args, history, facts, log, files, [])
+    run.classes = [str(name) for name in run.last()["classes"]]
+    return run
 
 
 def measured(cell: str) -> float | None:
@@ -97,7 +109,7 @@ def names(runs: Sequence[Run]) -> list[str]:
 
 def check_comparable(runs: Sequence[Run]) -> None:
     """Raises RunError unless the runs have the same data set, classes and test labels."""
-    labels = [run.epoch("test", max(run.files["test"]))["labels"] for run in runs]
+    labels = [run.last()["labels"] for run in runs]
     for run, tested in zip(runs, labels, strict=True):
         for what, mine, first in (("dataset", run.args["dataset"], runs[0].args["dataset"]),
                                   ("classes", run.classes, runs[0].classes),
@@ -132,11 +144,14 @@ def quantise(points: np.ndarray) -> tuple[np.ndarray, list[float]]:
 
 
 def pack_split(run: Run, split: str) -> dict:
-    """The points of a split over the epochs, and the centers; of a test also the rows, fixed, to find their images."""
+    """The points of a split over the epochs, and the centers; of a test also the rows, fixed, to find their images.
+
+    The label len(run.classes) is that of all unknown classes.
+    """
     numbers = list(run.files[split])
     epochs = [numbers[index] for index in spaced(len(numbers))]
     last = run.epoch(split, epochs[-1])
-    rows = sample(len(last["labels"]), TEST_POINTS if split == "test" else TRAIN_POINTS)
+    rows = sample(len(last["labels"]), TRAIN_POINTS if split == "train" else TEST_POINTS)
     kept = dict(epochs=[], grids=[], centers=[], points=[], labels=[], predictions=[])
     for number in epochs:
         shown = run.epoch(split, number)
@@ -151,10 +166,10 @@ def pack_split(run: Run, split: str) -> dict:
         centers = [[float(x), float(y)] if np.isfinite([x, y]).all() else None for x, y in shown["centers"]]
         for name, value in dict(epochs=number, grids=grid, centers=centers, points=points).items():
             kept[name].append(value)
-        for name in ("labels", "predictions"):
-            kept[name].append(shown[name][order])
+        kept["labels"].append(np.minimum(shown["labels"][order], len(run.classes)))
+        kept["predictions"].append(shown["predictions"][order])
     packed = {name: pack(np.stack(kept.pop(name))) for name in ("points", "labels", "predictions")}
-    return kept | packed | dict(rows=rows.tolist() if split == "test" else [], count=len(rows), of=len(last["labels"]))
+    return kept | packed | dict(rows=[] if split == "train" else rows.tolist(), count=len(rows), of=len(last["labels"]))
 
 
 def spaced(count: int) -> list[int]:
@@ -166,7 +181,7 @@ def pack_images(run: Run, rows: Sequence[int]) -> dict | None:
     """The test images of these rows, side by side in one image; None where the run has kept others, or none."""
     from PIL import Image
 
-    path = run.directory / "test" / "images.npz"
+    path = run.directory / run.tested / "images.npz"
     if not path.exists():
         return None
     saved = read_arrays(path, ("rows", "images"))
@@ -190,16 +205,16 @@ def pack_images(run: Run, rows: Sequence[int]) -> dict | None:
 
 
 def pack_run(run: Run) -> dict:
-    splits = {split: pack_split(run, split) for split in ("train", "test")}
-    axes = run.epoch("test", splits["test"]["epochs"][-1])["axes"]
+    splits = {split: pack_split(run, split) for split in ("train", run.tested)}
     return dict(
         args=run.args,
         facts=run.facts,
         history=run.history,
         log=run.log[-LOG_CHARACTERS:],
-        axes=[str(name) for name in axes],
+        axes=[str(name) for name in run.last()["axes"]],
         splits=splits,
-        images=pack_images(run, splits["test"]["rows"]),
+        tested=run.tested,
+        images=pack_images(run, splits[run.tested]["rows"]),
     )
 
 

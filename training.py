@@ -2,9 +2,12 @@
 
 step = Step(net, center_loss, optimizers, weight=0.01)
 output = step(images, labels)   # all still on the device; nothing waits
+step = captured(step, 128)      # the same call; on a GPU a CUDA graph
 """
 
-from collections.abc import Callable, Iterable, Mapping
+import contextlib
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -14,17 +17,18 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from center_loss import CenterLoss
+from center_loss import CenterLoss, pairwise
 from processes import Ranks
 
 
 class Output(NamedTuple):
-    """What a step has computed before it updated the weights, on the device and without a graph."""
+    """What a step has computed before it updated the weights, on the device; a captured step overwrites its last."""
 
     xent: Tensor  # scalar; over several ranks, this rank's share of the mean cross-entropy of the joined batch
     center: Tensor  # scalar, λ · center loss of the joined batch
     features: Tensor  # (B, D)
     predictions: Tensor  # (B,)
+    means: Tensor  # (3,), this rank's part of mean cross-entropy, λ · center loss and share of correct predictions
 
 
 class Step:
@@ -73,7 +77,120 @@ class Step:
             self.center_loss.rescale_center_grad(self.ranks.size * self.weight, self.lr_ratio)
         for optimizer in self.optimizers.values():
             optimizer.step()
-        return Output(xent.detach(), center.detach(), features.detach(), logits.detach().argmax(1))
+        xent, center, predictions = xent.detach(), center.detach(), logits.detach().argmax(1)
+        correct = (predictions == labels).sum() / (size or len(labels))
+        means = torch.stack([xent, center / self.ranks.size, correct])
+        return Output(xent, center, features.detach(), predictions, means)
+
+
+class CudaGraph:
+    """A function of tensors on the GPU, to be run, then recorded, then replayed on what the tensors hold by then."""
+
+    def __init__(self):
+        self.graph, self.stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+
+    def run(self, function: Callable, *tensors: Tensor) -> Output:
+        """Calls it on the stream of the recording, where torch's libraries then have what they need."""
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            output = function(*tensors)
+        torch.cuda.current_stream().wait_stream(self.stream)
+        return output
+
+    def record(self, function: Callable, *tensors: Tensor) -> None:
+        """Computes nothing yet; raises an error where the function does what a graph cannot."""
+        # The outer context leaves the stream after a failure too. Loaders' threads may allocate in the meantime.
+        with torch.cuda.stream(self.stream), torch.cuda.graph(
+            self.graph, stream=self.stream, capture_error_mode="thread_local"
+        ):  # fmt: skip
+            self.output = function(*tensors)
+
+    def replay(self) -> Output:
+        self.graph.replay()
+        return self.output
+
+
+class CapturedStep(Step):
+    """A step that replays a CUDA graph of itself: some 150 kernels in one launch, for batches of one size.
+
+    The first few of these, and all others, are computed by the Step itself. Learning rates act as they do there. A
+    change of another number in a parameter group, or a failed capture, ends the replays, of which `notice` is told.
+    """
+
+    EAGER = 3  # steps before the capture, in which libraries and compilers choose their kernels
+
+    def __init__(self, step: Step, batch_size: int, notice: Callable[[str], object], graph: CudaGraph):
+        super().__init__(step.net, step.center_loss, step.optimizers, weight=step.weight, lr_ratio=step.lr_ratio,
+                         amp=step.amp, ranks=step.ranks)  # fmt: skip
+        self.batch_size, self.notice, self.graph = batch_size, notice, graph
+        self.eager, self.batch = self.EAGER, None
+        # A graph has numbers as they were in the capture, so that learning rates stand in tensors, filled on a change.
+        self.rates = [torch.full((), math.nan, device=self.device) for _ in self.groups()]
+        self.filled = [math.nan] * len(self.rates)
+
+    def groups(self) -> list[dict]:
+        return [group for optimizer in self.optimizers.values() for group in optimizer.param_groups]
+
+    def __call__(self, images: Tensor, labels: Tensor, size: int | None = None) -> Output:
+        if self.graph is None:
+            return super().__call__(images, labels, size)
+        self._fill_rates()
+        if len(images) != self.batch_size:
+            with self._rates_in_tensors():
+                return super().__call__(images, labels, size)
+        if self.eager:
+            self.eager -= 1
+            with self._rates_in_tensors():
+                return self.graph.run(super().__call__, images, labels)
+        if self.batch is None:
+            self._capture(images, labels)
+        elif self.frozen != self._other_numbers():
+            self._give_up("a number of an optimizer other than its learning rate has changed")
+        if self.graph is None:
+            return super().__call__(images, labels, size)
+        for static, given in zip(self.batch, (images, labels), strict=True):
+            static.copy_(given)
+        return self.graph.replay()
+
+    def _capture(self, images: Tensor, labels: Tensor) -> None:
+        self.batch, self.frozen = (images.clone(), labels.clone()), self._other_numbers()
+        try:
+            with self._rates_in_tensors(capturable=True):
+                self.graph.record(super().__call__, *self.batch)
+        except Exception as error:  # whatever it is, the step itself works; at the end of a capture a consequence
+            self._give_up(str(error.__context__ or error).strip().partition("\n")[0])
+
+    def _give_up(self, reason: str) -> None:
+        self.graph = self.batch = None
+        self.notice(f"The training goes on without a CUDA graph: {reason}")
+
+    def _fill_rates(self) -> None:
+        for index, group in enumerate(self.groups()):
+            if group["lr"] != self.filled[index]:
+                self.filled[index] = group["lr"]
+                self.rates[index].fill_(group["lr"])
+
+    def _other_numbers(self) -> list[dict]:
+        return [{name: group[name] for name in group.keys() - {"params", "lr"}} for group in self.groups()]
+
+    @contextlib.contextmanager
+    def _rates_in_tensors(self, **options: bool) -> Iterator[None]:
+        """In its context the groups have tensors as learning rates, and those of the options that are theirs."""
+        before = [dict(group) for group in self.groups()]
+        for group, rate in zip(self.groups(), self.rates, strict=True):
+            group.update(lr=rate, **{name: value for name, value in options.items() if name in group})
+        try:
+            yield
+        finally:
+            for group, values in zip(self.groups(), before, strict=True):
+                group.update(values)
+
+
+def captured(step: Step, batch_size: int, notice: Callable[[str], object] = print) -> Step:
+    """The step as a CUDA graph for batches of that size, where a graph can be: on one GPU."""
+    if step.device.type != "cuda" or step.ranks.size > 1:
+        return step
+    return CapturedStep(step, batch_size, notice, CudaGraph())
 
 
 @dataclass
@@ -83,7 +200,8 @@ class Epoch:
     batches: int = 0
     samples: int = 0
     sums: Tensor | None = None  # (3,) float64, over the samples: cross-entropy, λ · center loss, correct predictions
-    kept: list[Tensor] | None = None  # features (N, D), labels (N,) and predictions (N,), where they are wanted
+    kept: list[Tensor] | None = None  # features (N, D), labels (N,) and predictions (N,), where wanted from the start
+    rng: Tensor | None = None  # random state after the last step, from which dropout goes on
 
     def results(self) -> dict:
         """The mean losses, the accuracy (%) and, where they were kept, features, labels and predictions.
@@ -99,7 +217,7 @@ class Progress(NamedTuple):
     """What `train_epoch` tells after each step."""
 
     epoch: Epoch  # whose sums are this rank's
-    latest: Tensor  # (3,), this rank's part of the step's mean cross-entropy, λ · center loss, share of correct ones
+    latest: Tensor  # (3,), `means` of the step's Output
     ranks: Ranks
 
     def losses(self) -> tuple[float, float, float, float]:
@@ -122,7 +240,7 @@ def train_epoch(
         batches: images, labels and the size of the batch over all ranks.
         scheduler: takes a step after each of the optimizers'.
         begun: an interrupted pass, of which `batches` is the rest.
-        keep: gather features, labels and predictions as well.
+        keep: gather features, labels and predictions as well, unless `begun` lacks those of its batches.
 
     Returns what all ranks together have summed up.
     """
@@ -130,30 +248,47 @@ def train_epoch(
     ranks, begun = step.ranks, begun or Epoch()
     epoch = Epoch(begun.batches, begun.samples, torch.zeros(3, dtype=torch.float64, device=step.device))
     kept = []
-    if ranks.rank == 0 and begun.batches:  # the sums of all ranks go on in one of them
-        epoch.sums += begun.sums.to(step.device)
-        kept = [[each.to(step.device) for each in begun.kept]] if keep and begun.kept else []
+    if begun.batches:
+        first, keep = ranks.rank == 0, keep and begun.kept is not None
+        if first:  # the sums of all ranks go on in one of them
+            epoch.sums += begun.sums.to(step.device)
+        kept = [[(each if first else each[:0]).to(step.device) for each in begun.kept]] if keep else []
 
-    for images, labels, size in batches:
+    for images, labels, size in _from_state(begun.rng, batches):
         output = step(images, labels, size)
         scheduler.step()
-        correct = (output.predictions == labels).sum() / size
-        latest = torch.stack([output.xent, output.center / ranks.size, correct])
         epoch.batches, epoch.samples = epoch.batches + 1, epoch.samples + size
-        epoch.sums += latest * size
+        epoch.sums += output.means * size
         if keep:
-            kept.append([output.features, labels, output.predictions])
-        if stop(Progress(epoch, latest, ranks)):
+            kept.append([output.features.clone(), labels, output.predictions.clone()])
+        if stop(Progress(epoch, output.means, ranks)):
             break
 
+    # Ranks with unequal shares draw unequal numbers for dropout, but the order of the next batches must be the same.
+    epoch.rng = ranks.gather(torch.get_rng_state().unsqueeze(0))[0]
+    torch.set_rng_state(epoch.rng)
     epoch.sums = ranks.total(epoch.sums)
     epoch.kept = [ranks.gather(torch.cat(each)) for each in zip(*kept, strict=True)] if keep else None
     return epoch
 
 
+def _from_state(rng: Tensor | None, batches: Iterable) -> Iterator:
+    """The batches; the random state becomes `rng` once their order has been drawn from the one before."""
+    batches = iter(batches)
+    batch = next(batches, None)
+    if rng is not None:
+        torch.set_rng_state(rng)
+    while batch is not None:
+        yield batch
+        batch = next(batches, None)
+
+
 @torch.no_grad()
-def test(model: nn.Module, batches: Iterable[tuple], amp: bool = False, ranks: Ranks = Ranks()) -> dict:  # noqa: B008
-    """Cross-entropy, accuracy (%), features (N, D), labels and predictions (N,) of a network on the batches."""
+def predict(model: nn.Module, batches: Iterable[tuple], amp: bool = False, ranks: Ranks = Ranks()) -> dict:  # noqa: B008
+    """Features (N, D), logits (N, C), labels and predictions (N,) of a network on the batches of all ranks.
+
+    They are in the order of the data set.
+    """
     model.eval()
     outputs, seen = [], 0
     for images, labels, size in batches:
@@ -164,16 +299,21 @@ def test(model: nn.Module, batches: Iterable[tuple], amp: bool = False, ranks: R
     *gathered, rows = (ranks.gather(torch.cat(each)) for each in zip(*outputs, strict=True))
     order = rows.argsort()  # that of the data set
     features, logits, labels = (each[order] for each in gathered)
-    predictions, xent = logits.argmax(1), F.cross_entropy(logits, labels).item()
-    return dict(xent=xent, accuracy=percentage(predictions == labels),
-                features=features, labels=labels, predictions=predictions)  # fmt: skip
+    return dict(features=features, logits=logits, labels=labels, predictions=logits.argmax(1))
+
+
+@torch.no_grad()
+def test(model: nn.Module, batches: Iterable[tuple], amp: bool = False, ranks: Ranks = Ranks()) -> dict:  # noqa: B008
+    """What `predict` gives, with the cross-entropy and the accuracy (%)."""
+    tested = predict(model, batches, amp, ranks)
+    return tested | dict(xent=F.cross_entropy(tested["logits"], tested["labels"]).item(),
+                         accuracy=percentage(tested["predictions"] == tested["labels"]))  # fmt: skip
 
 
 @torch.no_grad()
 def center_metrics(features: Tensor, labels: Tensor, centers: Tensor) -> dict[str, float]:
     """Accuracy (%) of the nearest center, mean distance from one's own center, smallest distance of two centers."""
-    exact = "donot_use_mm_for_euclid_dist"
-    nearest = [torch.cdist(some, centers, compute_mode=exact).argmin(1) for some in features.split(4096)]
+    nearest = [pairwise(some, centers).argmin(1) for some in features.split(4096)]
     return dict(
         nearest_center_accuracy=percentage(torch.cat(nearest) == labels),
         intra_distance=(features - centers[labels]).norm(dim=1).mean().item(),

@@ -7,9 +7,11 @@ import argparse
 import contextlib
 import csv
 import functools
+import glob
 import io
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -22,11 +24,18 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-# What a run writes below its --save-dir; a new run there takes exactly these away first.
-EPOCH_FILES = ("train/epoch_*.*", "test/epoch_*.*", "features/epoch_*.npz")
-RUN_FILES = ("log_*.txt", "metrics.csv", "args.json", "run.json", "checkpoint.pt", "train.gif", "test.gif",
-             "curves.png", "confusion.png", "report.html", "compare.html", "test/images.npz", "test/features.npz",
-             "figures/*.png", "figures/*.pdf", "figures/*.svg", *EPOCH_FILES, "tensorboard/events.*")  # fmt: skip
+# What a run writes below its --save-dir; a new run there takes exactly these away first. {} is the data set, * in
+# EPOCH_FILES the epoch; FIGURE is a pattern for names in figures/, which plots.py draws.
+EPOCH_FILES = ("train/epoch_*.png", "train/epoch_*.npz", "val/epoch_*.png", "val/epoch_*.npz", "test/epoch_*.png",
+               "test/epoch_*.npz", "features/epoch_*.npz")  # fmt: skip
+EVENT_FILES = "tensorboard/events.out.tfevents.*"
+IMAGE_FILES = ("val/images.npz", "test/images.npz")
+LOG = "log_{}.txt"
+RUN_FILES = ("metrics.csv", "args.json", "run.json", "checkpoint.pt", "best.pt", "train.gif", "val.gif", "test.gif",
+             "curves.png", "confusion.png", "roc.png", "evaluation.json", "features/test.npz", "predictions.csv",
+             "report.html", "compare.html", "val/features.npz", "test/features.npz", *IMAGE_FILES,
+             EVENT_FILES)  # fmt: skip
+FIGURE = r"(curves|confusion|compare|(train|val|test|val_tsne|test_tsne)_epoch(_[1-9]\d*)+)\.(pdf|svg|png)"
 
 
 class RunError(Exception):
@@ -85,15 +94,19 @@ class Log:
         """Starts the file with `printed`, what a resumed run has written until its checkpoint."""
         if self.quiet:
             return
-        start = printed + "".join(f"{line}\n" for line in self.earlier).encode()
+        start = printed + b"".join(map(_encoded, self.earlier))
         replace_file(path, lambda part: part.write_bytes(start))
         self.path, self.file = path, open(path, "ab", buffering=0)
+
+    def close(self) -> None:
+        self.file.close()
+        self.file = None
 
     def position(self) -> int:
         return self.file.seek(0, os.SEEK_END)
 
     def _write(self, line: str) -> None:
-        rest = f"{line}\n".encode()
+        rest = _encoded(line)
         try:
             while rest:  # a disk that fills up takes a part of it
                 rest = rest[self.file.write(rest) :]
@@ -101,7 +114,12 @@ class Log:
             raise _unwritable(self.path, error) from error
 
 
+def _encoded(line: str) -> bytes:
+    return f"{line}\n".encode(errors="backslashreplace")  # a path that is not UTF-8
+
+
 # ------------------------------------------------------------------------------------------------------------ files
+
 
 def replace_file(path: Path, write: Callable[[Path], object]) -> None:
     """Lets `write` fill a file beside `path`, then renames it: `path` is the old file or the new one, never a half.
@@ -109,7 +127,7 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
     It makes no directory, so that one that has gone is an error. The file beside `path` is this process's own, for
     a killed run's drawers may outlive it for a moment.
     """
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    part = part_of(path, os.getpid())
     try:
         write(part)
         with open(part, "rb") as file:
@@ -120,6 +138,11 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
     finally:
         with contextlib.suppress(OSError):
             part.unlink()
+
+
+def part_of(path: Path, process: int | str) -> Path:
+    """What the process writes before it becomes `path`."""
+    return path.with_name(f".{path.name}.{process}.part")
 
 
 def _unwritable(path: Path, error: OSError) -> WriteError:
@@ -176,19 +199,29 @@ def claim(save_dir: Path) -> Iterator[Callable[[], None]]:
             raise WriteError(f"--save-dir {save_dir} has been removed while the run was writing to it")
 
     try:
-        for stale in (*save_dir.glob(".*.part"), *save_dir.glob("*/.epoch_*.part")):  # of a killed run
-            stale.unlink(missing_ok=True)
         yield check
     finally:
         os.close(held.pop())
 
 
-def clear(save_dir: Path, after: int | None = None) -> bool:
-    """Takes away an earlier run's files, or only those of epochs after `after`; tells whether there were any."""
+def clear(save_dir: Path, dataset: str, after: int | None = None) -> bool:
+    """Takes away an earlier run's files, or only those of epochs after `after`; tells whether there were any.
+
+    What a killed run has left half-written goes as well. `dataset` is that of the run that begins.
+    """
+    datasets = {dataset}
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):  # no args.json, or not one of ours
+        datasets.add(str(json.loads((save_dir / "args.json").read_text())["dataset"]))
+    names = [*RUN_FILES, *(glob.escape(LOG.format(dataset)) for dataset in datasets)]
+    for name in (*names, *EPOCH_FILES):
+        for part in save_dir.glob(str(part_of(Path(name), "*"))):
+            if part.name.split(".")[-2].isdecimal():
+                part.unlink()
+    old = [path for epoch, path in epoch_files(save_dir) if epoch > (after or 0)]
     if after is None:
-        old = [path for pattern in RUN_FILES for path in save_dir.glob(pattern) if not path.is_dir()]
-    else:
-        old = [path for epoch, path in epoch_files(save_dir) if epoch > after]
+        old += [path for name in names for path in save_dir.glob(name) if not path.is_dir()]
+        figure = re.compile(rf"{FIGURE}|\.{FIGURE}\.\d+\.part")
+        old += [path for path in save_dir.glob("figures/*") if figure.fullmatch(path.name)]
     for path in old:
         path.unlink()
     return bool(old)
@@ -198,16 +231,16 @@ def epoch_files(directory: Path, patterns: Sequence[str] = EPOCH_FILES) -> list[
     """The files of single epochs, with their epochs and in the order of these."""
     paths = (path for pattern in patterns for path in directory.glob(pattern))
     numbers = ((path.stem.removeprefix("epoch_"), path) for path in paths)
-    return sorted((int(number), path) for number, path in numbers if number.isdecimal())
+    return sorted((int(number), path) for number, path in numbers if number.isdecimal() and number[0] != "0")
 
 
 def copy_epochs(source: Path, target: Path, last: int) -> None:
-    """Copies what --plot and --save-features have written of the epochs up to `last`."""
-    for epoch, path in epoch_files(source):
-        if epoch <= last:
-            copy = target / path.relative_to(source)
-            copy.parent.mkdir(exist_ok=True)
-            replace_file(copy, functools.partial(shutil.copyfile, path))
+    """Copies best.pt, what --plot and --save-features have written of the epochs up to `last`, all of --tensorboard."""
+    paths = [path for epoch, path in epoch_files(source) if epoch <= last]
+    for path in (*paths, *(path for name in ("best.pt", *IMAGE_FILES, EVENT_FILES) for path in source.glob(name))):
+        copy = target / path.relative_to(source)
+        copy.parent.mkdir(exist_ok=True)
+        replace_file(copy, functools.partial(shutil.copyfile, path))
 
 
 def write_json(path: Path, values: dict) -> None:
@@ -223,10 +256,12 @@ def write_metrics(path: Path, history: Sequence[dict]) -> None:
     replace_file(path, lambda part: part.write_text(table.getvalue()))
 
 
-def save_features(path: Path, splits: dict[str, dict], centers) -> None:
+def save_features(path: Path, splits: dict[str, dict], centers, **further) -> None:
     """features (N, D), labels and predictions (N,) of each split, as train_features and so on, and centers (C, D)."""
-    path.parent.mkdir(exist_ok=True)
-    arrays = {"centers": centers.cpu().numpy()}
+    if "features" not in splits.get("train", splits.get("test")):  # of an epoch that was begun without them
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    arrays = {"centers": centers.cpu().numpy(), **further}
     for split, values in splits.items():
         arrays |= {f"{split}_{name}": values[name].cpu().numpy() for name in ("features", "labels", "predictions")}
     save_arrays(path, arrays)
@@ -306,15 +341,36 @@ def restore(path: str, run: dict, modules: dict, to_train: bool) -> dict:
         saved, present = checkpoint["data"].get(name), run["data"][name]
         if needed and saved != present:
             raise RunError(f"the training {name} must be {saved}, as in {path}, got {present}")
+    _check_run(path, checkpoint, run["centers"])
     try:
         for name, module in modules.items():
             module.load_state_dict(checkpoint[name])
         import torch
 
         torch.set_rng_state(checkpoint["rng"])
-        return {name: checkpoint[name] for name in run}
+        return {name: checkpoint[name] for name in run} | dict(data=run["data"])
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise RunError(f"the checkpoint {path} does not fit this network and its optimizers") from error
+
+
+def _check_run(path: str, saved: dict, centers) -> None:
+    """Raises RunError, naming the entry, where a checkpoint holds what no run writes, such as after an edit by hand."""
+
+    def is_partial(batches: int, samples: int, sums, kept: list | None, rng=None) -> bool:
+        return batches > 0 and sums.shape == (3,) and (kept is None or [len(each) for each in kept] == 3 * [samples])
+
+    checks = dict(
+        epoch=lambda: [row["epoch"] for row in saved["history"]] == list(range(1, saved["epoch"] + 1)),
+        partial=lambda: saved["partial"] is None or is_partial(**saved["partial"]),
+        centers=lambda: saved["centers"].shape == centers.shape and saved["centers"].is_floating_point(),
+        elapsed=lambda: 0 <= saved["elapsed"] < 1e9,
+        log_bytes=lambda: saved["log_bytes"] >= 0,
+    )
+    for name, holds in checks.items():
+        with contextlib.suppress(AttributeError, KeyError, TypeError):
+            if holds():
+                continue
+        raise RunError(f"the checkpoint {path} is not as a run wrote it: wrong {name}")
 
 
 def confusion_lines(counts: list[list[int]], classes: Sequence[str], width: int = 100) -> list[str]:
@@ -346,7 +402,7 @@ def confusion_lines(counts: list[list[int]], classes: Sequence[str], width: int 
 class NoFiles(contextlib.nullcontext):
     """What the ranks other than 0 write: nothing."""
 
-    def save(self, run: dict, modules: dict) -> None:
+    def save(self, run: dict, modules: dict, name: str = "checkpoint.pt") -> None:
         pass
 
     def save_epoch(self, row: dict, splits: dict[str, dict], centers) -> None:
@@ -364,32 +420,37 @@ class RunFiles:
         self.context, self.board, self.facts = contextlib.ExitStack(), None, None
 
     def __enter__(self) -> "RunFiles":
-        args, log_name = self.args, f"log_{self.args.dataset}.txt"
+        args, log_name = self.args, LOG.format(self.args.dataset)
         own = args.resume and Path(args.resume).resolve().parent == self.directory.resolve()
         with self.context:
             self.check = self.context.enter_context(claim(self.directory))
             if args.resume:
                 self.log(f"Resuming after epoch {self.run['epoch']}")
+                begun = self.run["partial"]
+                if begun and begun["kept"] is None and (args.plot or args.save_features):
+                    self.log(f"Epoch {self.run['epoch'] + 1} was begun without --plot and --save-features: it has "
+                             f"neither, as the features of its first {begun['batches']} batches are gone")  # fmt: skip
             printed = read_start(Path(args.resume).with_name(log_name), self.run["log_bytes"]) if args.resume else b""
-            if clear(self.directory, after=self.run["epoch"] if own else None) and not own:
+            if clear(self.directory, args.dataset, after=self.run["epoch"] if own else None) and not own:
                 self.log(f"Replacing the earlier run in {self.directory}")
             if args.resume and not own:
                 copy_epochs(Path(args.resume).parent, self.directory, self.run["epoch"])
             self.log.open(self.directory / log_name, printed)
+            self.context.callback(self.log.close)
             write_json(self.directory / "args.json", vars(args))
             if args.plot:
                 earlier = read_facts(Path(args.resume).parent).get("commands", []) if args.resume else []
                 self.facts = describe(args, [*earlier, shlex.join(["python", *sys.argv])])
             if args.tensorboard:
-                self.board = self.context.enter_context(Board(self.directory, self.run["epoch"], args))
+                self.board = self.context.enter_context(Board(self.directory, args, self.run))
             self.context = self.context.pop_all()  # all went well: the directory stays claimed
         return self
 
     def __exit__(self, *error) -> None:
         self.context.close()
 
-    def save(self, run: dict, modules: dict) -> None:
-        """Writes metrics.csv and checkpoint.pt: `run` as it is, the `modules` by their state dicts."""
+    def save(self, run: dict, modules: dict, name: str = "checkpoint.pt") -> None:
+        """Writes metrics.csv and a checkpoint: `run` as it is, the `modules` by their state dicts."""
         self.check()
         run.update(elapsed=time.monotonic() - self.start, log_bytes=self.log.position())
         if run["history"]:
@@ -397,7 +458,7 @@ class RunFiles:
         if self.facts:
             write_json(self.directory / "run.json", self.facts | dict(elapsed=run["elapsed"]))
         states = {name: module.state_dict() for name, module in modules.items()}
-        save_checkpoint(self.directory / "checkpoint.pt", dict(args=vars(self.args), **run, **states))
+        save_checkpoint(self.directory / name, dict(args=vars(self.args), **run, **states))
 
     def save_epoch(self, row: dict, splits: dict[str, dict], centers) -> None:
         """Writes what --save-features and --tensorboard ask for."""
@@ -412,37 +473,44 @@ class Board:
     """What --tensorboard writes: the settings as hparams, the metrics of each epoch and the pictures of --plot.
 
     These are drawn in the background, so that they are added when the next epoch ends or, the last ones, on leaving
-    the context.
+    the context. The records of a resumed run's earlier epochs are added where there are none.
     """
 
-    def __init__(self, directory: Path, epoch: int, args: argparse.Namespace):
+    def __init__(self, directory: Path, args: argparse.Namespace, run: dict):
         from torch.utils.tensorboard import SummaryWriter
         from torch.utils.tensorboard.summary import hparams
 
-        self.directory = directory
-        self.added = {path for number, path in self._pictures() if number <= epoch}
-        self.writer = SummaryWriter(directory / "tensorboard", purge_step=epoch + 1)
+        self.directory, recorded = directory, list(directory.glob(EVENT_FILES))
+        self.added = {path for epoch, path in self._pictures() if recorded and epoch <= run["epoch"]}
+        self.writer = SummaryWriter(directory / "tensorboard", purge_step=run["epoch"] + 1)
         settings = {name: value if isinstance(value, bool | int | float | str) else str(value)
                     for name, value in vars(args).items()}  # fmt: skip
         for summary in hparams(settings, dict.fromkeys(["test_accuracy", "nearest_center_accuracy", "train_loss"])):
             self.writer.file_writer.add_summary(summary)
+        for row in [] if recorded else run["history"]:
+            self._add_metrics(row)
 
     def __enter__(self) -> "Board":
         return self
 
     def __exit__(self, *error) -> None:
-        self._add_pictures()
-        self.writer.close()
+        try:
+            self._add_pictures()
+        finally:
+            self.writer.close()
 
     def add_epoch(self, row: dict) -> None:
-        for name, value in row.items():
-            if value is not None and name != "epoch":
-                self.writer.add_scalar(name, value, row["epoch"])
+        self._add_metrics(row)
         self._add_pictures()
         self.writer.flush()
 
+    def _add_metrics(self, row: dict) -> None:
+        for name, value in row.items():
+            if value is not None and name != "epoch":
+                self.writer.add_scalar(name, value, row["epoch"])
+
     def _pictures(self) -> list[tuple[int, Path]]:
-        return epoch_files(self.directory, ["train/epoch_*.png", "test/epoch_*.png"])
+        return epoch_files(self.directory, [f"{split}/epoch_*.png" for split in ("train", "val", "test")])
 
     def _add_pictures(self) -> None:
         from tensorboard.compat.proto.summary_pb2 import Summary
@@ -453,4 +521,3 @@ class Board:
                 summary = Summary(value=[Summary.Value(tag=f"{path.parent.name} features", image=image)])
                 self.writer.file_writer.add_summary(summary, epoch)
                 self.added.add(path)
-

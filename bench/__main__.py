@@ -1,8 +1,7 @@
 """Measures speed and memory, and prints ratios to a plain baseline.
 
-python -m bench loss              the center loss as the number of classes grows, 10 to 1,000,000
-python -m bench loss --ranks 2    sparse gradients on two gloo processes, 1,000 and 1,000,000 classes
-python -m bench train             training steps and epochs of zhou2018's recipe, against a plain script
+python -m bench loss    the center loss as the number of classes grows, 10 to 1,000,000
+python -m bench train   training steps and epochs of zhou2018's recipe, against a plain script
 
 Each takes --quick: a check in seconds, not a measurement.
 """

@@ -1,16 +1,20 @@
 """Training steps and epochs of zhou2018's recipe, on random images in MNIST's files, against a plain script.
 
 plain is how one would write it at first: four workers that transform image by image, float32, nn.PReLU, the matrix
-form of the loss, three .item() per batch. The other forms are main.py's settings, through the Step, epoch and test that
-it uses. An epoch is reckoned as 469 steps and the test of 10,000 images. The clock starts once the workers' first
-batches are used up; compilation is not counted. The forms take turns, and each ratio is the median of the turns'
-ratios. The peak is that of a large matrix product in the form's precision, in the same turns.
+form of the loss, three .item() per batch, cuDNN's benchmarking. The other forms are main.py's settings, through the
+Step, epoch and test that it uses. An epoch is reckoned as 469 steps and the test of 10,000 images. The clock runs from
+when the workers' first batches are used up until the last one is; compilation is not counted. The forms take turns,
+and each ratio is the median of the turns' ratios. The peak is that of a large matrix product in the form's precision,
+in the same turns. Memory is what a form's first pass allocates on the GPU. Last comes a process of --recipe fast, on as
+many images as MNIST has, each step of which is printed.
 """
 
 import argparse
 import functools
 import statistics
 import struct
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -30,6 +34,7 @@ from center_loss import CenterLoss
 from recipes import SCHEDULES, create_optimizers
 
 FORMS = {"default": [], "--amp": ["--amp"], "--amp --compile": ["--amp", "--compile"]}
+CUDA_FORMS = {"--no-cuda-graph": ["--no-cuda-graph"]}
 WARM_UP = 10  # batches before the clock starts: four workers have read eight ahead
 
 
@@ -47,8 +52,6 @@ def add_command(commands: argparse._SubParsersAction) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    if args.device == "cuda":
-        torch.set_float32_matmul_precision("high")  # as convolutions, float32 or not, have it there
     if args.quick:
         args.steps, args.turns, args.batch_size = 3, 1, 16
     args.steps = args.steps or (469 if args.device == "cuda" else 20)
@@ -60,7 +63,8 @@ def run(args: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as root:
         write_mnist(Path(root), args.batch_size * (WARM_UP + args.steps), args.batch_size * (WARM_UP + args.steps // 3))
         passes = {"plain": plain_passes(root, args)}
-        passes |= {name: product_passes(root, flags, args) for name, flags in FORMS.items()}
+        forms = FORMS if args.device == "cpu" else FORMS | CUDA_FORMS
+        passes |= {name: product_passes(root, flags, args) for name, flags in forms.items()}
         if args.device == "cpu":
             passes["--amp, torch's PReLU"] = product_passes(root, ["--amp"], args, own_prelu=False)
         first = {name: run() for name, run in passes.items()}  # compilation, cuDNN's choice, memory
@@ -82,6 +86,30 @@ def run(args: argparse.Namespace) -> None:
         peak = statistics.median(peaks[dtype] for peaks, _ in turns)
         print(f"\npeak, {dtype}: {peak / 1e9:,.0f} GFLOP/s in a product of {size} x {size} matrices", end="")
     print(f"\ncompilation: {first['--amp --compile'][2] - first['--amp'][2]:.0f} s")
+    if args.device == "cuda":
+        print("memory, MiB: " + ", ".join(f"{name} {times[3] / 2**20:,.0f}" for name, times in first.items()))
+    print(start_of_fast(args))
+
+
+def start_of_fast(args: argparse.Namespace) -> str:
+    """Seconds since the start of a process: for imports alone, and until --recipe fast has taken its steps."""
+
+    def output_of(*command: str) -> list[tuple[float, str]]:
+        begun = time.perf_counter()
+        with subprocess.Popen([sys.executable, *command], stdout=subprocess.PIPE, text=True) as process:
+            lines = [(time.perf_counter() - begun, line) for line in process.stdout]
+        if process.returncode:
+            sys.exit(f"{' '.join(command)} has ended with status {process.returncode}")
+        return [*lines, (time.perf_counter() - begun, "")]
+
+    with tempfile.TemporaryDirectory() as root:
+        write_mnist(Path(root), *((512, 256) if args.quick else (60_000, 10_000)))
+        (imports, _), *_ = output_of("-c", "import torch, torchvision")
+        flags = ["--recipe", "fast", "--data-root", root, "--save-dir", f"{root}/log", "--print-freq", "1"]
+        lines = output_of(cli.__file__.replace("cli.py", "main.py"), *flags, *["--use-cpu"] * (args.device == "cpu"))
+    steps = [seconds for seconds, line in lines if line.startswith("Batch")]
+    return (f"--recipe fast, s: imports alone {imports:.1f}, first step {steps[0]:.1f}, last step {steps[-1]:.1f}, "
+            f"prompt {lines[-1][0]:.1f}")  # fmt: skip
 
 
 def epoch_seconds(step: float, test: float, *_) -> float:
@@ -101,13 +129,15 @@ def step_flops(batch_size: int) -> int:
 
 
 def matmul_flops(dtype: torch.dtype, size: int, device: str) -> float:
-    """Per second: the best of a few products."""
+    """Per second: the best of a few products, on a GPU in TF32 for float32, as its convolutions are."""
     matrix, seconds = torch.randn(size, size, device=device).to(dtype), []
+    torch.backends.cuda.matmul.allow_tf32 = True
     for _ in range(6):
         start = time.perf_counter()
         matrix @ matrix
         synchronize(device)
         seconds.append(time.perf_counter() - start)
+    torch.backends.cuda.matmul.allow_tf32 = False
     return 2 * size**3 / min(seconds)
 
 
@@ -123,24 +153,26 @@ def write_mnist(root: Path, train: int, test: int) -> None:
 
 
 class Clock:
-    """Passes batches through and counts the seconds from the end of the warm-up until `seconds` is asked for."""
+    """Passes batches through; takes the seconds of an image, from the end of the warm-up until the last is used up."""
 
-    def __init__(self, batches, device: str):
-        self.batches, self.device, self.begun = batches, device, time.perf_counter()
+    def __init__(self, batches, args: argparse.Namespace):
+        self.batches, self.device, self.warm_up = batches, args.device, WARM_UP * args.batch_size
 
     def __iter__(self):
-        for number, batch in enumerate(self.batches):
-            if number == WARM_UP:
+        seen, skipped = 0, None
+        for number, batch in enumerate(self.batches, 1):
+            if skipped is None and seen >= self.warm_up:
                 synchronize(self.device)
-                self.start = time.perf_counter()
+                start, skipped = time.perf_counter(), seen
             yield batch
+            seen += len(batch[0])
+            if number == len(self.batches):  # before workers end, whose time is an epoch's, not a few steps'
+                synchronize(self.device)
+                self.seconds = (time.perf_counter() - start) / (seen - skipped)
 
-    def seconds(self) -> float:
-        synchronize(self.device)
-        return time.perf_counter() - self.start
 
-
-Pass = Callable[[], tuple[float, float, float]]  # trains and tests once: seconds of a step, of an image, of all
+# Trains and tests once: seconds of a step, of the test of an image, of all with the warm-up; bytes allocated on a GPU.
+Pass = Callable[[], tuple[float, float, float, int]]
 
 
 def plain_passes(root: str, args: argparse.Namespace) -> Pass:
@@ -163,6 +195,7 @@ def plain_passes(root: str, args: argparse.Namespace) -> Pass:
     sgd_centers = torch.optim.SGD([centers], 0.5)
 
     def train(batches) -> None:
+        torch.backends.cudnn.benchmark = True
         sums = [0.0, 0.0, 0.0]
         for images, labels in batches:
             images, labels = images.to(args.device), labels.to(args.device)
@@ -202,8 +235,11 @@ def product_passes(root: str, flags: list[str], args: argparse.Namespace, own_pr
     optimizers = create_optimizers(model, center_loss, settings)
     scheduler = SCHEDULES[settings.schedule].create(optimizers["optimizer_model"], settings, 10**6, 10**6)
     step = training.Step(net, center_loss, optimizers, weight=settings.weight_cent, amp=settings.amp)
+    if settings.cuda_graph:
+        step = training.captured(step, args.batch_size)
 
     def train(batches) -> None:
+        torch.backends.cudnn.benchmark = False
         training.train_epoch(step, batches, scheduler).results()
 
     def test(batches) -> None:
@@ -212,12 +248,15 @@ def product_passes(root: str, flags: list[str], args: argparse.Namespace, own_pr
     return functools.partial(timed, train, test, data.train, data.test, args)
 
 
-def timed(train, test, trainloader, testloader, args) -> tuple[float, float, float]:
-    """Seconds of a training step, of the test of an image, and of everything, warm-up included."""
-    training_clock = Clock(trainloader, args.device)
+def timed(train, test, trainloader, testloader, args) -> tuple[float, float, float, int]:
+    begun, memory = time.perf_counter(), 0
+    training_clock, test_clock = Clock(trainloader, args), Clock(testloader, args)
+    if args.device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        memory = -torch.cuda.memory_allocated()
     train(training_clock)
-    step = training_clock.seconds() / (len(trainloader) - WARM_UP)
-    test_clock = Clock(testloader, args.device)
     test(test_clock)
-    images = (len(testloader) - WARM_UP) * args.batch_size
-    return step, test_clock.seconds() / images, time.perf_counter() - training_clock.begun
+    if args.device == "cuda":
+        memory += torch.cuda.max_memory_allocated()
+    step = training_clock.seconds * args.batch_size
+    return step, test_clock.seconds, time.perf_counter() - begun, memory

@@ -2,7 +2,8 @@
 // The page of a run, or of several of the same data. Everything it shows is in one JSON text, written by report.py, and
 // every name in it is the user's: it reaches the page through textContent, never as markup.
 //
-//   data      what JSON holds, then unpacked: of each run its splits, "train" and "test", with the points of all epochs
+//   data      what JSON holds, then unpacked: of each run its splits, "train" and "test" or "val" (the name is in
+//             `tested`), with the points of all epochs
 //   state     what the reader has chosen: epoch, view, classes
 //   panels    a canvas for each split of each run; all have the same axes
 
@@ -10,11 +11,13 @@ const data = JSON.parse(document.getElementById("data").textContent);
 const NOT_FINITE = 65535; // in place of a coordinate
 const MOST_IMAGES = 200; // of a confusion
 const MATRIX = 40; // classes; of more, the most frequent mistakes are listed
+const UNKNOWN = data.classes.length; // the label of all classes that the network was not trained on
+const SPLITS = { train: "training", val: "validation", test: "test" };
 
 const state = {
   position: 0, // among `epochs`; between two of them while it plays
   view: { x: 0, y: 0, span: 1 }, // the middle, and how much of the x axis is seen
-  hidden: new Set(), // classes
+  hidden: new Set(), // labels
   mistakes: false, // only these
   point: null, // {panel, index}: the one that is pointed at
   marked: null, // {run, rows: Set of indices}: those of a confusion
@@ -45,6 +48,10 @@ function drawn(name, attributes, ...children) {
 const color = (variable) => getComputedStyle(document.documentElement).getPropertyValue(variable).trim();
 const number = (value, digits = 4) =>
   value === null || value === undefined ? "–" : String(+value.toPrecision(digits)).replace("-", "−");
+
+const nameOf = (label) => (label === UNKNOWN ? "unknown" : data.classes[label]);
+/** A prediction for an image of an unknown class is no mistake: none could be right. */
+const isMistake = (label, predicted) => label !== predicted && label !== UNKNOWN;
 
 // ---------------------------------------------------------------------------------------------------------------- data
 
@@ -101,7 +108,7 @@ function eachPoint(split, visit) {
   const to = from + 2 * count;
   for (const i of split.order) {
     const label = labels[count * index + i];
-    if (state.hidden.has(label) || (state.mistakes && predictions[count * index + i] === label)) continue;
+    if (state.hidden.has(label) || (state.mistakes && !isMistake(label, predictions[count * index + i]))) continue;
     if (points[from + i] === NOT_FINITE) continue;
     let x = grid[0] + grid[1] * points[from + i];
     let y = grid[2] + grid[3] * points[from + count + i];
@@ -266,9 +273,10 @@ function drawPoints(panel, context) {
   const radius = Math.min(Math.max(110 / Math.sqrt(Math.max(...panels.map((each) => each.split.count))), 1), 2.8);
   const round = split.count <= 3000;
   const ring = []; // of what is marked or pointed at, above all others
-  const marked = panel.name === "test" && state.marked?.run === panel.run ? state.marked.rows : null;
+  const unknown = new Path2D(); // circles around these
+  const marked = panel.tested && state.marked?.run === panel.run ? state.marked.rows : null;
   const same =
-    state.point?.panel.name === panel.name && (panel.name === "test" || state.point.panel === panel)
+    state.point && (state.point.panel === panel || (state.point.panel.tested && panel.tested))
       ? state.point.index
       : null;
   let last = -1;
@@ -282,6 +290,12 @@ function drawPoints(panel, context) {
       pixelY > box.top + box.height + radius
     )
       return;
+    if (i === same || marked?.has(i)) ring.push([pixelX, pixelY, i === same ? 7 : 4.5]);
+    if (label === UNKNOWN) {
+      unknown.moveTo(pixelX + radius, pixelY);
+      unknown.arc(pixelX, pixelY, radius, 0, 7);
+      return;
+    }
     if (label !== last) {
       if (round && last >= 0) context.fill();
       context.fillStyle = data.colors[label];
@@ -294,9 +308,10 @@ function drawPoints(panel, context) {
     } else {
       context.fillRect(pixelX - radius, pixelY - radius, 2 * radius, 2 * radius);
     }
-    if (i === same || marked?.has(i)) ring.push([pixelX, pixelY, i === same ? 7 : 4.5]);
   });
   if (round && last >= 0) context.fill();
+  context.strokeStyle = color("--soft");
+  context.stroke(unknown);
   context.strokeStyle = color("--ink");
   context.lineWidth = 1.5;
   for (const [x, y, size] of ring) {
@@ -350,7 +365,7 @@ function show(position) {
 function describe(panel) {
   const epoch = panel.split.epochs[at(panel.split)];
   const row = panel.run.history.find((each) => each.epoch === epoch);
-  const name = { train: "training", test: "test" }[panel.name];
+  const name = SPLITS[panel.name];
   const accuracy = row?.[`${panel.name}_accuracy`];
   const title = data.runs.length > 1 ? `${panel.run.name} · ` : "";
   const sample =
@@ -429,11 +444,11 @@ function pointAt(panel, index) {
   const lines = element(
     "div",
     {},
-    element("p", {}, `class ${data.classes[label]}`),
-    element("p", { className: predicted === label ? "" : "wrong" }, `predicted ${data.classes[predicted]}`),
+    element("p", {}, `class ${nameOf(label)}`),
+    element("p", { className: isMistake(label, predicted) ? "wrong" : "" }, `predicted ${data.classes[predicted]}`),
     element("p", {}, `epoch ${split.epochs[at(split)]}: (${number(found[0])}, ${number(found[1])})`),
   );
-  if (split.rows.length) lines.append(element("p", {}, `test image ${split.rows[index]}`));
+  if (split.rows.length) lines.append(element("p", {}, `${SPLITS[panel.name]} image ${split.rows[index]}`));
   box.replaceChildren(...(split.rows.length && run.images ? [picture(run, index)] : []), lines);
   const [x, y] = toPixel(panel, ...found),
     area = panel.canvas.getBoundingClientRect();
@@ -447,7 +462,7 @@ function pointAt(panel, index) {
 function nextMistake(panel, direction) {
   const wrong = [];
   eachPoint(panel.split, (i, x, y, label) => {
-    if (prediction(panel.split, i) !== label) wrong.push(i);
+    if (isMistake(label, prediction(panel.split, i))) wrong.push(i);
   });
   if (!wrong.length) return pointAt(panel, null);
   const current = state.point?.panel === panel ? wrong.indexOf(state.point.index) : direction > 0 ? -1 : 0;
@@ -460,7 +475,7 @@ function createPanel(run, name) {
       attributes: { role: "application", "aria-roledescription": "scatter plot" },
     }),
     caption = element("figcaption");
-  const panel = { run, name, split: run.splits[name], canvas, caption };
+  const panel = { run, name, tested: name === run.tested, split: run.splits[name], canvas, caption };
   $("panels").append(element("figure", {}, caption, canvas));
   let dragged = null;
   const inside = (event) => {
@@ -525,11 +540,20 @@ function pan(x, y) {
 // -------------------------------------------------------------------------------------------------------------- legend
 
 function createLegend() {
-  const buttons = data.classes.map((name, label) => {
-    const text = name.startsWith(data.marks[label]) ? data.short[label] : `${data.marks[label]} ${data.short[label]}`;
+  const labels = [...data.classes.keys()];
+  const legend = labels.map((label) => {
+    const [name, mark, short] = [data.classes[label], data.marks[label], data.short[label]];
+    return { title: name, color: data.colors[label], text: name.startsWith(mark) ? short : `${mark} ${short}` };
+  });
+  if (data.runs.some((run) => run.splits[run.tested].labels.includes(UNKNOWN))) {
+    labels.push(UNKNOWN);
+    legend.push({ title: "classes left out of the training", className: "unknown", text: "unknown" });
+  }
+  const buttons = labels.map((label) => {
+    const { title, className = "", color = "", text } = legend[label];
     const button = element(
       "button",
-      { type: "button", title: name, attributes: { style: `--class: ${data.colors[label]}` } },
+      { type: "button", title, className, attributes: { style: `--class: ${color}` } },
       element("span", {}, text),
     );
     button.addEventListener("click", () =>
@@ -537,7 +561,7 @@ function createLegend() {
     );
     button.addEventListener("dblclick", () =>
       hide((hidden) =>
-        data.classes.forEach((_, other) => (other === label ? hidden.delete(other) : hidden.add(other))),
+        labels.forEach((other) => (other === label ? hidden.delete(other) : hidden.add(other))),
       ),
     );
     return button;
@@ -550,7 +574,7 @@ function createLegend() {
   };
   $("legend").append(...buttons);
   $("all").addEventListener("click", () => hide((hidden) => hidden.clear()));
-  $("none").addEventListener("click", () => hide((hidden) => data.classes.forEach((_, label) => hidden.add(label))));
+  $("none").addEventListener("click", () => hide((hidden) => labels.forEach((label) => hidden.add(label))));
   hide(() => {});
 }
 
@@ -640,6 +664,7 @@ function createCurves() {
         ["train_loss", "training: total", "--series-3", ""],
         ["train_xent", "training: cross-entropy", "--series-0", ""],
         ["train_center", "training: λ · center loss", "--series-2", "2 3"],
+        ["val_xent", "validation: cross-entropy", "--series-3", ""],
         ["test_xent", "test: cross-entropy", "--series-1", ""],
       ],
     ],
@@ -648,6 +673,8 @@ function createCurves() {
       " %",
       [
         ["train_accuracy", "training: softmax", "--series-0", ""],
+        ["val_accuracy", "validation: softmax", "--series-3", ""],
+        ["val_nearest_center_accuracy", "validation: nearest center", "--series-3", "6 3"],
         ["test_accuracy", "test: softmax", "--series-1", ""],
         ["nearest_center_accuracy", "test: nearest center", "--series-2", "6 3"],
       ],
@@ -657,9 +684,9 @@ function createCurves() {
       measures.map(([column, name, variable, dash], kind) => ({
         name: several ? `${run.name}, ${name}` : name,
         color: several ? `--series-${index % 4}` : variable,
-        dash: several ? ["", "6 3", "2 3", "8 3 2 3"][kind] : dash,
+        dash: several ? ["", "6 3", "2 3", "8 3 2 3", "1 2"][kind] : dash,
         points: run.history
-          .filter((row) => row[column] !== null)
+          .filter((row) => row[column] != null) // validation has columns only where it has images
           .map((row) => [row.epoch, unit ? 100 - row[column] : row[column]]),
       })),
     );
@@ -673,7 +700,7 @@ function createCurves() {
 const matrices = []; // functions that count again, for the epoch shown
 
 function createConfusion(run) {
-  const split = run.splits.test;
+  const split = run.splits[run.tested];
   const count = data.classes.length;
   const title = element("h3");
   const figure = element("figure", {}, title);
@@ -712,12 +739,14 @@ function createConfusion(run) {
     const totals = new Uint32Array(count);
     const from = split.count * at(split);
     for (let i = 0; i < split.count; i++) {
-      counts[split.labels[from + i] * count + split.predictions[from + i]]++;
-      totals[split.labels[from + i]]++;
+      const label = split.labels[from + i];
+      if (label === UNKNOWN) continue;
+      counts[label * count + split.predictions[from + i]]++;
+      totals[label]++;
     }
     const of =
       split.of > split.count ? `, ${split.count.toLocaleString("en")} of ${split.of.toLocaleString("en")} images` : "";
-    title.textContent = `${data.runs.length > 1 ? `${run.name} · ` : ""}epoch ${split.epochs[at(split)]}${of}`;
+    title.textContent = `${data.runs.length > 1 ? `${run.name} · ` : ""}${SPLITS[run.tested]}, epoch ${split.epochs[at(split)]}${of}`;
     cells.forEach((cell, index) => {
       const [label, predicted] = [Math.floor(index / count), index % count],
         share = counts[index] / Math.max(totals[label], 1);
@@ -750,7 +779,7 @@ function createConfusion(run) {
 
 /** Shows the test images of a class that are predicted as another, and marks their points. */
 function showImages(run, label, predicted) {
-  const split = run.splits.test;
+  const split = run.splits[run.tested];
   const from = split.count * at(split);
   const found = [];
   for (let i = 0; i < split.count; i++)
@@ -764,9 +793,9 @@ function showImages(run, label, predicted) {
     $("images").hidden = true;
     redraw();
   });
-  const panel = panels.find((each) => each.run === run && each.name === "test");
+  const panel = panels.find((each) => each.run === run && each.tested);
   const buttons = shown.map((i) => {
-    const text = `test image ${split.rows[i]}: class ${data.classes[label]}, predicted ${data.classes[predicted]}`;
+    const text = `${SPLITS[run.tested]} image ${split.rows[i]}: class ${data.classes[label]}, predicted ${data.classes[predicted]}`;
     const button = element(
       "button",
       { type: "button", title: text, attributes: { "aria-label": text } },
@@ -891,8 +920,8 @@ async function start() {
   if (typeof DecompressionStream === "undefined") throw new Error("this page needs a browser of 2023 or later");
   for (const run of data.runs) await unpackRun(run);
   const several = data.runs.length > 1;
-  for (const name of several ? ["test", "train"] : ["train", "test"])
-    for (const run of data.runs) createPanel(run, name);
+  for (const test of [several, !several])
+    for (const run of data.runs) createPanel(run, test ? run.tested : "train");
   if (several) $("panels").style.setProperty("--least", `${Math.max(72 / data.runs.length - 2, 15)}rem`);
   createLegend();
   createCurves();

@@ -3,8 +3,12 @@
 import os
 import shutil
 import sys
+import tempfile
 from pathlib import Path
 
+# The cache of compiled code does not tell apart the instruction sets that ATEN_CPU_CAPABILITY chooses.
+os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", os.path.join(
+    tempfile.gettempdir(), "center-loss-compiled-" + os.environ.get("ATEN_CPU_CAPABILITY", "default")))  # fmt: skip
 if "PYTEST_XDIST_WORKER" in os.environ:  # one of several test processes, a core each; read when torch is loaded
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 

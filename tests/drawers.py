@@ -3,6 +3,8 @@
 import os
 import signal
 import sys
+import time
+import warnings
 from pathlib import Path
 
 
@@ -26,3 +28,13 @@ def signal_oneself(part: Path, number: int) -> None:
 
 def name_modules(part: Path) -> None:
     part.write_text(" ".join(sys.modules))
+
+
+def hang(part: Path, *arguments) -> None:
+    part.touch()
+    time.sleep(60)
+
+
+def warn(part: Path) -> None:
+    part.touch()
+    warnings.warn("pale ink", stacklevel=1)

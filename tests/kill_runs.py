@@ -1,8 +1,10 @@
-"""Kills runs with SIGKILL at random moments, resumes them, and compares each with one that was never stopped.
+"""Ends runs by a signal at random moments, resumes them, and compares each with one that was never stopped.
 
 python tests/kill_runs.py --kills 100
+python tests/kill_runs.py --kills 100 --signal TERM --only plots
 
-A third of the kills come shortly after a SIGTERM, so that they also hit the checkpoint in the middle of an epoch.
+A third of the SIGKILLs come shortly after a SIGTERM, so that they also hit the checkpoint in the middle of an epoch.
+A run that gets a SIGTERM alone must end by itself; the longest time that one took is told.
 The processes are forked from this one, which has imported torch: that saves seconds a kill, and they are as real.
 """
 
@@ -16,7 +18,6 @@ import tempfile
 import time
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch._dynamo  # these two are imported where they are used; here, once for all processes
 import torchvision  # noqa: F401
@@ -32,6 +33,7 @@ SETTINGS = {
                                "-j", 2, "--save-features"],
     "zahn2024-v1.2": ["--recipe", "zahn2024-v1.2", "--max-epoch", 8, "--stepsize", 2],
     "adamw onecycle, bfloat16": ["--optimizer", "adamw", "--schedule", "onecycle", "--amp", "--max-epoch", 40],
+    "euclidean, plots": ["--distance", "euclidean", "--plot", "--eval-freq", 2, "--max-epoch", 10],
     "softmax only, plots": ["--weight-cent", 0, "--plot", "--eval-freq", 4, "--max-epoch", 10],
 }  # fmt: skip
 FREE = {"elapsed", "log_bytes", "args.resume", "args.save_dir", "args.workers"}
@@ -66,9 +68,8 @@ def differences(run: Path, other: Path) -> list[str]:
     names = [sorted(str(path.relative_to(each)) for path in each.rglob("*")) for each in (run, other)]
     found += sorted(set(names[0]) ^ set(names[1]))
     for name in set(names[0]) & set(names[1]):
-        if name.endswith(".npz"):
-            one, two = (np.load(each / name) for each in (run, other))
-            found += [name] if any(not np.array_equal(one[key], two[key]) for key in one) else []
+        if name.endswith((".npz", ".png", ".gif")) and (run / name).read_bytes() != (other / name).read_bytes():
+            found.append(name)
     with open(run / "metrics.csv") as file:
         epochs = [int(row["epoch"]) for row in csv.DictReader(file)]
     if epochs != list(range(1, len(epochs) + 1)):
@@ -103,8 +104,30 @@ def finish(child: int) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-def kill_and_resume(flags: list, directory: Path, kills: int, longest: float) -> tuple[int, int]:
-    """Kills a run up to `kills` times, most of them while it trains, at most `longest` seconds after it has begun to.
+def phase(output: Path) -> str:
+    """Where a run is, by the last line that it has printed."""
+    lines = output.read_text().splitlines() if output.exists() else []
+    words = {"==> Epoch": "training", "Batch": "training", "==> Test": "test", "Nearest": "checkpoint or drawing",
+             "Finished": "end", "The run": "drawing"}  # fmt: skip
+    return next((words[word] for word in words if lines and lines[-1].startswith(word)), "start")
+
+
+def end(child: int, output: Path, gentle: bool, moments: dict[str, int], waits: list[float]) -> None:
+    """Ends a run by SIGTERM alone if `gentle`, else by SIGKILL."""
+    moments[phase(output)] = moments.get(phase(output), 0) + 1
+    if gentle or random.random() < 1 / 3:
+        os.kill(child, signal.SIGTERM)
+    if not gentle:
+        time.sleep(random.uniform(0, 0.05))
+        os.kill(child, signal.SIGKILL)
+    began, status = time.monotonic(), finish(child)
+    waits.append(time.monotonic() - began)
+    if gentle and status not in (143, -signal.SIGTERM, 0):  # at the start it is not noted yet, at the end no longer
+        sys.exit(f"exit status {status} after a SIGTERM: {output.read_text()[-2000:]}")
+
+
+def kill_and_resume(flags: list, directory: Path, kills: int, longest: float, gentle: bool, **notes) -> tuple[int, int]:
+    """Ends a run up to `kills` times, most of them while it trains, at most `longest` seconds after it has begun to.
 
     Gives the kills, and how many of them came before there was anything to resume. At the end the run is whole.
     """
@@ -120,11 +143,7 @@ def kill_and_resume(flags: list, directory: Path, kills: int, longest: float) ->
                     time.sleep(0.01)
             time.sleep(random.uniform(0, longest))
             if is_alive(child):
-                if random.random() < 1 / 3:
-                    os.kill(child, signal.SIGTERM)
-                    time.sleep(random.uniform(0, 0.05))
-                os.kill(child, signal.SIGKILL)
-                finish(child)
+                end(child, output, gentle, **notes)
                 done, early = done + 1, early + (not there)
                 continue
         if status := finish(child):
@@ -132,15 +151,17 @@ def kill_and_resume(flags: list, directory: Path, kills: int, longest: float) ->
         return done, early
 
 
-def run(kills: int, seed: int) -> int:
+def run(kills: int, seed: int, gentle: bool, only: str) -> int:
     random.seed(seed)
     failures = total = early = runs = 0
+    moments, waits = {}, []
+    settings = {name: own for name, own in SETTINGS.items() if only in name}
     with tempfile.TemporaryDirectory() as scratch:
-        folder = make_folder(Path(scratch, "images"))
+        folder = make_folder(Path(scratch, "images"), test=60)
         common = ["--dataset", "folder", "--data-root", folder, "--image-size", 8, "--batch-size", 10,
                   "--print-freq", 1, "--eval-freq", 5, "--use-cpu"]  # fmt: skip
-        share = max(-(-kills // len(SETTINGS)), 5)
-        for name, own in SETTINGS.items():
+        share = max(-(-kills // len(settings)), 5)
+        for name, own in settings.items():
             if total == kills:
                 break
             flags, whole = [*common, *own], Path(scratch, "whole")
@@ -151,7 +172,8 @@ def run(kills: int, seed: int) -> int:
             while wanted > 0:
                 runs += 1
                 killed = Path(scratch, f"killed{runs}")
-                done, before = kill_and_resume(flags, killed, wanted, longest=max(seconds / 3, 0.5))
+                done, before = kill_and_resume(flags, killed, wanted, max(seconds / 3, 0.5), gentle,
+                                               moments=moments, waits=waits)  # fmt: skip
                 found = differences(whole, killed)
                 failures += bool(found)
                 wanted, total, early = wanted - done, total + done, early + before
@@ -160,12 +182,15 @@ def run(kills: int, seed: int) -> int:
                 path.rename(path.with_name(f"{path.name}.{name}"))
     print(f"{total} kills ({early} before the first checkpoint) of {runs} runs: {failures} runs differ from those that "
           "were never stopped")  # fmt: skip
+    print(f"they came during {moments}; the longest that one took to end: {max(waits, default=0):.2f} s")
     return int(failures > 0)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=100)
+    parser.add_argument("--signal", choices=["KILL", "TERM"], default="KILL")
+    parser.add_argument("--only", default="", help="settings that have this in their names")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     arguments = parser.parse_args()
-    sys.exit(run(arguments.kills, arguments.seed))
+    sys.exit(run(arguments.kills, arguments.seed, arguments.signal == "TERM", arguments.only))

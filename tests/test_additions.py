@@ -31,7 +31,8 @@ def test_a_data_set_is_an_entry_of_specs_even_with_split_in_place_of_train(worke
     monkeypatch.setitem(datasets.SPECS, "svhn", datasets.Spec(svhn, *COLOUR))
     status, out, _ = run("--dataset", "svhn", "--data-root", tmp_path, "--max-epoch", "1", "-j", workers)
     assert status == 0 and "Batch 2/2" in out
-    assert torch.load("log/checkpoint.pt", weights_only=True)["data"] == dict(classes=list("0123456789"), images=20)
+    assert torch.load("log/checkpoint.pt", weights_only=True)["data"] == dict(
+        classes=list("0123456789"), images=20, in_channels=3, image_size=32)  # fmt: skip
 
 
 class Linear(nn.Module):
@@ -54,7 +55,7 @@ def test_a_network_is_an_entry_of_models(run, monkeypatch):
 
 def test_a_distance_and_a_center_rule_are_entries_of_center_loss(run, monkeypatch):
     """The flags take their choices from the same tables."""
-    monkeypatch.setitem(center_loss.DISTANCES, "manhattan", lambda offsets: offsets.abs().sum(1))
+    monkeypatch.setitem(center_loss.DISTANCES, "manhattan", lambda offsets: offsets.abs().sum(-1))
     monkeypatch.setitem(center_loss.CENTER_UPDATES, "halved", lambda counts: 2 * counts)
     flags = ["--distance", "manhattan", "--center-update", "halved", "--lr-model", "1e-9", "--lr-cent", "1"]
     assert run(*flags, "--batch-size", "24", "--max-iter", "1", "--save-features")[0] == 0

@@ -5,6 +5,7 @@ import copy
 import doctest
 import itertools
 import math
+import pickle
 import sys
 from datetime import timedelta
 from pathlib import Path
@@ -20,17 +21,19 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import center_loss as module
 from center_loss import CenterLoss
 
-# Every loss there is: 2 distances x 2 scales x 2 averages x 2 updates x 2 gradient layouts.
+# Every loss there is: 2 distances x 2 radii x 2 scales x 2 averages x 3 updates x 2 gradient layouts.
 CHOICES = {
     "distance": ("squared", "euclidean"),
+    "radius": (0.0, 1.5),
     "scale": (1.0, 0.5),
     "class_average": (False, True),
-    "center_update": ("gradient", "paper"),
+    "center_update": ("gradient", "paper", "mean"),
     "sparse": (False, True),
 }
-VARIANTS = [dict(zip(CHOICES, values, strict=True)) for values in itertools.product(*CHOICES.values())]
+ALL = [dict(zip(CHOICES, values, strict=True)) for values in itertools.product(*CHOICES.values())]
+# Where all of them would take too long, the scale goes with the radius.
+VARIANTS = [variant for variant in ALL if (variant["scale"] == 0.5) == (variant["radius"] > 0)]
 DENSE = [variant for variant in VARIANTS if not variant["sparse"]]
-DENSE_UNIT = [variant for variant in DENSE if variant["scale"] == 1.0]
 
 
 def name(variant):
@@ -39,13 +42,12 @@ def name(variant):
 
 each_variant = pytest.mark.parametrize("variant", VARIANTS, ids=name)
 each_dense = pytest.mark.parametrize("variant", DENSE, ids=name)
-each_dense_unit = pytest.mark.parametrize("variant", DENSE_UNIT, ids=name)
 
 
 # ---------------------------------------------------------------------------------------------- oracle
 
 
-def oracle(features, labels, centers, *, distance, scale, class_average, center_update, sparse=False):
+def oracle(features, labels, centers, *, distance, radius, scale, class_average, center_update, sparse=False):
     """Value, features' gradient and center gradient by loops over samples and coordinates, in float64."""
     x, c, y = features.double().tolist(), centers.double().tolist(), labels.tolist()
     size, dim = len(x), len(c[0])
@@ -57,18 +59,17 @@ def oracle(features, labels, centers, *, distance, scale, class_average, center_
         n = y.count(j)
         offset = [x[i][k] - c[j][k] for k in range(dim)]
         norm = math.sqrt(math.fsum(o * o for o in offset))
+        beyond = max(norm - radius, 0.0)
         factor = scale / size / (n if class_average else 1)
-        loss += factor * (norm**2 if distance == "squared" else norm)
-        for k in range(dim):
-            if distance == "squared":
-                slope = 2 * offset[k]
-            else:
-                slope = offset[k] / norm if norm > 0 else 0.0
+        loss += factor * (beyond**2 if distance == "squared" else beyond)
+        for k in range(dim if beyond > 0 else 0):
+            unit = offset[k] / norm
+            slope = 2 * beyond * unit if distance == "squared" else unit
             grad_x[i][k] += factor * slope
             if center_update == "gradient":
                 grad_c[j][k] -= factor * slope
             else:
-                grad_c[j][k] += (c[j][k] - x[i][k]) / (1 + n)
+                grad_c[j][k] -= beyond * unit / (1 + n if center_update == "paper" else n)
     grad_x = torch.tensor(grad_x, dtype=torch.float64).reshape(size, dim)
     return torch.tensor(loss, dtype=torch.float64), grad_x, torch.tensor(grad_c, dtype=torch.float64)
 
@@ -108,7 +109,7 @@ def assert_equal(actual, expected, rtol=1e-12, atol=1e-13):
 # ------------------------------------------------------------------------------------ values, gradients
 
 
-@each_variant
+@pytest.mark.parametrize("variant", ALL, ids=name)
 def test_value_and_both_gradients_match_the_loops(variant):
     features, labels, centers = batch()
     value, grad_x, grad_c = oracle(features, labels, centers, **variant)
@@ -117,9 +118,9 @@ def test_value_and_both_gradients_match_the_loops(variant):
     assert_equal(run(build(centers, **variant), features, labels, weight), expected)
 
 
-@settings(max_examples=60, deadline=None, derandomize=True, database=None)
+@settings(max_examples=120, deadline=None, derandomize=True, database=None)
 @given(
-    variant=st.sampled_from(VARIANTS),
+    variant=st.sampled_from(ALL),
     num_classes=st.integers(1, 6),
     dim=st.integers(1, 5),
     draw=st.lists(st.integers(0, 5), max_size=12),
@@ -149,6 +150,10 @@ def test_each_reference_has_its_formula():
     formulas = [
         (dict(scale=0.5, center_update="paper"), squares.sum() / (2 * size)),  # wen2016
         (dict(), squares.sum() / size),  # zhou2018
+        (
+            dict(scale=0.5, radius=1.5, center_update="mean"),  # wen2019
+            (squares.sqrt() - 1.5).clamp(min=0).pow(2).sum() / (2 * size),
+        ),
         (dict(scale=0.5, class_average=True), (squares / n).sum() / (2 * size)),  # zahn2024-v1.0
         (
             dict(scale=0.5, class_average=True, distance="euclidean"),  # zahn2024-v1.1, -v1.2
@@ -157,6 +162,22 @@ def test_each_reference_has_its_formula():
     ]
     for arguments, expected in formulas:
         torch.testing.assert_close(build(c, **arguments)(x, y), expected, rtol=1e-13, atol=0)
+
+
+def test_wen2019_has_the_gradients_of_its_layers_and_without_a_radius_moves_centers_to_their_class_means():
+    x, y, c = batch()
+    offsets = x - c[y]
+    pull = (1 - 1.5 / offsets.norm(dim=1, keepdim=True)).clamp(min=0) * offsets
+    pull[3] = 0  # this one is its center
+    assert 1 < (pull == 0).all(1).sum() < 8  # some samples are within the radius, some beyond
+    _, grad_x, grad_c = run(build(c, scale=0.5, radius=1.5, center_update="mean"), x, y)
+    torch.testing.assert_close(grad_x, pull / len(y))
+    for j in range(5):
+        torch.testing.assert_close(grad_c[j], -pull[y == j].sum(0) / (y == j).sum().clamp(min=1))
+    loss = build(c, center_update="mean")
+    loss.update_centers(x, y, alpha=0.25)
+    for j in (0, 1, 2, 4):
+        torch.testing.assert_close(loss.centers[j].detach(), 0.75 * c[j] + 0.25 * x[y == j].mean(0))
 
 
 def test_paper_step_is_equation_4_and_gradient_is_2_1_plus_n_over_b_times_it():
@@ -169,7 +190,7 @@ def test_paper_step_is_equation_4_and_gradient_is_2_1_plus_n_over_b_times_it():
     torch.testing.assert_close(gradient, delta * (2 * (1 + n) / len(y))[:, None], rtol=1e-13, atol=1e-15)
 
 
-@each_dense_unit
+@each_dense
 def test_gradcheck_and_double_backward(variant):
     x, y, c = batch()
     x = x + 0.1  # off the centers, where the euclidean distance has no derivative
@@ -187,10 +208,11 @@ def test_gradcheck_and_double_backward(variant):
     if variant["center_update"] == "gradient":
         torch.autograd.gradcheck(of_centers, (c.requires_grad_(),))
         torch.autograd.gradgradcheck(of_centers, (c,))
-    else:  # the derivative of Eq. 4 by the centers: n_j / (1 + n_j) on the diagonal
+    elif not variant["radius"]:  # the derivative of Eq. 4 by the centers: n_j / (1 + n_j) on the diagonal
         hessian = torch.func.hessian(of_centers)(c)
         n = torch.tensor([2, 2, 3, 0, 1], dtype=torch.float64)
-        expected = torch.einsum("j,ja,kb->jkab", n / (1 + n), torch.eye(5).double(), torch.eye(3).double())
+        divisor = 1 + n if variant["center_update"] == "paper" else n.clamp(min=1)
+        expected = torch.einsum("j,ja,kb->jkab", n / divisor, torch.eye(5).double(), torch.eye(3).double())
         torch.testing.assert_close(hessian, expected.permute(0, 1, 2, 3).contiguous())
 
 
@@ -235,6 +257,170 @@ def test_gradients_accumulate_and_frozen_centers_get_none():
     assert frozen.centers.grad is None and x.grad is not None
 
 
+# ----------------------------------------------------------------------------------------- ignore_index
+
+
+@pytest.mark.parametrize("ignored", [-100, 1, 255])
+@each_variant
+def test_ignored_samples_count_for_nothing(variant, ignored):
+    """Not even their NaNs; the rest is the loss of the other samples."""
+    x, y, c = batch()
+    mask = torch.tensor([False, True, False, False, True, False, True, False]) | (y == ignored)
+    x[mask], y[mask] = torch.nan, ignored
+    loss, others = build(c, ignore_index=ignored, **variant), build(c, **variant)
+    value, grad_x, grad_c = run(loss, x, y)
+    expected = run(others, x[~mask], y[~mask])
+    assert_equal((value, grad_x[~mask], grad_c), expected)
+    assert torch.equal(grad_x[mask], torch.zeros_like(x[mask]))
+    loss.update_centers(x, y)
+    others.update_centers(x[~mask], y[~mask])
+    assert_equal([loss.centers], [others.centers])
+
+
+@each_variant
+def test_a_batch_of_ignored_samples_gives_zero(variant):
+    x, _, c = batch()
+    loss = build(c, ignore_index=-1, **variant)
+    for size in (8, 0):
+        value, grad_x, grad_c = run(loss, x[:size], torch.full((size,), -1))
+        assert value == 0 and not grad_x.any() and not grad_c.any()
+    loss.update_centers(x, torch.full((8,), -1))
+    assert torch.equal(loss.centers, c)
+
+
+def test_of_unsigned_labels_and_of_classes_any_may_be_ignored_and_the_others_are_still_checked():
+    x, y, c = batch()
+    y[[0, 6]] = 255
+    assert_equal([build(c, ignore_index=255)(x, y.to(torch.uint8))], [build(c, ignore_index=255)(x, y)])
+    for wrong in (254, 5):
+        with pytest.raises(ValueError, match=rf"labels must be in \[0, 5\), got {wrong}"):
+            build(c, ignore_index=255)(x, torch.where(y == 4, wrong, y))
+    with pytest.raises(ValueError, match=r"labels must be in \[0, 5\), got 255"):
+        build(c)(x, y)
+
+
+# ----------------------------------------------------------------------------- centers without an optimizer
+
+
+@each_variant
+def test_update_centers_takes_the_step_of_sgd(variant):
+    """To the rounding, before and after backward, with frozen centers and under autocast; and leaves all else alone."""
+    x, y, c = batch(torch.float32)
+    x = x.half()
+    expected, grad_x, grad_c = run(build(c, **variant), x, y)
+    for frozen, before, autocast in itertools.product((False, True), repeat=3):
+        loss = build(c, **variant).requires_grad_(not frozen)
+        centers, features = loss.centers.data_ptr(), x.clone().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            value = loss(features, y)
+            if before:
+                loss.update_centers(features, y, alpha=0.7)
+            value.backward()
+            if not before:
+                loss.update_centers(features, y, alpha=0.7)
+        assert torch.equal(value, expected) and torch.equal(features.grad, grad_x)
+        assert loss.centers.data_ptr() == centers and loss.centers.requires_grad != frozen
+        torch.testing.assert_close(loss.centers.detach(), c - 0.7 * grad_c, rtol=1e-6, atol=1e-7)
+        assert frozen or torch.equal(loss.centers.grad.to_dense(), grad_c)
+
+
+@each_variant
+def test_update_centers_makes_no_tensor_of_the_number_of_classes_and_waits_for_nothing(variant):
+    loss = CenterLoss(5000, 4, use_gpu=False, ignore_index=7, **variant)
+    with Sizes(exempt=loss.centers) as sizes:
+        loss.update_centers(torch.randn(8, 4), torch.randint(5000, (8,)))
+    assert sizes.largest <= 8 * 4
+    with NoReads():
+        loss.to("meta").update_centers(torch.empty(8, 4, device="meta"), torch.empty(8, device="meta").long())
+
+
+class Count(TorchDispatchMode):
+    """Counts operations."""
+
+    operations = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.operations += 1
+        return func(*args, **(kwargs or {}))
+
+
+@each_dense
+def test_frozen_centers_cost_nothing(variant):
+    """The loss takes the operations of one whose centers are given: no Delta is computed, and no counts for it."""
+    x, y, c = batch()
+    with Count() as frozen:
+        build(c, **variant).requires_grad_(False)(x, y)
+    with Count() as plain:
+        build(c, **variant | dict(center_update="gradient")).requires_grad_(False)(x, y)
+    with Count() as trained:
+        build(c, **variant)(x, y)
+    assert frozen.operations == plain.operations
+    assert trained.operations > frozen.operations or variant["center_update"] == "gradient"
+
+
+@pytest.mark.parametrize(
+    ("alpha", "error"), [(-0.1, ValueError), (math.nan, ValueError), (math.inf, ValueError), ("1", TypeError)]
+)
+def test_update_centers_refuses_wrong_rates_and_inputs_and_moves_nothing(alpha, error):
+    x, y, c = batch()
+    loss = build(c)
+    with pytest.raises(error, match=f"alpha must be a finite number >= 0, got {alpha!r}"):
+        loss.update_centers(x, y, alpha)
+    with pytest.raises(ValueError, match=r"labels must be in \[0, 5\), got 5"):
+        loss.update_centers(x, y + 1)
+    assert torch.equal(loss.centers, c)
+
+
+# ------------------------------------------------------------------------------------------- distances
+
+
+@pytest.mark.parametrize("distance", module.DISTANCES)
+def test_distances_and_their_gradients_match_the_loops_whatever_the_block(distance):
+    x, y, c = batch()
+    x.requires_grad_()
+    loss = build(c, distance=distance, radius=1.5, scale=0.5)
+    expected = [[(x[i] - c[j]).detach().norm().item() for j in range(5)] for i in range(8)]
+    power = 2 if distance == "squared" else 1
+    expected = torch.tensor(expected, dtype=torch.float64) ** power
+    torch.testing.assert_close(loss.distances(x), expected)
+    assert torch.equal(loss.distances(x).argmin(1), expected.argmin(1))
+    assert loss.distances(x)[3, 2] == 0 and loss.distances(x[:0]).shape == (0, 5)
+    for block in (1, 50, 2**20):
+        away = x.detach().add(0.1).requires_grad_()  # off the centers
+        torch.autograd.gradcheck(lambda x, c, block=block: module.pairwise(x, c, distance, block), (away, loss.centers))
+    (grad,) = torch.autograd.grad(loss.distances(x)[3, 2], x)
+    assert torch.equal(grad, torch.zeros_like(x))
+
+
+def test_distances_are_exact_far_from_the_origin_and_float32_whatever_the_features():
+    generator = torch.Generator().manual_seed(0)
+    centers = 100 + torch.randn(4, 512, generator=generator)
+    features = centers[[0, 1, 2, 3, 0]] + 1e-3 * torch.randn(5, 512, generator=generator)
+    expected = (features.double()[:, None] - centers.double()).pow(2).sum(2)
+    torch.testing.assert_close(build(centers).distances(features).double(), expected, rtol=1e-5, atol=0)
+    with torch.autocast("cpu", torch.bfloat16):
+        distances = build(centers).distances(features.bfloat16())
+    assert distances.dtype == torch.float32
+    torch.testing.assert_close(distances, build(centers).distances(features.bfloat16().float()))
+
+
+def test_distances_of_many_classes_take_little_more_memory_than_their_result():
+    loss, features = CenterLoss(40_000, 64, use_gpu=False), torch.randn(8, 64, requires_grad=True)
+    with Sizes(exempt=loss.centers) as sizes:
+        loss.distances(features).square().sum().backward()
+    assert sizes.largest <= 40_000 * 64  # the centers' gradient; all offsets would be eight times that
+    with torch.no_grad(), Sizes(exempt=loss.centers) as sizes:
+        loss.distances(features)
+    assert sizes.largest <= 2**20
+
+
+def test_distances_refuse_what_the_loss_refuses():
+    with pytest.raises(ValueError, match=r"features must have shape \(B, 2\), got \(4, 1\)"):
+        CenterLoss(use_gpu=False).distances(X[:, :1])
+    with pytest.raises(TypeError, match="features must be floats, got torch.int64"):
+        CenterLoss(use_gpu=False).distances(X.long())
+
+
 # -------------------------------------------------------------------------------------------- numerics
 
 
@@ -244,10 +430,12 @@ def test_no_cancellation_far_from_the_origin(variant):
     centers = 100 + torch.randn(4, 512, generator=generator)
     labels = torch.arange(16) % 4
     features = centers[labels] + 1e-3 * torch.randn(16, 512, generator=generator)
+    variant = variant | dict(radius=variant["radius"] and 0.02)  # the offsets are about 0.0226 long
     expected = oracle(features, labels, centers, **variant)
     actual = run(build(centers, **variant), features, labels)
     assert actual[0].dtype == torch.float32
-    assert_equal([part.double() for part in actual], expected, rtol=1e-5, atol=1e-8)
+    rtol = 1e-4 if variant["radius"] else 1e-5  # what is beyond a radius is a difference
+    assert_equal([part.double() for part in actual], expected, rtol=rtol, atol=1e-8)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -313,7 +501,7 @@ def test_grad_scaler_takes_the_same_steps(variant):
 # ------------------------------------------------------------------------------ torch.compile, torch.func
 
 
-@pytest.mark.parametrize("variant", [v for v in VARIANTS if v["scale"] == 0.5], ids=name)
+@pytest.mark.parametrize("variant", VARIANTS[::4] + VARIANTS[1::12], ids=name)
 def test_compile_traces_the_whole_loss(variant):
     torch._dynamo.reset()
     x, y, c = batch(torch.float32)
@@ -334,7 +522,26 @@ def test_compile_generates_right_code():
     assert_equal(run(compiled, x, y), run(build(c, **variant), x, y), rtol=1e-5, atol=1e-6)
 
 
-@each_dense_unit
+def test_network_and_loss_compile_together():
+    """In one graph, with ignored labels, distances and an update of frozen centers."""
+    torch._dynamo.reset()
+    x, y, c = batch(torch.float32)
+    y[0] = -1
+
+    def total(network, loss, x, y):
+        features = network(x)
+        return loss(features, y) + loss.distances(features).logsumexp(1).mean()
+
+    paths = []
+    for compile in (lambda function, **_: function, torch.compile):
+        torch.manual_seed(0)
+        network, loss = nn.Linear(3, 3), build(c, center_update="mean", radius=0.5, ignore_index=-1)
+        compile(total, fullgraph=True, backend="aot_eager")(network, loss, x, y).backward()
+        paths.append([parameter.grad for parameter in (*network.parameters(), *loss.parameters())])
+    assert_equal(*paths, rtol=1e-5, atol=1e-6)
+
+
+@each_dense
 def test_torch_func_gives_the_same_gradients(variant):
     x, y, c = batch()
     loss = build(c, **variant)
@@ -466,7 +673,8 @@ def test_one_optimizer_with_lr_ratio_and_two_optimizers_take_the_same_steps(vari
     one, network_one = train(variant, optimizers=1, weight=0.02, momentum=momentum)
     torch.testing.assert_close(one, two, rtol=1e-10, atol=1e-12)
     assert_equal(network_one, network_two, rtol=1e-10)
-    assert (two[0] != two[-1]).any(dim=1).tolist() == [True, True, True, False, True]  # class 3 has no sample
+    beyond = not variant["radius"]  # class 0 is within it
+    assert (two[0] != two[-1]).any(dim=1).tolist() == [beyond, True, True, False, True]  # class 3 has no sample
 
 
 @each_variant
@@ -477,7 +685,7 @@ def test_the_weight_has_no_influence_on_the_centers_path_when_features_are_fixed
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
-@each_dense_unit
+@each_dense
 def test_sparse_and_dense_gradients_take_the_same_steps(variant, momentum):
     dense = train(variant, optimizers=2, weight=0.02, momentum=momentum)[0]
     sparse = train({**variant, "sparse": True}, optimizers=2, weight=0.02, momentum=momentum)[0]
@@ -506,6 +714,52 @@ def test_rescale_multiplies_by_lr_ratio_over_alpha(sparse):
     torch.testing.assert_close(loss.centers.grad.to_dense(), grad * 12)
     loss.rescale_center_grad(1.0, lr_ratio=0)
     assert not loss.centers.grad.to_dense().any()
+
+
+def test_two_optimizers_with_one_scaler_take_the_steps_of_float32():
+    """Across an overflow and a change of the scale after every step: unscale both, step both, update once."""
+    x, y, c = batch(torch.float32)
+    paths = []
+    for enabled in (False, True):
+        torch.manual_seed(0)
+        network, loss = nn.Linear(3, 3), build(c, center_update="paper")
+        optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
+        optimizer_cent = torch.optim.SGD(loss.parameters(), lr=0.5)
+        scaler = torch.amp.GradScaler("cpu", enabled=enabled, init_scale=2.0**127, backoff_factor=2.0**-120,
+                                      growth_interval=1)  # fmt: skip
+        scales = []
+        for step in range(5):
+            if step == 0 and not enabled:
+                continue  # the one that overflows
+            optimizer.zero_grad()
+            optimizer_cent.zero_grad()
+            scaler.scale(64 * loss(network(x), y)).backward()
+            scaler.unscale_(optimizer)
+            scaler.unscale_(optimizer_cent)
+            loss.rescale_center_grad(64)
+            nn.utils.clip_grad_norm_(network.parameters(), 0.1)
+            scaler.step(optimizer)
+            scaler.step(optimizer_cent)
+            scaler.update()
+            scales.append(scaler.get_scale())
+            assert step or torch.equal(loss.centers, c)
+        paths.append([*network.parameters(), *loss.parameters()])
+    assert scales == [2.0**7, 2.0**8, 2.0**9, 2.0**10, 2.0**11]
+    assert_equal(*paths, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("center_update", module.CENTER_UPDATES)
+def test_gradients_of_parts_of_a_batch_add_up(center_update):
+    """To the batch's gradient, which is a mean; to the mean of the parts' Delta."""
+    x, y, c = batch()
+    loss = build(c, center_update=center_update)
+    for part in (slice(0, 4), slice(4, 8)):
+        (0.3 * loss(x[part], y[part]) / 2).backward()
+    loss.rescale_center_grad(0.3)
+    whole = [run(build(c, center_update=center_update), x[part], y[part])[2] for part in (slice(0, 4), slice(4, 8))]
+    torch.testing.assert_close(loss.centers.grad, sum(whole) / 2)
+    if center_update == "gradient":
+        torch.testing.assert_close(loss.centers.grad, run(build(c), x, y)[2])
 
 
 # --------------------------------------------------------------------------------- in zhou2018's place
@@ -554,10 +808,55 @@ def test_defaults_positions_and_random_numbers_are_those_of_the_widespread_file(
     assert CenterLoss(use_gpu=False).centers.device.type == "cpu"
 
 
+@pytest.mark.parametrize(
+    ("arguments", "device", "dtype"),
+    [
+        (dict(use_gpu=False), "cpu", torch.float32),
+        (dict(use_gpu=torch.device("cpu")), "cpu", torch.float32),
+        (dict(use_gpu="cpu"), "cpu", torch.float32),
+        (dict(use_gpu=torch.device("meta")), "meta", torch.float32),
+        (dict(device="cpu"), "cpu", torch.float32),
+        (dict(device=torch.device("meta"), dtype=torch.float64), "meta", torch.float64),
+        (dict(use_gpu=False, device="meta"), "meta", torch.float32),
+        (dict(device="cpu", dtype=torch.bfloat16), "cpu", torch.bfloat16),
+    ],
+)
+def test_device_and_dtype_say_where_and_in_what_the_centers_start(arguments, device, dtype, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)  # which does not matter where a device is given
+    torch.manual_seed(1)
+    loss = CenterLoss(5, 3, **arguments)
+    torch.manual_seed(1)
+    assert (loss.centers.device.type, loss.centers.dtype) == (device, dtype)
+    assert device == "meta" or torch.equal(loss.centers, torch.randn(5, 3).to(dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_centers_are_computed_with_in_float32(dtype):
+    x, y, c = batch(torch.float32)
+    loss = CenterLoss(5, 3, device="cpu", dtype=dtype, center_update="mean")
+    loss.load_state_dict({"centers": c})
+    stored = loss.centers.detach().float()
+    assert_equal(run(loss, x, y)[:2], run(build(stored, center_update="mean"), x, y)[:2], 0, 0)
+    assert torch.equal(loss.distances(x), build(stored).distances(x))
+    loss.update_centers(x, y)
+    other = build(stored, center_update="mean")
+    other.update_centers(x, y)
+    error = 2 * torch.finfo(dtype).eps  # a rounding for each of the two additions to a center
+    torch.testing.assert_close(loss.centers.float(), other.centers, rtol=error, atol=error)
+
+
 def test_copies_and_state_survive():
     x, y, c = batch()
+    loss = build(c, distance="euclidean", class_average=True, radius=0.5, ignore_index=1)
+    for copied in (copy.deepcopy(loss), pickle.loads(pickle.dumps(loss))):
+        assert torch.equal(copied(x, y), loss(x, y))
+    average = torch.optim.swa_utils.AveragedModel(loss, avg_fn=lambda mean, new, count: 0.5 * mean + 0.5 * new)
+    average.update_parameters(loss)  # the first is taken over
+    loss.update_centers(x, y)
+    average.update_parameters(loss)
+    assert torch.equal(average.module.centers, 0.5 * c + 0.5 * loss.centers)
+    assert average(x, y).isfinite()
     loss = build(c, distance="euclidean", class_average=True)
-    assert torch.equal(copy.deepcopy(loss)(x, y), loss(x, y))
     other = CenterLoss(5, 3, use_gpu=False, distance="euclidean", class_average=True).double()
     other.load_state_dict(loss.state_dict())
     assert torch.equal(other(x, y), loss(x, y))
@@ -571,10 +870,10 @@ X, Y = torch.zeros(4, 2), torch.zeros(4, dtype=torch.long)
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        (dict(num_classes=0), ValueError, "num_classes must be at least 1, got 0"),
-        (dict(feat_dim=-3), ValueError, "feat_dim must be at least 1, got -3"),
-        (dict(num_classes=2.5), TypeError, "num_classes must be an integer, got 2.5"),
-        (dict(feat_dim="2"), TypeError, "feat_dim must be an integer, got '2'"),
+        (dict(num_classes=0), ValueError, "num_classes must be an integer of at least 1, got 0"),
+        (dict(feat_dim=-3), ValueError, "feat_dim must be an integer of at least 1, got -3"),
+        (dict(num_classes=2.5), TypeError, "num_classes must be an integer of at least 1, got 2.5"),
+        (dict(feat_dim="2"), TypeError, "feat_dim must be an integer of at least 1, got '2'"),
         (
             dict(distance="cosine"),
             ValueError,
@@ -583,11 +882,27 @@ X, Y = torch.zeros(4, 2), torch.zeros(4, dtype=torch.long)
         (
             dict(center_update="eq4"),
             ValueError,
-            r"center_update must be one of \('gradient', 'paper'\), got 'eq4'",
+            r"center_update must be one of \('gradient', 'paper', 'mean'\), got 'eq4'",
         ),
-        (dict(scale=0), ValueError, "scale must be finite and > 0, got 0"),
-        (dict(scale=math.nan), ValueError, "scale must be finite and > 0, got nan"),
-        (dict(scale=math.inf), ValueError, "scale must be finite and > 0, got inf"),
+        (dict(scale=0), ValueError, "scale must be a finite number > 0, got 0"),
+        (dict(scale=math.nan), ValueError, "scale must be a finite number > 0, got nan"),
+        (dict(scale=math.inf), ValueError, "scale must be a finite number > 0, got inf"),
+        (dict(scale="1"), TypeError, "scale must be a finite number > 0, got '1'"),
+        (dict(distance=["squared"]), TypeError, r"distance must be one of .*, got \['squared'\]"),
+        (dict(radius=-0.5), ValueError, "radius must be a finite number >= 0, got -0.5"),
+        (dict(radius=math.nan), ValueError, "radius must be a finite number >= 0, got nan"),
+        (dict(radius=math.inf), ValueError, "radius must be a finite number >= 0, got inf"),
+        (dict(radius=None), TypeError, "radius must be a finite number >= 0, got None"),
+        (dict(radius=True), TypeError, "radius must be a finite number >= 0, got True"),
+        (dict(ignore_index=1.0), TypeError, "ignore_index must be an integer or None, got 1.0"),
+        (dict(ignore_index=False), TypeError, "ignore_index must be an integer or None, got False"),
+        (dict(dtype=torch.int32), ValueError, "dtype must be a floating-point dtype, got torch.int32"),
+        (dict(dtype=torch.cfloat), ValueError, "dtype must be a floating-point dtype, got torch.complex64"),
+        (dict(dtype="float32"), TypeError, "dtype must be a floating-point dtype, got 'float32'"),
+        (dict(device="gpu"), ValueError, "device must be one that torch knows, got 'gpu'"),
+        (dict(device=0.5), ValueError, "device must be one that torch knows, got 0.5"),
+        (dict(use_gpu="no"), ValueError, "device must be one that torch knows, got 'no'"),
+        (dict(use_gpu="cpu", device="meta"), ValueError, "device must be left out .*, got 'meta' and 'cpu'"),
     ],
 )
 def test_wrong_arguments_are_refused(arguments, error, message):
@@ -614,8 +929,8 @@ def test_wrong_arguments_are_refused(arguments, error, message):
         (X, Y - 1, ValueError, r"labels must be in \[0, 10\), got -1"),
         (X, torch.tensor([3, 0, 99, 1]), ValueError, r"labels must be in \[0, 10\), got 99"),
         (X, torch.tensor([3, 0, -7, 99]).to(torch.int8), ValueError, r"labels must be in \[0, 10\), got -7"),
-        (X.to("meta"), Y, ValueError, "must be on cpu like centers, got features on meta and labels on cpu"),
-        (X, Y.to("meta"), ValueError, "must be on cpu like centers, got features on cpu and labels on meta"),
+        (X.to("meta"), Y, ValueError, "features must be on cpu like centers, got meta"),
+        (X, Y.to("meta"), ValueError, "labels must be on cpu like centers, got meta"),
     ],
 )
 def test_wrong_inputs_are_refused(features, labels, error, message):
@@ -655,6 +970,7 @@ def test_rescale_before_backward_says_so():
 
 # ----------------------------------------------------------------------------------------------- ranks
 
+IGNORED = 0  # of this class, most splits have one sample on each rank
 SPLITS = [(4, 4), (5, 3), (8, 0), (0, 8), (0, 0)]  # class 4 is always missing on one rank, class 3 on both
 DDP_SPLITS = [(4, 4), (5, 3)]
 
@@ -692,8 +1008,10 @@ def rank_main(rank, folder):
         features, labels, centers = split_batch(split)
         own = slice(0, split[0]) if rank == 0 else slice(split[0], None)
         for variant in VARIANTS:
-            loss = build(centers, **variant)
+            loss = build(centers, ignore_index=IGNORED, **variant)
             results[split, name(variant)] = run(loss, features[own], labels[own], weight=0.3)
+            loss.update_centers(features[own], labels[own], alpha=0.3)
+            results["updated", split, name(variant)] = loss.centers.detach()
         if split in DDP_SPLITS:
             for variant in VARIANTS:
                 steps = ddp_steps(features, labels, centers, variant, 2, own)
@@ -717,11 +1035,15 @@ def ranks(tmp_path_factory):
 def test_two_ranks_give_what_one_process_gives_on_the_joined_batch(ranks, variant, split):
     first, second = (results[split, name(variant)] for results in ranks)
     features, labels, centers = split_batch(split)
-    value, grad_x, grad_c = run(build(centers, **variant), features, labels, weight=0.3)
+    loss = build(centers, ignore_index=IGNORED, **variant)
+    value, grad_x, grad_c = run(loss, features, labels, weight=0.3)
     assert_equal(
         (first[0], torch.cat([first[1], second[1]]), first[2]), (value, grad_x, grad_c), 1e-13, 1e-15
     )
     assert torch.equal(first[0], second[0]) and torch.equal(first[2], second[2])  # to the bit
+    loss.update_centers(features, labels, alpha=0.3)
+    for results in ranks:
+        torch.testing.assert_close(results["updated", split, name(variant)], loss.centers.detach(), rtol=1e-13, atol=0)
 
 
 @pytest.mark.parametrize("split", DDP_SPLITS, ids=str)

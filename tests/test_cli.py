@@ -1,8 +1,11 @@
 """Flags have the names and defaults that are promised, a mistake is one line, and what ends a run has its status."""
 
 import argparse
+import contextlib
+import json
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,6 +13,7 @@ import torch
 from conftest import PYTHON
 
 import cli
+import hardware
 import main
 import recipes
 
@@ -23,6 +27,7 @@ MAIN = Path(main.__file__)
         (cli.number(int, 0, 10), ["0", "10"], ["11", "-1"]),
         (cli.number(float, 0), ["0", "1e-3", "200"], ["-1e-9", "nan", "inf", "-inf", "x"]),
         (cli.number(float, 0, above=True), ["1e-9"], ["0", "-1", "0.0"]),
+        (cli.number(float, 1e-9, or_zero=True), ["0", "0.0", "1e-9", "2"], ["1e-10", "-1", "nan"]),
         (cli.number(float, 0, 1), ["0", "0.9", "1"], ["1.1", "-0.1"]),
     ],
 )
@@ -70,6 +75,18 @@ def test_flags_have_zhou2018s_names_and_defaults():
     assert cli.parse_args(["-d", "digits", "-j", "3"]).workers == 3
 
 
+def test_a_recipe_leaves_bfloat16_to_the_hardware_and_a_run_keeps_it(run, monkeypatch):
+    for fast in (True, False):
+        monkeypatch.setattr(hardware, "multiplies_bfloat16", lambda gpu, fast=fast: fast)
+        given = [cli.parse_args(["--recipe", "fast", *flags]).amp for flags in ([], ["--amp"], ["--no-amp"])]
+        assert given == [fast, True, False] and cli.parse_args([]).amp is False
+    assert "--no-amp is faster" not in run("--recipe", "fast", "--model", "cnn")[1]
+    monkeypatch.setattr(hardware, "multiplies_bfloat16", lambda gpu: True)
+    assert cli.parse_args(["--resume"]).amp is False and json.loads(Path("log/args.json").read_text())["amp"] is False
+    monkeypatch.setattr(hardware, "multiplies_bfloat16", lambda gpu: False)
+    assert run("--amp", "--max-iter", "1")[1].count("--no-amp is faster") == 1
+
+
 def test_a_terminal_without_greek_gets_the_help():
     ascii_alone = os.environ | {"PYTHONIOENCODING": "ascii"}
     done = subprocess.run([PYTHON, main.__file__, "-h"], capture_output=True, env=ascii_alone)
@@ -82,10 +99,11 @@ BAD_FLAGS = [
     ["--weight-cent", "-0.1"], ["--weight-cent", "inf"], ["--max-epoch", "0"], ["--max-iter", "-1"],
     ["--stepsize", "-1"], ["--gamma", "0"], ["--eval-freq", "-1"], ["--print-freq", "0"], ["--workers", "-1"],
     ["-j", "two"], ["--seed", "-1"], ["--momentum", "1.5"], ["--momentum-cent", "-1"], ["--weight-decay", "-1"],
-    ["--loss-scale", "0"], ["--feat-dim", "0"], ["--image-size", "7"], ["--milestones", "0"], ["--gpu", "0,1"],
-    ["--gpu", "-1"], ["--gpu", "cuda"], ["--dataset", "imagenet"], ["--model", "vgg"], ["--recipe", "none"],
-    ["--distance", "cosine"], ["--schedule", "none"], ["--center-update", "none"], ["--optimizer", "lion"],
-    ["--init", "zeros"], ["--scaling", "none"], ["--unknown"], ["--one-optimizer", "--optimizer", "adamw"],
+    ["--radius", "-1"], ["--loss-scale", "0"], ["--feat-dim", "0"], ["--image-size", "7"], ["--milestones", "0"],
+    ["--gpu", "0,1"], ["--gpu", "-1"], ["--gpu", "cuda"], ["--dataset", "imagenet"], ["--model", "vgg"],
+    ["--recipe", "none"], ["--distance", "cosine"], ["--schedule", "none"], ["--center-update", "none"],
+    ["--optimizer", "lion"], ["--init", "zeros"], ["--scaling", "none"], ["--unknown"],
+    ["--one-optimizer", "--optimizer", "adamw"],
     ["--evaluate", "nowhere.pt"], ["--resume", "nowhere.pt"], ["--resume"], ["--data-root", "nowhere"],
     ["--save-dir", "/dev/null"], ["--save-dir", "/dev/null/below"], ["--model", "bn-deep"],
     ["--data-root", "/dev/null"],
@@ -94,6 +112,12 @@ BAD_FLAGS = [
     ["--seed", "99999999999999999999"], ["--image-size", "1025"], ["--seed", "1.0"], ["--lr-model"], ["--evaluate"],
     ["--evaluate", "."], ["--resume", "."], ["--plot=yes"], ["--max-iter", "-5"], ["7"], ["--evaluate", ""],
     ["--batch-size", "99999999999999999999"], ["--feat-dim", "1000001"], ["--gamma", "1e300"],
+    ["--val-share", "1.5"], ["--val-share", "-0.1"], ["--val-share", "0.99"], ["--predict", "."], ["--predict"],
+    ["--pretrained"], ["--pretrained", "--model", "resnet18", "--init", "xavier"], ["--model", "inception_v3"],
+    ["--model", "resnet18-small", "--pretrained"], ["--model", "fasterrcnn_resnet50_fpn"],
+    ["--weight-cent", "1e-44"], ["--lr-model", "1e-320"],
+    ["--one-optimizer", "--lr-model", "1e-20", "--weight-cent", "1e-20"],
+    ["--unseen"], ["--unseen", ""],
 ]  # fmt: skip
 
 
@@ -124,6 +148,25 @@ def test_running_out_of_memory_is_told_in_a_line(allocate, run, monkeypatch):
     monkeypatch.setattr(main, "build", allocate)
     status, _, err = run()
     assert status == 1 and err.startswith("main.py: error: out of memory") and err.count("\n") == 1
+
+
+def test_a_run_whose_streams_are_closed_goes_on_and_its_log_tells(run, monkeypatch):
+    for name in ("stdin", "stdout", "stderr"):
+        monkeypatch.setattr(sys, name, None)
+    status = run("--max-epoch", "1")[0]
+    assert status == 0 and Path("log/log_folder.txt").read_text().splitlines()[-1].startswith("Finished.")
+    assert run("--lr-model", "0")[0] == 2
+
+
+def test_no_file_takes_the_number_of_a_closed_stream(tmp_path):
+    """Else what C libraries print would stand in a checkpoint."""
+    if (child := os.fork()) == 0:
+        with contextlib.suppress(BaseException):
+            os.closerange(0, 3)
+            cli._open_closed_streams()
+            os._exit(os.open(tmp_path / "file", os.O_CREAT | os.O_WRONLY) > 2)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 1
 
 
 def test_help_mistakes_and_the_loss_alone_load_nothing_heavy_but_torch():

@@ -1,5 +1,6 @@
 """--evaluate tells the figures of the run's last test and changes nothing; its table counts every image."""
 
+import csv
 import os
 import re
 import shutil
@@ -8,15 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import make_folder
+from conftest import SHARED_DATA, make_folder
 from hypothesis import given
 from hypothesis import strategies as st
 
 import datasets
 import models
 import utils
-
-README = Path(utils.__file__).with_name("README.md")
 
 
 def files(directory="log"):
@@ -31,10 +30,26 @@ def test_figures_are_those_of_the_runs_last_test(flags, run):
     _, trained, _ = run("--lr-model", "0.05", *flags)
     before = files()
     status, out, err = run("--evaluate", "log/checkpoint.pt", base=False)
+    Path("log/evaluation.json").unlink()
     lines = trained.splitlines()
     assert (status, err) == (0, "")
     assert out.splitlines()[3:6] == lines[-4:-1]
     assert files() == before
+
+
+@pytest.mark.mnist
+def test_the_committed_weights_have_the_metrics_of_their_run(run):
+    """Within what bfloat16 differs by from one CPU to another."""
+    directory = Path(utils.__file__).parent / "log" / "reference" / "fast"
+    status, out, err = run("--evaluate", directory / "checkpoint.pt", "--data-root", SHARED_DATA, base=False)
+    assert (status, err) == (0, "")
+    accuracy, _, nearest, intra, inter = (float(number) for number in re.findall(r": +(\d+\.\d+)", out))
+    with open(directory / "metrics.csv", newline="") as file:
+        last = list(csv.DictReader(file))[-1]
+    assert accuracy == pytest.approx(float(last["test_accuracy"]), abs=0.05)
+    assert nearest == pytest.approx(float(last["nearest_center_accuracy"]), abs=0.05)
+    assert intra == pytest.approx(float(last["intra_distance"]), rel=0.01)
+    assert inter == pytest.approx(float(last["inter_distance"]), rel=1e-4)
 
 
 def test_classes_have_their_accuracy_and_predictions_as_counted_one_by_one(run, folder):
@@ -81,12 +96,13 @@ def test_the_confusion_matrix_is_drawn_where_it_is_asked_for_and_nothing_else_ch
     run("--plot", "--max-epoch", "1", "--save-dir", "runs/one")
     before = files("runs")
     assert run("--evaluate", "runs/one/checkpoint.pt", base=False)[0] == 0
-    assert files("runs") == before
+    written = [Path("runs/one", name) for name in ("evaluation.json", "confusion.png", "roc.png")]
+    assert files("runs").keys() == before.keys() | {written[0]}
     assert run("--evaluate", "runs/one/checkpoint.pt", "--plot", base=False)[0] == 0
-    picture = Path("runs/one/confusion.png")
-    assert files("runs") == before | {picture: picture.read_bytes()} and picture.stat().st_size > 2000
+    assert files("runs") == before | {path: path.read_bytes() for path in written}
+    assert all(path.stat().st_size > 2000 for path in written[1:])
     assert run("--evaluate", "runs/one/checkpoint.pt", "--plot", "--save-dir", "pictures/of", base=False)[0] == 0
-    assert os.listdir("pictures/of") == ["confusion.png"] and not Path("log").exists()
+    assert sorted(os.listdir("pictures/of")) == sorted(path.name for path in written) and not Path("log").exists()
 
 
 def test_a_checkpoint_is_enough(run):
@@ -94,7 +110,7 @@ def test_a_checkpoint_is_enough(run):
     shutil.move("log/checkpoint.pt", "network.pt")
     shutil.rmtree("log")
     assert run("--evaluate", "network.pt", base=False)[0] == 0
-    assert os.listdir() == ["network.pt"]
+    assert sorted(os.listdir()) == ["evaluation.json", "network.pt"]
 
 
 def test_a_checkpoint_of_a_compiled_run_needs_no_compiler(run, monkeypatch):
@@ -124,11 +140,3 @@ def test_other_classes_are_refused_and_other_images_are_not(run, tmp_path):
     assert run("--evaluate", "log/checkpoint.pt", "--data-root", "two", base=False)[0] == 2
     status, out, _ = run("--evaluate", "log/checkpoint.pt", "--data-root", "more", base=False)
     assert status == 0 and sum(int(number) for line in out.splitlines()[-3:] for number in line.split()[2:]) == 90
-
-
-@pytest.mark.skipif(not README.exists(), reason="there is no README.md")
-def test_the_readmes_snippet_reads_the_features(run, capsys):
-    code = re.search(r"<!-- run: features -->\n+```python\n(.*?)^```$", README.read_text(), re.DOTALL | re.MULTILINE)
-    run("--save-features", "--max-epoch", "2")
-    exec(code[1].replace("epoch_100", "epoch_2"), {})
-    assert capsys.readouterr().out

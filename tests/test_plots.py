@@ -5,11 +5,14 @@ import os
 import shutil
 import signal
 import sys
+import time
 from pathlib import Path
 from types import ModuleType
 
+import matplotlib
 import numpy as np
 import pytest
+from matplotlib import font_manager
 from PIL import Image
 
 import plots
@@ -69,7 +72,7 @@ def test_every_class_has_its_own_colour_and_mark_and_all_points_are_drawn(classe
     shown = dict(np.load(write_epoch(tmp_path / "epoch_1.npz", features, labels, centers)))
     figure, ((axes,),) = plots.new_figure(6, 5)
     scatter = plots.Scatter(axes, shown, plots.limits(features, centers))
-    plots.add_legend(axes, shown["classes"].tolist())
+    plots.add_legend(axes, shown)
     scatter.show(shown)
     assert len({line.get_color() for line in scatter.points}) == classes
     drawn = [np.column_stack(line.get_data()) for line in scatter.points]
@@ -208,6 +211,20 @@ def test_panels_have_the_same_axes(drawn, tmp_path):
     assert np.ptp(second.get_xlim()) == pytest.approx(20 * np.ptp(first.get_xlim()))
 
 
+def test_unknown_classes_are_hollow_and_grey(tmp_path):
+    features, labels, centers = cloud(4)
+    write_epoch(tmp_path / "epoch_1.npz", features, labels, centers[:3])
+    shown = dict(np.load(tmp_path / "epoch_1.npz"))
+    _, ((axes,),) = plots.new_figure(6, 5)
+    plots.add_legend(axes, shown)
+    scatter = plots.Scatter(axes, shown, plots.limits(features))
+    scatter.show(shown)
+    assert np.column_stack(scatter.unknown.get_data()) == pytest.approx(features[labels == 3], abs=1e-5)
+    assert (scatter.unknown.get_markerfacecolor(), scatter.unknown.get_markeredgecolor()) == ("none", "0.5")
+    assert sum(len(line.get_data()[0]) for line in scatter.points) == 60
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["0", "1", "2", "center", "unknown"]
+
+
 def test_picture_of_an_epoch(tmp_path):
     source = write_epoch(tmp_path / "epoch_1.npz", *cloud())
     plots.draw_points(tmp_path / "epoch_1.png", source)
@@ -267,6 +284,40 @@ def test_class_names_are_no_formulas(tmp_path):
     names = ["a$x_$b", "US$", "c"]
     plots.draw_points(tmp_path / "epoch_1.png", write_epoch(tmp_path / "epoch_1.npz", *cloud(), classes=names))
     plots.draw_confusion(tmp_path / "c.png", np.eye(3, dtype=int), names, "test")
+
+
+@pytest.fixture
+def system_fonts(monkeypatch):
+    """system_fonts(*paths): the fonts that the system has, besides matplotlib's default."""
+
+    def have(*paths):
+        monkeypatch.setattr(font_manager, "findSystemFonts", lambda: list(paths))
+        plots._fonts_for.cache_clear()
+
+    monkeypatch.setitem(matplotlib.rcParams, "font.family", ["sans-serif"])
+    yield have
+    plots._fonts_for.cache_clear()
+
+
+def test_names_are_shown_letter_by_letter_and_escaped_where_that_cannot_be(system_fonts):
+    system_fonts()
+    not_utf8 = os.fsdecode(b"caf\xe9")
+    with pytest.warns(UserWarning, match="No font of this system has 中 文: "):
+        names = plots.drawable(["naïve", "a$x_$b", not_utf8, "two\nlines", "中文"])
+    assert names == ["naïve", r"a\$x_\$b", r"caf\xe9", r"two\nlines", r"\u4e2d\u6587"]
+
+
+def test_a_font_of_the_system_is_chosen_for_letters_that_the_default_lacks(system_fonts, tmp_path):
+    letter, path = "\ue001", matplotlib.get_data_path() + "/fonts/ttf/STIXNonUni.ttf"  # of the private use area
+    assert ord(letter) in font_manager.get_font(path).get_charmap()
+    assert ord(letter) not in font_manager.get_font(font_manager.findfont("DejaVu Sans")).get_charmap()
+    (tmp_path / "broken.ttf").write_text("no font")
+    system_fonts(str(tmp_path / "broken.ttf"), path)
+    names = [letter, os.fsdecode(b"\xff"), "c"]  # as tick labels and in a legend; matplotlib warns of boxes
+    assert plots.draw_to(tmp_path / "c.png", plots.draw_confusion, np.eye(3, dtype=int), names, "test") == set()
+    source = write_epoch(tmp_path / "epoch_1.npz", *cloud(), classes=names)
+    assert plots.draw_to(tmp_path / "d.png", plots.draw_points, source) == set()
+    assert matplotlib.rcParams["font.family"] == ["sans-serif", "STIXNonUnicode"]
 
 
 @pytest.mark.parametrize("classes", [3, 60])
@@ -378,6 +429,38 @@ def test_plotter_draws_in_the_background_and_reports_what_failed(tmp_path):
     assert plotter.finish() == [f"{tmp_path / 'bad'}: no ink"]
     assert (tmp_path / "good").read_text() == "drawn" and not (tmp_path / "bad").exists()
     assert plotter.finish() == []
+
+
+def test_warnings_of_all_pictures_are_logged_once(tmp_path):
+    lines = []
+    plotter = plots.Plotter(lines.append)
+    for name in "abc":
+        plotter(tmp_path / name, drawers.warn)
+    assert plotter.finish() == [] and lines == ["pale ink"]
+
+
+def wait_for_part(directory):
+    while not list(directory.glob(".*.part")):
+        time.sleep(0.01)
+
+
+def test_a_plotter_that_is_asked_to_stop_leaves_no_process_and_no_half_picture(tmp_path):
+    plotter = plots.Plotter()
+    plotter(tmp_path / "slow", drawers.hang)
+    plotter(tmp_path / "next", drawers.write, "drawn")
+    wait_for_part(tmp_path)
+    began = time.monotonic()
+    assert plotter.finish(lambda: True) == [f"{tmp_path / name}: stopped" for name in ("slow", "next")]
+    assert time.monotonic() - began < 5 and os.listdir(tmp_path) == []
+    assert not any(drawer.is_alive() for drawer in plotter.drawers)
+
+
+def test_an_interrupt_ends_what_is_being_drawn(tmp_path):
+    with pytest.raises(KeyboardInterrupt), plots.Plotter() as plotter:
+        plotter(tmp_path / "slow", drawers.hang)
+        wait_for_part(tmp_path)
+        raise KeyboardInterrupt
+    assert os.listdir(tmp_path) == [] and not any(drawer.is_alive() for drawer in plotter.drawers)
 
 
 def test_a_drawing_process_loads_neither_the_script_that_runs_nor_torch(tmp_path, monkeypatch):

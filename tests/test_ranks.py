@@ -22,6 +22,8 @@ from conftest import make_folder, program
 import cli
 import datasets
 import main
+import training
+from center_loss import CenterLoss
 from processes import BatchNormOverRanks, Ranks
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
@@ -32,7 +34,8 @@ VARIANTS = {
     "zhou2018, last batch of one": ["--lr-model", "0.01", "--batch-size", "8"],
     "zhou2018, workers": ["--lr-model", "0.01", "--batch-size", "8", "-j", "1"],
     "softmax only": ["--lr-model", "0.01", "--batch-size", "9", "--weight-cent", "0", "--save-features"],
-    "one optimizer": ["--lr-model", "0.01", "--batch-size", "9", "--one-optimizer"],
+    "augmented, validation": ["--lr-model", "0.05", "--batch-size", "9", "--augment", "--val-share", "0.2"],
+    "one optimizer": ["--lr-model", "0.01", "--batch-size", "9", "--one-optimizer", "--unseen", "bee", "--verify"],
     "wen2016": ["--recipe", "wen2016", "--batch-size", "9", "--max-iter", "5"],
     "zahn2024-v1.0": ["--recipe", "zahn2024-v1.0", "--batch-size", "8", "--max-epoch", "1"],
     "zahn2024-v1.2": ["--recipe", "zahn2024-v1.2", "--batch-size", "8", "--max-epoch", "1"],
@@ -40,17 +43,20 @@ VARIANTS = {
                                "--batch-size", "9", "--weight-cent", "0.1"],
 }  # fmt: skip
 BFLOAT16 = {"batch norm": ["--model", "bn-fast", "--image-size", "28", "--amp", "--batch-size", "9"]}
+DROPOUT = {"dropout": ["--model", "squeezenet1_1", "--image-size", "32", "--batch-size", "9", "--save-features"]}
 
 
 @contextlib.contextmanager
 def float64():
     """Runs main.py in float64, where the rounding that BatchNorm layers amplify stays far below any real difference."""
-    normalise = datasets.Normalise.__call__
+    normalise, threads = datasets.Normalise.__call__, torch.get_num_threads()
     datasets.Normalise.__call__ = lambda self, images: normalise(self, images).double()
     torch.set_default_dtype(torch.float64)
+    torch.set_num_threads(1)  # as torchrun does: on many cores the order of a sum depends on it
     try:
         yield
     finally:
+        torch.set_num_threads(threads)
         torch.set_default_dtype(torch.float32)
         datasets.Normalise.__call__ = normalise
 
@@ -70,7 +76,7 @@ def images(tmp_path_factory):
 def both(images, tmp_path_factory):
     """All variants, run by one process and, in one launch, by two ranks: {name: (directory, directory)}."""
     base, jobs, pairs = tmp_path_factory.mktemp("runs"), [], {}
-    for index, (name, flags) in enumerate((VARIANTS | BFLOAT16).items()):
+    for index, (name, flags) in enumerate((VARIANTS | BFLOAT16 | DROPOUT).items()):
         pairs[name] = base / f"{index}-one", base / f"{index}-two"
         flags = [*COMMON, "--data-root", str(images), *flags, "--save-dir"]
         with run_as(name):
@@ -90,14 +96,16 @@ def checkpoint(directory):
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_two_ranks_end_where_one_process_does(name, both):
-    tolerance = 1e-8
+    tolerance = 1e-6 if name == "zahn2024-v1.0" else 1e-8  # nine BatchNorm layers amplify rounding
     one, two = (checkpoint(directory) for directory in both[0][name])
     assert one["model"].keys() == two["model"].keys()
     for key, value in one["model"].items():
         assert torch.allclose(value, two["model"][key], atol=tolerance, rtol=0), key
     assert torch.allclose(one["center_loss"]["centers"], two["center_loss"]["centers"], atol=tolerance, rtol=0)
     for ours, theirs in zip(one["history"], two["history"], strict=True):
-        assert ours == pytest.approx(theirs, abs=tolerance, rel=tolerance)
+        measured = {name: value for name, value in theirs.items() if value is not None}
+        assert {name: value for name, value in ours.items() if value is not None} == pytest.approx(
+            measured, abs=tolerance, rel=tolerance)  # fmt: skip
 
 
 def test_two_ranks_in_bfloat16_are_one_process_but_for_its_rounding(both):
@@ -105,6 +113,11 @@ def test_two_ranks_in_bfloat16_are_one_process_but_for_its_rounding(both):
     for ours, theirs in zip(one["history"], two["history"], strict=True):
         for name in ("train_loss", "train_xent", "test_xent"):
             assert ours[name] == pytest.approx(theirs[name], rel=0.1)
+
+
+def test_ranks_that_drop_out_by_themselves_still_share_every_epoch(both):
+    for directory in both[0]["dropout"]:
+        assert np.bincount(np.load(directory / "features" / "epoch_2.npz")["train_labels"]).tolist() == [9, 8, 8]
 
 
 def test_rank_0_alone_prints_and_writes(both):
@@ -167,6 +180,7 @@ def test_a_rank_that_dies_ends_the_others_and_resume_goes_on(images, tmp_path):
 def test_a_gpu_index_under_torchrun_is_refused(monkeypatch, capsys):
     for name, value in (("RANK", "0"), ("WORLD_SIZE", "2"), ("LOCAL_RANK", "1")):
         monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(SystemExit) as exit:
         cli.parse_args(["--gpu", "1"])
     assert exit.value.code == 2 and "--gpu must be left out under torchrun" in capsys.readouterr().err
@@ -194,10 +208,22 @@ def check_batch_norm(ranks):
             assert torch.allclose(mine.double(), whole, atol=1e-12 if dtype == torch.float64 else 0.02), (shares, index)
 
 
+def check_epoch_without_batches_left(ranks):
+    """As one that was stopped in its test: what all ranks have of it is what it was stopped with."""
+    step = training.Step(torch.nn.Linear(2, 2), CenterLoss(2, 2, use_gpu=False), {}, weight=1.0, ranks=ranks)
+    kept = [torch.rand(12, 2), torch.zeros(12, dtype=torch.int64), torch.ones(12, dtype=torch.int64)]
+    begun = training.Epoch(3, 12, torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64), kept)
+    epoch = training.train_epoch(step, [], None, begun, keep=True)
+    assert epoch.samples == 12 and torch.equal(epoch.sums, begun.sums)
+    if ranks.rank == 0:
+        assert all(torch.equal(ours, theirs) for ours, theirs in zip(epoch.kept, kept, strict=True))
+
+
 if __name__ == "__main__":
     ranks = Ranks.of_environment()
     with ranks.joined():
         check_batch_norm(ranks)
+        check_epoch_without_batches_left(ranks)
         for name, flags in json.loads(Path(sys.argv[1]).read_text()):
             with run_as(name):
                 main.main(cli.parse_args(flags))

@@ -37,7 +37,7 @@ def test_onecycle_is_as_long_as_the_run(run):
         assert torch.load("log/checkpoint.pt", weights_only=True)["scheduler"]["total_steps"] == steps
 
 
-def test_onecycle_leaves_each_group_its_peak_and_sgd_its_momentum():
+def test_onecycle_leaves_each_group_its_peak_and_its_momentum():
     flags = ["--recipe", "wen2016", "--schedule", "onecycle", "--momentum", "0", "--momentum-cent", "0.5"]
     args = cli.parse_args(flags)
     model, loss = models.create("cnn-wen2016"), CenterLoss(10, 2, use_gpu=False)
@@ -60,3 +60,19 @@ def test_caffe_biases_and_one_optimizer_make_parameter_groups():
     assert len(biases["params"]) == 7 and (biases["lr"], biases["weight_decay"]) == (0.02, 0.0)
     assert (weights["lr"], weights["weight_decay"], weights["momentum"]) == (0.01, 5e-4, 0.9)
     assert centers["params"] == [loss.centers] and (centers["weight_decay"], centers["momentum"]) == (0.0, 0.9)
+
+
+@pytest.mark.parametrize("optimizer", sorted(recipes.OPTIMIZERS))
+def test_a_checkpoint_of_another_device_does_not_choose_the_kernels(optimizer):
+    """A GPU's is fused, and has AdamW's count of steps on the device; a CPU's is not."""
+    args = cli.parse_args(["--optimizer", optimizer])
+    model, loss = torch.nn.Linear(2, 3), CenterLoss(3, 2, use_gpu=False)
+    ours, theirs = (recipes.create_optimizers(model, loss, args)["optimizer_model"] for _ in range(2))
+    kernels = {name: ours.param_groups[0][name] for name in ("foreach", "fused", "capturable") if name in ours.defaults}
+    theirs.param_groups[0].update({name: name != "foreach" for name in kernels}, lr=0.25)
+    model(torch.randn(4, 2)).sum().backward()
+    ours.load_state_dict(theirs.state_dict())
+    assert ours.param_groups[0]["lr"] == 0.25 and ours.param_groups[0].items() >= kernels.items()
+    ours.step()
+    with pytest.raises(ValueError):
+        ours.load_state_dict(dict(state={}, param_groups=[]))

@@ -1,12 +1,12 @@
-"""The table of runs: its figures against those of the runs' files, its flags against what parses to them."""
+"""The table of runs: its metrics against those of the runs' files, its flags against what parses to them."""
 
 import csv
+import itertools
 import json
 import shlex
 import statistics
 import subprocess
 import sys
-from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -30,7 +30,7 @@ def test_flags_are_the_shortest_that_give_the_run(given):
     assert set(results.flags(args).split()) == set(given.split())
 
 
-def make_run(directory, seed, accuracies, elapsed, **flags):
+def make_run(directory, seed, accuracies, device="CPU", **flags):
     directory.mkdir()
     args = vars(cli.parse_args(["--seed", str(seed)])) | flags
     (directory / "args.json").write_text(json.dumps(args))
@@ -39,31 +39,74 @@ def make_run(directory, seed, accuracies, elapsed, **flags):
         writer.writerow(["epoch", "test_accuracy", "nearest_center_accuracy", "intra_distance", "inter_distance"])
         for epoch, accuracy in enumerate(accuracies, 1):
             writer.writerow([epoch, accuracy, *([90, seed, 10] if accuracy else ["", "", ""])])
-    text = "Finished. Total elapsed time (h:m:s): 0:00:01\nFinished. Total elapsed time (h:m:s): " + elapsed
-    (directory / "log_mnist.txt").write_text(f"Creating dataset: mnist\n{text}\n")
+    text = f"Currently using {device}\nCreating dataset: mnist\nFinished. Total elapsed time (h:m:s): 0:00:01\n"
+    (directory / "log_mnist.txt").write_text(text)
     return directory
 
 
 def test_runs_of_several_seeds_share_a_row(tmp_path):
     runs = [
-        make_run(tmp_path / "a", 1, [97.9, "", 98.2], "0:01:00"),
-        make_run(tmp_path / "b", 2, [98.0, "", 98.6], "0:03:00"),
-        make_run(tmp_path / "c", 4, ["", "", 97.0], "0:02:00"),
-        make_run(tmp_path / "d", 1, [97.0], "1 day, 2:00:05", weight_cent=0.0),
+        make_run(tmp_path / "a", 1, [*[97.9] * 9, 98.2]),
+        make_run(tmp_path / "b", 2, [97.0, 98.0, *[""] * 7, 98.6]),
+        make_run(tmp_path / "c", 4, [*[""] * 9, 97.0]),
+        make_run(tmp_path / "d", 3, [90.0] * 10, "GPU: 0"),
+        make_run(tmp_path / "e", 1, [97.0], weight_cent=0.0),
     ]
-    header, rule, several, one = results.table(runs).splitlines()
-    assert header.count("|") == rule.count("|") == several.count("|") == one.count("|")
+    table = results.table(runs).splitlines()
+    assert len({line.count("|") for line in table}) == 1
+    several, gpu, softmax = ([cell.strip() for cell in line.split("|")[1:-1]] for line in table[2:])
     deviation = statistics.stdev([98.2, 98.6, 97.0])
-    assert [cell.strip() for cell in several.split("|")[1:-1]] == [
-        "`--recipe zhou2018`", "3", "3", f"97.93 ± {deviation:.2f}", "90.00 ± 0.00", "2.33 ± 1.53",
-        "10.00 ± 0.00", "0.23 ± 0.15", "1, 3, –", "0:02:00",
+    assert several == [
+        "`--recipe zhou2018`", "CPU", "3", "10", f"97.93 ± {deviation:.2f}", "90.00 ± 0.00", "2.33 ± 1.53",
+        "10.00 ± 0.00", "0.23 ± 0.15", "2, 10, –",
     ]  # fmt: skip
-    assert one.split("|")[1].strip() == "`--recipe zhou2018 --weight-cent 0`"
-    assert one.split("|")[-3:-1] == [" – ", f" {timedelta(days=1, seconds=7205)} "]
+    assert gpu[:5] == ["`--recipe zhou2018`", "GPU", "1", "10", "90.00"]
+    assert softmax[0] == "`--recipe zhou2018 --weight-cent 0`"
+
+
+def verified(eer, accuracy):
+    among = dict(l2={"eer": eer, "tpr_at_far_1e-3": 90, "recall_at_1": 80, "auc": 0.9}, cosine=dict(eer=2 * eer))
+    return dict(epoch=1, accuracy=accuracy, nearest_center_accuracy=0.0, verification=among)
+
+
+@pytest.fixture
+def verified_runs(tmp_path):
+    runs = []
+    for weight, eer in ((0.5, 2.0), (0, 7.0), (0.05, 3.0)):
+        for seed in (1, 2):
+            runs.append(make_run(tmp_path / f"{weight}-{seed}", seed, [99], "0:01:00", weight_cent=weight, verify=True))
+            (runs[-1] / "evaluation.json").write_text(json.dumps(verified(eer + seed, 99 - eer)))
+    return runs
+
+
+def test_verification_has_a_row_for_each_lambda_in_their_order(verified_runs):
+    header, _, *rows = results.verification_table(verified_runs).splitlines()
+    assert "AUROC" in header
+    cells = [[cell.strip() for cell in row.split("|")[1:-1]] for row in rows]
+    assert [row[0].split()[-1] for row in cells] == ["0`", "0.05`", "0.5`"]
+    assert cells[1][1:8] == ["2", "96.00 ± 0.00", "0.00 ± 0.00", "4.50 ± 0.71", "9.00 ± 1.41", "90.00 ± 0.00",
+                             "80.00 ± 0.00"]  # fmt: skip
+    assert all(row[8:] == ["–"] * 3 for row in cells)  # without --unseen
+    path = verified_runs[-1] / "evaluation.json"
+    path.write_text(path.read_text().replace('"epoch": 1', '"epoch": 0'))  # of an earlier test
+    assert results.verification_table(verified_runs).splitlines()[-2].split("|")[3].strip() == "–"
+
+
+def test_the_curve_shows_means_and_deviations_over_lambda_times_d(verified_runs, tmp_path):
+    from matplotlib.figure import Figure
+
+    axes = Figure().subplots()
+    results.draw_line(axes, {0.0: [7.0, 9.0], 0.1: [3.0, 5.0], 1.0: [2.0]}, "D = 2", "C0", "o")
+    alone, line = axes.get_lines()
+    assert list(alone.get_ydata()) == [8, 8] and line.get_xydata().tolist() == [[0.1, 4], [1, 2]]
+    shade = axes.collections[0].get_paths()[0].vertices
+    assert (shade[:, 1].min(), shade[:, 1].max()) == pytest.approx((2, 4 + 2**0.5))
+    results.draw_curve(verified_runs, tmp_path / "curve.png")
+    assert (tmp_path / "curve.png").stat().st_size > 10_000
 
 
 def test_the_script_refuses_what_is_no_finished_run(tmp_path):
-    run = make_run(tmp_path / "a", 1, [90.0], "0:01:00")
+    run = make_run(tmp_path / "a", 1, [90.0])
     (run / "log_mnist.txt").write_text("==> Epoch 2/3\n")
     for directory, reason in ((run, "finished"), (tmp_path / "none", "args.json")):
         command = [sys.executable, REPOSITORY / "results.py", directory]
@@ -71,14 +114,33 @@ def test_the_script_refuses_what_is_no_finished_run(tmp_path):
         assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and reason in done.stderr
 
 
-def test_the_readmes_table_is_that_of_the_reference_runs():
-    assert results.table(results.REFERENCE) in (REPOSITORY / "README.md").read_text()
+def test_the_pages_tables_are_those_of_the_reference_runs():
+    table = results.table(results.REFERENCE)
+    assert table in (REPOSITORY / "docs/results.md").read_text(encoding="utf-8")
+    readme = (REPOSITORY / "README.md").read_text(encoding="utf-8").splitlines()
+    first = readme.index(table.splitlines()[0])
+    rows = list(itertools.takewhile(lambda line: line.startswith("|"), readme[first:]))
+    assert len(rows) > 7 and set(rows) <= set(table.splitlines())
 
 
-@pytest.mark.parametrize("directory", results.REFERENCE, ids=lambda directory: directory.name)
-def test_a_reference_run_has_the_flags_of_its_row(directory):
-    args = json.loads((directory / "args.json").read_text())
-    again = vars(cli.parse_args(shlex.split(results.flags(args))))
-    free = cli.build_parser().free - {"max_epoch"} | {"seed"} | ({"max_epoch"} if args["max_iter"] else set())
-    assert {name: again[name] for name in again.keys() - free} == {name: args[name] for name in again.keys() - free}
-    assert args["save_dir"] == f"log/reference/{directory.name}"
+def test_reference_runs_have_the_flags_of_their_rows():
+    parser = cli.build_parser()
+    for directory in (*results.REFERENCE, *results.LAMBDA):
+        args = json.loads((directory / "args.json").read_text())
+        again = vars(cli.parse_args(shlex.split(results.flags(args))))
+        free = parser.free - {"max_epoch"} | {"seed"} | ({"max_epoch"} if args["max_iter"] else set())
+        known = args.keys() - free  # flags that came later have their defaults
+        assert {name: again[name] for name in known} == {name: args[name] for name in known}, directory
+        assert args["save_dir"] == directory.relative_to(REPOSITORY).as_posix()
+
+
+@pytest.mark.parametrize("name, text", [
+    ("args.json", '{"dataset": "mn'), ("args.json", "[]"), ("args.json", "{}"), ("metrics.csv", ""),
+    ("metrics.csv", "epoch,test_accuracy\n1,x\n"),
+])  # fmt: skip
+def test_files_that_are_cut_or_edited_are_one_line(name, text, tmp_path):
+    run = make_run(tmp_path / "a", 1, [97.0], "0:01:00")
+    (run / name).write_text(text)
+    with pytest.raises(results.RunError, match=f"cannot read the run in {run}") as error:
+        results.table([run])
+    assert "\n" not in str(error.value)

@@ -17,16 +17,23 @@ import time
 from pathlib import Path
 
 import pytest
+import stand_in
 import torch
+import torch.nn.functional as F
 from conftest import PYTHON, make_folder, program
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from kill_runs import differences
+from torch import nn
 
 import cli
+import datasets
 import main
+import models
+import plots
 import training
 import utils
+from tests import drawers
 
 MAIN = Path(main.__file__)
 
@@ -69,12 +76,26 @@ SETTINGS = {
     "bfloat16, one optimizer": ["--amp", "--one-optimizer", "--caffe-biases"],
     "softmax only": ["--weight-cent", "0", "--save-features"],
     "features": ["--save-features", "--stepsize", "1"],
+    "augmented, validation": ["--augment", "--val-share", "0.1", "--lr-model", "0.05"],
+    "dropout": ["--model", "dropout"],
 }  # fmt: skip
 
 
+class Dropout(nn.Module):
+    def __init__(self, num_classes, in_channels, image_size, feat_dim):
+        super().__init__()
+        self.embedding = nn.Linear(in_channels * image_size**2, feat_dim)
+        self.classifier = nn.Linear(feat_dim, num_classes)
+
+    def forward(self, images):
+        features = self.embedding(F.dropout(images.flatten(1), 0.5, self.training))
+        return features, self.classifier(features)
+
+
 @pytest.mark.parametrize("setting", SETTINGS)
-def test_stopped_and_resumed_runs_are_the_same_to_the_bit(setting, run, stop_at):
+def test_stopped_and_resumed_runs_are_the_same_to_the_bit(setting, run, stop_at, monkeypatch):
     """A kill, a stop in the middle of an epoch, another in the same epoch, a kill after it; then to the end."""
+    monkeypatch.setitem(models.MODELS, "dropout", Dropout)
     flags = ["--max-epoch", "3", *SETTINGS[setting]]
     assert run(*flags, "--save-dir", "whole")[0] == 0
     for number, (step, what, resume) in enumerate([
@@ -91,6 +112,28 @@ def test_stopped_and_resumed_runs_are_the_same_to_the_bit(setting, run, stop_at)
     status, out, err = run("--resume", "--save-dir", "stopped", base=False)
     assert (status, err) == (0, "") and "Resuming after epoch 1" in out
     assert differences(Path("whole"), Path("stopped")) == []
+
+
+@pytest.mark.parametrize("setting", ["zhou2018", "one optimizer, milestones, max-iter", "adamw, onecycle"])
+def test_captured_runs_go_on_to_the_bit_and_without_graphs_too(setting, run, stop_at, monkeypatch):
+    flags, eager = ["--max-epoch", "3", "--batch-size", "5", *SETTINGS[setting]], training.captured
+    monkeypatch.setattr(training, "captured", stand_in.captured)
+    assert run(*flags, "--save-dir", "whole")[0] == 0
+    stop_at(5, signal.SIGTERM)
+    assert run(*flags, "--save-dir", "stopped")[0] == 143
+    shutil.copytree("stopped", "elsewhere")
+    stop_at(1)
+    with pytest.raises(Killed):
+        run("--resume", "--save-dir", "stopped", base=False)
+    stop_at(0)
+    assert run("--resume", "--save-dir", "stopped", base=False)[0] == 0
+    assert differences(Path("whole"), Path("stopped")) == []
+    monkeypatch.setattr(training, "captured", eager)  # a CPU, whose optimizers are not fused
+    assert run("--resume", "--save-dir", "elsewhere", base=False)[0] == 0
+    ours, theirs = (torch.load(f"{name}/checkpoint.pt", weights_only=True) for name in ("elsewhere", "whole"))
+    assert all(not group["fused"] for group in ours["optimizer_model"]["param_groups"])
+    for row, other in zip(ours["history"], theirs["history"], strict=True):
+        assert row == pytest.approx(other, rel=1e-3)
 
 
 def test_a_stop_is_seen_with_workers_as_well_and_they_outlive_its_signal(run, stop_at, monkeypatch):
@@ -117,6 +160,7 @@ def test_a_stop_is_seen_with_workers_as_well_and_they_outlive_its_signal(run, st
 
     monkeypatch.setattr(training.F, "cross_entropy", cross_entropy)
     assert run(*flags, "--save-dir", "stopped")[0] == 143
+    assert set(multiprocessing.active_children()) <= others  # the interpreter would wait ten seconds for one
     assert run("--resume", "--save-dir", "stopped", "-j", "0", base=False)[0] == 0
     assert differences(Path("whole"), Path("stopped")) == []
 
@@ -169,9 +213,11 @@ def test_the_comparison_sees_a_single_bit(run, tmp_path):
     torch.save(checkpoint, "two/checkpoint.pt")
     Path("two/metrics.csv").write_text(Path("two/metrics.csv").read_text().replace("\n2,", "\n3,"))
     Path("two/log_folder.txt").write_text("Accuracy (%): 1\n")
+    for name in ("one", "two"):
+        Path(name, "train.gif").write_text(name)
     assert differences(Path("two"), Path("one")) == [
         "centers", "model.body.0.weight", "center_loss.centers", "optimizer_model.state.0.momentum_buffer",
-        "metrics.csv", "log_folder.txt", "epochs in metrics.csv: [1, 3]"]  # fmt: skip
+        "metrics.csv", "log_folder.txt", "train.gif", "epochs in metrics.csv: [1, 3]"]  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------- where and how far
@@ -235,6 +281,22 @@ def test_a_finished_run_says_so_and_changes_nothing(run):
     assert {path: path.read_bytes() for path in Path("log").iterdir()} == before
 
 
+def test_a_finished_run_is_resumed_elsewhere_with_all_it_has(run):
+    run("--save-dir", "old", "--plot", "--max-epoch", "1")
+    before = {path: path.read_bytes() for path in Path("old").rglob("*.*")}
+    for flags in ([], ["--no-plot"]):
+        status, out, _ = run("--resume", "old/checkpoint.pt", "--save-dir", "new", *flags, base=False)
+        assert status == 0 and "is finished after 1 epochs" in out and "Finished." in out
+        new = {Path("old") / path.relative_to("new"): path.read_bytes() for path in Path("new").rglob("*.*")}
+        assert before.keys() - new.keys() == ({Path("old") / name for name in ("train.gif", "test.gif", "curves.png")}
+                                              if flags else set())  # fmt: skip
+        different = {path.name for path in new if before[path] != new[path]}
+        assert different <= {"args.json", "checkpoint.pt", "log_folder.txt"}
+        assert differences(Path("old"), Path("new")) == [] or flags
+        shutil.rmtree("new")
+    assert {path: path.read_bytes() for path in Path("old").rglob("*.*")} == before
+
+
 def test_a_finished_run_draws_pictures_that_a_kill_has_kept_back(run):
     run("--plot")
     for name in ("train/epoch_2.png", "train.gif", "curves.png"):
@@ -243,11 +305,91 @@ def test_a_finished_run_draws_pictures_that_a_kill_has_kept_back(run):
     assert all(Path("log", name).exists() for name in ("train/epoch_2.png", "train.gif", "curves.png"))
 
 
-def test_pictures_can_be_asked_for_in_the_middle_of_an_epoch(run, stop_at):
+def test_an_epoch_begun_without_its_features_is_not_shown_as_whole(run, stop_at):
     stop_at(2, signal.SIGTERM)
-    run("--max-epoch", "1")
-    assert run("--resume", "--save-features", base=False)[0] == 0
-    assert Path("log/features/epoch_1.npz").exists()
+    run("--max-epoch", "2")
+    status, out, _ = run("--resume", "--save-features", "--plot", base=False)
+    assert status == 0 and out.count("Epoch 1 was begun without --plot and --save-features: it has neither") == 1
+    assert sorted(str(path) for path in Path("log").rglob("epoch_*")) == [
+        f"log/{name}" for name in ("features/epoch_2.npz", "test/epoch_2.npz", "test/epoch_2.png", "train/epoch_2.npz",
+                                   "train/epoch_2.png")]  # fmt: skip
+
+
+def test_a_run_stopped_twice_in_an_epoch_has_the_centers_of_now(run, stop_at):
+    for step, flags in ((4, []), (1, ["--resume"])):
+        stop_at(step, signal.SIGTERM)
+        assert run(*flags, base=not flags)[0] == 143
+        checkpoint = torch.load("log/checkpoint.pt", weights_only=True)
+        assert torch.equal(checkpoint["centers"], checkpoint["center_loss"]["centers"])
+    assert checkpoint["partial"]["batches"] == 2
+
+
+@pytest.mark.parametrize("flags", [[], ["--weight-cent", "0", "--save-features"], ["--max-iter", "5", "-j", "1"]])
+def test_a_signal_within_a_test_ends_it_and_the_test_is_made_again(flags, run, monkeypatch):
+    """12 test images in batches of 10, and the last epoch of --max-iter 5 is shorter than the data."""
+    assert run(*flags, "--save-dir", "whole")[0] == 0
+    original, ends = datasets.Batches.__iter__, 0
+    for number in (signal.SIGTERM, signal.SIGINT):  # in the first epoch's test, then in the second's
+        seen = []
+
+        def send(batches, number=number, seen=seen, ends=ends):
+            for batch in original(batches):
+                seen.append(os.kill(os.getpid(), number) if len(seen) == ends else None)
+                yield batch
+
+        monkeypatch.setattr(datasets.Batches, "__iter__", send)
+        status, _, err = run(*flags if not ends else ["--resume"], "--save-dir", "stopped", base=not ends)
+        last = 2 if "--max-iter" in flags and ends else 3
+        assert status == 128 + number and f"holds all up to epoch {ends // 2} and {last} batches" in err
+        assert len(seen) == ends + 1
+        ends = 2
+    monkeypatch.setattr(datasets.Batches, "__iter__", original)
+    assert run("--resume", "--save-dir", "stopped", base=False)[0] == 0
+    assert differences(Path("whole"), Path("stopped")) == []
+
+
+@pytest.mark.parametrize("signals, status", [([signal.SIGTERM], 143), ([signal.SIGINT, signal.SIGINT], 130)])
+def test_a_film_in_hand_keeps_no_one_waiting(signals, status, run, monkeypatch):
+    original = plots.Plotter.finish
+
+    def finish(plotter, *arguments):
+        while not list(Path("log").glob(".*.part")):  # curves.png is being drawn, and never done
+            time.sleep(0.01)
+        for number in signals:
+            os.kill(os.getpid(), number)
+        return original(plotter, *arguments)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(plots, "draw_curves", drawers.hang)
+        patched.setattr(plots.Plotter, "finish", finish)
+        began = time.monotonic()
+        ended, _, err = run("--plot", "--max-epoch", "1")
+    assert ended == status and time.monotonic() - began < 30 and err.count("\n") == 1
+    assert not list(Path("log").rglob("*.part")) and not Path("log/curves.png").exists()
+    assert run("--resume", base=False)[0] == 0
+    assert {"curves.png", "train.gif", "test.gif"} <= set(os.listdir("log"))
+
+
+def test_a_worker_that_is_killed_is_one_line_and_resume_goes_on(run, monkeypatch):
+    import multiprocessing
+
+    assert run("--save-dir", "whole")[0] == 0
+    original, others, calls = training.F.cross_entropy, set(multiprocessing.active_children()), []
+
+    def cross_entropy(*arguments, **options):
+        calls.append(1)
+        if len(calls) == 5:
+            for process in set(multiprocessing.active_children()) - others:
+                os.kill(process.pid, signal.SIGKILL)
+        return original(*arguments, **options)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(training.F, "cross_entropy", cross_entropy)
+        status, _, err = run("-j", "1", "--save-dir", "killed")
+    assert status == 1 and err.count("\n") == 1 and err.endswith("to go on: --resume\n")
+    assert err.startswith("main.py: error: a worker has died, and a smaller -j needs less memory: ")
+    assert run("--resume", "--save-dir", "killed", base=False)[0] == 0
+    assert differences(Path("whole"), Path("killed")) == []
 
 
 @pytest.mark.parametrize("flags, contradiction, message", [
@@ -289,6 +431,26 @@ def test_other_data_than_the_checkpoints_are_refused(run, tmp_path):
 # -------------------------------------------------------------------------------------------- damaged and foreign files
 
 
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, folder) -> Path:
+    """The directory of a run of one epoch."""
+    directory = tmp_path_factory.mktemp("finished") / "log"
+    assert program(["--dataset", "folder", "--data-root", folder, "--image-size", "8", "--batch-size", "10",
+                    "--max-epoch", "1", "--use-cpu", "--save-dir", directory]) == 0  # fmt: skip
+    return directory
+
+
+SUMS = dict(batches=1, samples=10, sums=torch.zeros(3), kept=None)
+TAMPERED = {
+    "no elapsed": dict(elapsed=None), "endless": dict(elapsed=math.inf), "past": dict(log_bytes=-1),
+    "other centers": dict(centers=torch.zeros(5, 2)), "whole centers": dict(centers=torch.zeros(3, 2, dtype=torch.int)),
+    "no partial": dict(partial={}), "no sums": dict(partial=SUMS | dict(sums=None)),
+    "few kept": dict(partial=SUMS | dict(kept=[torch.zeros(9, 2), torch.zeros(9), torch.zeros(9)])),
+    "no args": dict(args={}), "negative epoch": dict(epoch=-5), "later epoch": dict(epoch=7),
+    "no history": dict(history=[3]),
+}  # fmt: skip
+
+
 def damage(path: Path, how: str) -> None:
     whole = path.read_bytes()
     checkpoint = torch.load(path, weights_only=True)
@@ -310,6 +472,8 @@ def damage(path: Path, how: str) -> None:
         torch.save(checkpoint | dict(args=3), path)
     elif how == "other network":
         torch.save(checkpoint | dict(model={"weight": torch.zeros(3)}), path)
+    elif how in TAMPERED:
+        torch.save(checkpoint | TAMPERED[how], path)
     elif how == "other random state":
         torch.save(checkpoint | dict(rng=torch.zeros(3)), path)
     elif how == "other optimizer":
@@ -318,9 +482,10 @@ def damage(path: Path, how: str) -> None:
 
 @pytest.mark.parametrize("flag", ["--resume", "--evaluate"])
 @pytest.mark.parametrize("how", ["truncated", "flipped bit", "empty", "text", "a directory", "weights alone",
-                                 "wrong types", "other network", "other random state", "other optimizer"])  # fmt: skip
-def test_a_damaged_or_foreign_checkpoint_is_one_line(how, flag, run):
-    run("--max-epoch", "1")
+                                 "wrong types", "other network", "other random state", "other optimizer",
+                                 *TAMPERED])  # fmt: skip
+def test_a_damaged_or_foreign_checkpoint_is_one_line(how, flag, finished, run):
+    shutil.copytree(finished, "log")
     damage(Path("log/checkpoint.pt"), how)
     before = {path: path.read_bytes() for path in Path("log").iterdir() if path.is_file()}
     status, _, err = run(flag, "log/checkpoint.pt", base=False)
@@ -628,6 +793,17 @@ def test_tensorboard_has_the_settings_and_the_pictures_of_each_epoch_once(run):
     started = events.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
     settings = HParamsPluginData.FromString(started).session_start_info.hparams
     assert settings["lr_model"].number_value == 0.125 and settings["dataset"].string_value == "folder"
+
+
+def test_tensorboard_has_the_earlier_epochs_of_a_run_that_goes_on_elsewhere_or_asks_for_it_late(run):
+    pytest.importorskip("tensorboard")
+    run("--tensorboard", "--max-epoch", "2", "--save-dir", "whole")
+    run("--tensorboard", "--max-epoch", "1", "--save-dir", "one")
+    shutil.copytree("one", "late")
+    shutil.rmtree("late/tensorboard")
+    for resumed, flags in (("one", ["--save-dir", "two"]), ("late", [])):
+        assert run("--resume", f"{resumed}/checkpoint.pt", "--max-epoch", "2", *flags, base=False)[0] == 0
+        assert read_scalars(f"{flags[-1] if flags else resumed}/tensorboard") == read_scalars("whole/tensorboard")
 
 
 def test_tensorboard_without_its_package_is_refused_before_any_work(run, monkeypatch):

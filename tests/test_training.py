@@ -1,16 +1,20 @@
-"""A step against its formulas, an epoch against its parts; no files, no flags."""
+"""A step against its formulas, an epoch against its parts, a captured step against its eager self; no files."""
 
+import contextlib
 import copy
 
 import pytest
 import torch
 import torch.nn.functional as F
+from stand_in import StandIn, captured
 from torch import nn
 
+import cli
 import training
 from center_loss import CenterLoss
 from models import MODELS
 from processes import Ranks
+from recipes import SCHEDULES, create_optimizers
 
 
 class Network(nn.Module):
@@ -113,7 +117,7 @@ def test_a_step_reads_nothing_back_from_the_device(name, monkeypatch):
     """The label check of the loss is for the CPU alone, and left out here as it is on a GPU."""
     step = make_step()
     step.net = MODELS[name](3, 1, 28, 2)
-    monkeypatch.setattr(step.center_loss, "_check", lambda *_: None)
+    monkeypatch.setattr(step.center_loss, "_check_labels", lambda labels, features: labels)
     for method in ("item", "tolist", "__bool__", "__float__", "__int__", "cpu", "numpy"):
         monkeypatch.setattr(torch.Tensor, method, lambda *_: pytest.fail("waits for the device"))
     step(torch.randn(4, 1, 28, 28), torch.tensor([0, 1, 2, 0]))
@@ -127,3 +131,84 @@ def test_a_rank_adds_its_share_of_the_joined_batch():
 def test_a_class_that_a_cut_pass_has_not_seen_has_a_finite_mean():
     means = training.class_means(torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]]), torch.tensor([0, 2, 2]), 3)
     assert means.tolist() == [[1, 2], [0, 0], [4, 5]]
+
+
+# ------------------------------------------------------------------------------------------------------- captured steps
+
+SCHEDULED = {
+    "two optimizers": ["--stepsize", "1"],
+    "softmax only": ["--stepsize", "1", "--weight-cent", "0"],
+    "one optimizer": ["--recipe", "wen2016", "--milestones", "4", "8", "--lr-model", "0.3"],
+    "adamw, one cycle": ["--recipe", "fast", "--no-amp", "--lr-model", "0.1"],
+}
+
+
+def train(flags, capture=lambda step: step):
+    """Three epochs of three full batches and a smaller one: what is kept of each, and the step."""
+    torch.manual_seed(0)
+    args = cli.parse_args(["--lr-model", "0.1", *flags])
+    net, center_loss = Network(), CenterLoss(3, 2, use_gpu=False, center_update=args.center_update)
+    optimizers = create_optimizers(net, center_loss, args)
+    step = capture(training.Step(net, center_loss, optimizers, weight=args.weight_cent))
+    scheduler = SCHEDULES[args.schedule].create(optimizers["optimizer_model"], args, 4, 12)
+    batches = [*make_batches(3), *make_batches(1, size=2)]
+    return [training.train_epoch(step, batches, scheduler, keep=True).results() for _ in range(3)], step
+
+
+def agree(ours, theirs) -> bool:
+    same = all(torch.allclose(one["features"], two["features"], atol=1e-5) and one["loss"] == pytest.approx(two["loss"])
+               for one, two in zip(ours[0], theirs[0], strict=True))  # fmt: skip
+    weights = [[*step.net.parameters(), step.center_loss.centers] for _, step in (ours, theirs)]
+    return same and all(torch.allclose(one, two, atol=1e-5) for one, two in zip(*weights, strict=True))
+
+
+@pytest.mark.parametrize("name", SCHEDULED)
+def test_a_captured_step_trains_as_the_eager_one_over_a_whole_schedule(name):
+    notices = []
+    ours = train(SCHEDULED[name], lambda step: captured(step, 5, notices.append))
+    assert agree(ours, train(SCHEDULED[name])) and notices == []
+    assert ours[1].graph.replays == 9 - training.CapturedStep.EAGER
+    for group in ours[1].optimizers["optimizer_model"].param_groups:  # as schedulers and checkpoints need it
+        assert isinstance(group["lr"], float) and group["lr"] < group["initial_lr"]
+
+
+class FrozenRates(training.CapturedStep):
+    def _rates_in_tensors(self, **options):
+        return contextlib.nullcontext()
+
+
+class StaleBatch(StandIn):
+    def record(self, function, *tensors):
+        super().record(function, *(each.clone() for each in tensors))
+
+
+@pytest.mark.parametrize("fault", [dict(kind=FrozenRates), dict(graph=StaleBatch)])
+def test_the_stand_in_shows_a_frozen_rate_and_a_stale_batch(fault):
+    flags = SCHEDULED["two optimizers"]
+    assert not agree(train(flags, lambda step: captured(step, 5, **fault)), train(flags))
+
+
+class NoCapture(StandIn):
+    def record(self, function, *tensors):
+        raise RuntimeError("operation not permitted\nwhen stream is capturing")
+
+
+def test_a_capture_that_fails_is_told_in_a_line_and_the_training_goes_on():
+    notices, flags = [], SCHEDULED["one optimizer"]
+    assert agree(train(flags, lambda step: captured(step, 5, notices.append, graph=NoCapture)), train(flags))
+    assert notices == ["The training goes on without a CUDA graph: operation not permitted"]
+
+
+def test_a_schedule_of_another_number_than_the_rate_acts(monkeypatch):
+    def cyclic(optimizer, args, epoch, run):
+        return torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, run, cycle_momentum=True)
+
+    monkeypatch.setitem(SCHEDULES, "onecycle", SCHEDULES["onecycle"]._replace(create=cyclic))
+    notices, flags = [], SCHEDULED["adamw, one cycle"]
+    assert agree(train(flags, lambda step: captured(step, 5, notices.append)), train(flags))
+    assert len(notices) == 1 and "without a CUDA graph" in notices[0]
+
+
+def test_on_the_cpu_a_step_stays_as_it_is():
+    step = make_step()
+    assert training.captured(step, 5) is step

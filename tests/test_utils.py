@@ -21,6 +21,8 @@ def test_log_writes_earlier_lines_and_goes_on_where_a_checkpoint_says(tmp_path, 
     again = utils.Log()
     again("resumed")
     again.open(path, utils.read_start(path, position))
+    log.close()
+    again.close()
     assert path.read_text() == "before\nkept\nresumed\n"
     assert capsys.readouterr().out == "before\nkept\nafter the checkpoint\nresumed\n"
 
@@ -59,15 +61,32 @@ def test_a_directory_has_one_run_at_a_time(tmp_path):
 
 
 def test_clear_takes_a_runs_files_and_no_others(tmp_path):
-    mine = ["log_mnist.txt", "metrics.csv", "checkpoint.pt", "train/epoch_12.png", "train/epoch_12.npz", "test.gif",
-            "report.html", "compare.html", "run.json", "test/images.npz", "test/features.npz", "figures/curves.pdf"]
-    others = ["notes.txt", "reference/mnist/metrics.csv", "train/notes.png", "my.gif", "figures/notes.txt"]
+    mine = ["log_digits.txt", "log_mnist.txt", "metrics.csv", "args.json", "checkpoint.pt", "train/epoch_12.png",
+            "train/epoch_12.npz", "features/epoch_3.npz", "test.gif", "tensorboard/events.out.tfevents.17.host.3.0",
+            "report.html", "compare.html", "run.json", "test/images.npz", "val/features.npz", "figures/curves.pdf",
+            "figures/train_epoch_1_20.svg", "figures/test_tsne_epoch_3.png", "figures/compare.png",
+            "figures/.val_epoch_7.pdf.8.part", ".checkpoint.pt.17.part", "train/.epoch_3.png.4.part",
+            ".log_mnist.txt.5.part"]  # fmt: skip
+    others = ["notes.txt", "reference/mnist/metrics.csv", "train/notes.png", "my.gif", "log_notes.txt", "my.part",
+              "train/epoch_notes.txt", "train/epoch_12.txt", "train/epoch_012.png", "features/epoch_best.npz",
+              ".my.part", ".my.12.part", "train/.mine.3.part", "tensorboard/events.txt", "log_cifar10.txt",
+              "figures/notes.txt", "figures/train_epoch_best.png", "figures/train_epoch_1_.png", "figures/curves.jpg",
+              "figures/.mine.pdf.3.part", "train/images.npz"]  # fmt: skip
     for name in mine + others:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
-    assert utils.clear(tmp_path) is True
-    assert sorted(str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file()) == sorted(others)
-    assert utils.clear(tmp_path) is False
+    (tmp_path / "args.json").write_text('{"dataset": "digits"}')
+
+    def there() -> list[str]:
+        return sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file())
+
+    assert utils.clear(tmp_path, "mnist", after=11) is True
+    assert set(mine + others) - set(there()) == {"train/epoch_12.png", "train/epoch_12.npz", *mine[-3:]}
+    assert utils.clear(tmp_path, "mnist") is True
+    assert there() == sorted(others)
+    assert utils.clear(tmp_path, "mnist") is False
+    (tmp_path / "args.json").write_text("[3")
+    assert utils.clear(tmp_path, "mnist") is True and there() == sorted(others)
 
 
 def test_metrics_leave_unmeasured_cells_empty(tmp_path):
@@ -103,12 +122,3 @@ def test_the_lock_ends_with_its_run_though_forked_workers_live_on(tmp_path):
     finally:
         os.kill(worker, signal.SIGKILL)
         os.waitpid(worker, 0)
-
-
-def test_parts_that_a_killed_run_has_left_are_taken_away(tmp_path):
-    (tmp_path / "train").mkdir()
-    for name in (".checkpoint.pt.17.part", "train/.epoch_3.png.4.part", "my.part"):
-        (tmp_path / name).touch()
-    with utils.claim(tmp_path):
-        pass
-    assert sorted(path.name for path in tmp_path.rglob("*") if path.is_file()) == ["my.part"]

@@ -1,0 +1,15 @@
+"""A caller of the installed loss: a type checker passes it, and finds the mistakes that it is told to ignore."""
+
+import torch
+
+from center_loss import CenterLoss
+
+features, labels = torch.randn(4, 2), torch.tensor([0, 1, 1, 2])
+center_loss = CenterLoss(num_classes=3, feat_dim=2, device="cpu", radius=0.5, ignore_index=-1)
+loss: torch.Tensor = center_loss(features, labels)
+center_loss.update_centers(features, labels, alpha=0.5)
+nearest: torch.Tensor = center_loss.distances(features).argmin(1)
+
+CenterLoss("three")  # type: ignore[arg-type]
+center_loss.update_centers(features)  # type: ignore[call-arg]
+number: float = center_loss.distances(features)  # type: ignore[assignment]
