@@ -1,4 +1,4 @@
-"""The command line: its flags, their checks, and the exit status of what ends a run."""
+"""The command line: its flags, their checks, and what ends a run with which exit status."""
 
 import argparse
 import contextlib
@@ -154,7 +154,7 @@ def build_parser(description: str = "") -> Parser:
     add = parser.group("output")
     add("--save-dir", default="log", free=True, help="directory of the run's files")
     add("--eval-freq", type=number(int, 0), free=True, help="epochs between two tests; 0: only after the last "
-        "(default: 10, or 1 with --plot where a test takes less than a tenth of an epoch)")
+        "(default: 10; 1 with --val-share, and with --plot where a test takes less than a tenth of an epoch)")
     add("--verify", **switch, free=True, help="measure in each test how well distances tell which pairs "
         "of images are of one class, and write evaluation.json")
     add("--print-freq", type=number(int, 1), default=50, free=True, help="training steps between two lines of the log")
@@ -249,6 +249,19 @@ def _with_checkpoint(parser: Parser, argv: list[str] | None, given: argparse.Nam
             flag = "--" + name.replace("_", "-")
             parser.error(f"{flag} must be {saved[name]}, as in {path}, got {getattr(args, name)}")
     return args
+
+
+def check_finite(values: dict[str, float], epoch: int, args: argparse.Namespace) -> None:
+    """Raises Diverged, with the flags to change, where one of the values is no longer finite."""
+    if broken := [name for name, value in values.items() if not math.isfinite(value)]:
+        advice = "lower --lr-model"
+        if args.weight_cent:
+            advice += (f", --lr-cent or --weight-cent: the center loss is a sum over the {args.feat_dim} dimensions, "
+                       "so that λ goes with 1/D, and a λ above 1 needs a --lr-model lower by as much")
+        raise utils.Diverged(
+            f"the training has diverged in epoch {epoch}: {' and '.join(broken)} no longer finite, with --weight-cent "
+            f"{args.weight_cent:g} --lr-model {args.lr_model:g} --lr-cent {args.lr_cent:g}; {advice}"
+        )
 
 
 def run(main: Callable[[argparse.Namespace], None], argv: list[str] | None = None, description: str = "") -> int:

@@ -349,6 +349,7 @@ def create(
     image_size: int = 32,
     scaling: str | Moments = "standard",
     unseen: Sequence[str] = (),
+    augment: bool = False,
     val_share: float = 0.0,
     seed: int = 1,
     trained: dict | None = None,
@@ -358,8 +359,9 @@ def create(
 
     `image_size` is for data sets without a size of their own: "folder". `scaling` is in SCALINGS, or the mean and std.
     `unseen` are the names or numbers of classes to leave out of `train` and `test`; the test images of these are
-    `unknown`. `val_share` of each class's training images, drawn by `seed`, become `val`. `trained` are the facts() of
-    a network to be tested, for which the training images may be missing.
+    `unknown`. `augment` changes the training images at random. `val_share` of each class's training images, drawn by
+    `seed`, become `val`. `trained` are the facts() of a network to be tested, for which the training images may be
+    missing.
     Raises DatasetError where the data are missing, broken or too large for the device, or too few classes are left.
     """
     spec, root = SPECS[name], Path(root)
@@ -390,6 +392,8 @@ def create(
         rows = BatchRows(len(split), size, name == "train", "cpu" if workers else device, ranks)
         batches[name] = Batches(rows, load, normalise, device)
         batches[name].paths = [path for path, _ in getattr(split, "samples", [])]
+    if augment:
+        batches["train"].augment = Augment(seed, spec.flip, ranks)
     names = [list(splits[name].classes) if name in splits else [] for name in ("train", "unknown")]
     return Data(batches["train"], batches["test"], batches.get("unknown"), *names, shape[0], shape[1],
                 batches.get("val"))  # fmt: skip

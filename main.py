@@ -12,18 +12,19 @@ import functools
 import math
 import sys
 import time
+from collections.abc import Iterable
 from datetime import timedelta
 from pathlib import Path
 
 import torch
-from torch import Tensor
-from tqdm import tqdm
+from torch import Tensor, nn
 
 import cli
 import datasets
 import evaluation
 import models
 import plots
+import prediction
 import training
 import utils
 from center_loss import CenterLoss
@@ -31,52 +32,39 @@ from hardware import choose_device
 from processes import Interrupted, Ranks, StopRequest
 from recipes import SCHEDULES, create_optimizers
 
+# The columns of metrics.csv: of which split they are, and which metric.
+TRAIN_COLUMNS = {f"train_{name}": ("train", name) for name in ("loss", "xent", "center", "accuracy")}
+VAL_COLUMNS = {f"val_{name}": ("val", name) for name in ("xent", "accuracy", "nearest_center_accuracy")}
+TEST_COLUMNS = {f"test_{name}": ("test", name) for name in ("xent", "accuracy")}
+TEST_COLUMNS |= {name: ("test", name) for name in ("nearest_center_accuracy", "intra_distance", "inter_distance")}
+
 
 def main(args: argparse.Namespace) -> None:
     start, ranks = time.monotonic(), Ranks.of_environment()
     log = utils.Log(quiet=ranks.rank > 0)
     device = choose_device(args, log)
-
     if args.predict:
-        return evaluation.predict(args, device, log) if ranks.rank == 0 else None
+        return prediction.predict(args, device, log) if ranks.rank == 0 else None
 
     log(f"Creating dataset: {args.dataset}")
     scaling = models.pretrained_scaling(args.model) if args.pretrained else args.scaling
     known = utils.load_checkpoint(args.evaluate)["data"] if args.evaluate else None
     with ranks.first_alone():
         data = datasets.create(args.dataset, args.data_root, args.batch_size, args.workers, device,
-                               image_size=args.image_size, scaling=scaling, unseen=args.unseen,
+                               image_size=args.image_size, scaling=scaling, unseen=args.unseen, augment=args.augment,
                                val_share=args.val_share, seed=args.seed, trained=known, ranks=ranks)  # fmt: skip
-    steps = args.max_iter or args.max_epoch * len(data.train)
-    epochs = math.ceil(steps / len(data.train))
-
-    if SCHEDULES[args.schedule].fixed_length and steps < 10 and not args.evaluate:
-        log(f"--schedule {args.schedule} has only {steps} steps to raise and lower the rate: a smaller --batch-size or "
-            "a larger --max-epoch trains better")  # fmt: skip
-
     log(f"Creating model: {args.model}")
-    model, step, scheduler = build(args, data, device, steps)
-    if args.cuda_graph:
-        step = training.captured(step, args.batch_size, log)
-    modules = dict(model=model, center_loss=step.center_loss, scheduler=scheduler, **step.optimizers)
-    if args.augment:
-        flip = datasets.SPECS[args.dataset].flip
-        modules["augment"] = data.train.augment = datasets.Augment(args.seed, flip, ranks)
-    run = dict(epoch=0, partial=None, history=[], centers=step.center_loss.centers.detach(), elapsed=0.0, log_bytes=0,
+    experiment = Experiment(args, data, device, log)
+    run = dict(epoch=0, partial=None, history=[], centers=experiment.centers(), elapsed=0.0, log_bytes=0,
                rng=torch.get_rng_state(), data=data.facts())  # fmt: skip
     if args.resume or args.evaluate:
-        run = utils.restore(args.resume or args.evaluate, run, modules, to_train=bool(args.resume))
+        run = utils.restore(args.resume or args.evaluate, run, experiment.modules, to_train=bool(args.resume))
         start -= run["elapsed"]
-
     if args.evaluate:
-        centers = run["centers"].to(device)
-        splits = test(model, data, centers, args, log, StopRequest())
-        if ranks.rank == 0:
-            evaluation.report(splits, centers, run["epoch"], data, args, log)
-            if args.save_features:
-                evaluation.save_features(Path(args.save_dir), splits["test"], centers, data)
-        return None
-    if run["epoch"] >= epochs:
+        return experiment.evaluate(run["centers"].to(device), run["epoch"])
+
+    epochs, history = experiment.epochs, run["history"]
+    if experiment.is_complete(run):
         longer = "" if args.max_iter or SCHEDULES[args.schedule].fixed_length else "; a larger --max-epoch goes on"
         log(f"The run of {args.resume} is finished after {run['epoch']} epochs{longer}")
         if not args.plot and Path(args.resume).resolve().parent == Path(args.save_dir).resolve():
@@ -84,57 +72,38 @@ def main(args: argparse.Namespace) -> None:
 
     files = utils.RunFiles(args, run, log, start) if ranks.rank == 0 else utils.NoFiles()
     pictures = plots.Plotter(log) if args.plot and ranks.rank == 0 else None
-    every = epochs_between_tests(args, data)
-    with files, pictures or contextlib.nullcontext(), StopRequest() as stop:
-        files.save(run, modules)  # so that a run that is killed in its first epoch can be resumed as well
-        while run["epoch"] < epochs and not (stopped := ranks.any(stop.signal)):
-            number, begun = run["epoch"] + 1, training.Epoch(**run["partial"] or {})
-            last = min(len(data.train), steps - run["epoch"] * len(data.train))
-
+    with files, pictures or contextlib.nullcontext(), experiment.stop as stop:
+        files.save(run, experiment.modules)  # so that a run that is killed in its first epoch can be resumed as well
+        while run["epoch"] < epochs and not ranks.any(stop.signal):
+            number = run["epoch"] + 1
             log(f"==> Epoch {number}/{epochs}")
-            batches = progress_bar(data.train.after(begun.batches, last), f"epoch {number}", last, begun.batches)
-            report = functools.partial(report_step, number=number, total=len(data.train), args=args, log=log, stop=stop)
-            keep = args.plot or args.save_features or args.weight_cent == 0
-            epoch = training.train_epoch(step, batches, scheduler, begun, keep, report)
-            trained = epoch.results()
-            check_finite({"cross entropy": trained["xent"], "center loss": trained["center"]}, number, args)
-            check_finite({"network's weights": training.state_sum(model),
-                          "centers": training.state_sum(step.center_loss)}, number, args)  # fmt: skip
-            centers = step.center_loss.centers.detach()
-            if not args.weight_cent:  # they are not trained; the class means stand in for them
-                centers = training.class_means(epoch.kept[0], epoch.kept[1], len(data.classes))
-            ranks.check_equal("centers", centers)
+            epoch = experiment.train(number, training.Epoch(**run["partial"] or {}))
+            centers = experiment.centers(epoch)
             run |= dict(partial=vars(epoch), centers=centers)  # unless the epoch and its test are completed
-            if epoch.batches == last:
+            if epoch.batches == experiment.last_batch(number):
                 with contextlib.suppress(Interrupted):
-                    notice_chance(trained["accuracy"], number, len(data.train), len(data.classes), log)
-                    splits, final, is_best, best = dict(train=trained), {}, False, (model, centers, number)
-                    if number == epochs or (every and number % every == 0):
-                        splits |= test(model, data, centers, args, log, stop)
-                        tested = splits["val" if data.val else "test"]
-                        check_finite({"cross entropy of the test": tested["xent"],
-                                      "distances from the centers": tested["intra_distance"]}, number, args)
-                        is_best = data.val and evaluation.is_best(tested, run["history"], args.save_dir)
-                    if data.val and number == epochs:
-                        best = best if is_best else evaluation.load_best(model, args.save_dir)
-                        log(f"Best epoch by validation: {best[2]}")
-                        final = test(best[0], data._replace(val=None), best[1], args, log, stop)
-                    if args.verify and "test" in splits | final and ranks.rank == 0:
-                        evaluation.report(splits | final, *best[1:], data, args, log)
-                    row = record(number, scheduler.get_last_lr()[0], splits | final, args)
-                    run |= dict(epoch=number, partial=None, history=[*run["history"], row], rng=torch.get_rng_state())
-                    if is_best:
-                        files.save(run, modules, "best.pt")
-                    files.save_epoch(row, splits, centers)
+                    splits = dict(train=epoch.results())
+                    if experiment.is_tested(number):
+                        splits |= experiment.test(experiment.model, centers, number, "val" if data.val else "test")
+                    best = data.val and "val" in splits and evaluation.is_best(splits["val"], history, args.save_dir)
+                    history = [*history, experiment.record(number, splits)]
+                    run |= dict(epoch=number, partial=None, history=history, rng=torch.get_rng_state())
+                    if best:
+                        files.save(run, experiment.modules, "best.pt")
+                    files.save_epoch(history[-1], splits, centers)
                     if pictures:
                         plots.plot_epoch(pictures, files.directory, number, splits, centers, data)
-            files.save(run, modules)
+            files.save(run, experiment.modules)
 
-        undrawn = []
-        if pictures and run["history"]:
-            undrawn = plots.plot_run(pictures, files.directory, run["history"], stop.is_urgent)
-        if run["epoch"] < epochs or (undrawn and stop.is_urgent()):
-            raise utils.Stopped(stop.signal or stopped, run, args.save_dir)
+        if not ranks.any(stop.signal) and not experiment.is_complete(run):
+            with contextlib.suppress(Interrupted):
+                history[-1] |= experiment.test_best()
+                files.save(run, experiment.modules)
+        stopped, undrawn = ranks.any(stop.signal), []
+        if pictures and history:
+            undrawn = plots.plot_run(pictures, files.directory, history, stop.is_urgent)
+        if not experiment.is_complete(run) or (undrawn and stop.is_urgent()):
+            raise utils.Stopped(stopped or stop.signal, run, args.save_dir)
         log(f"Finished. Total elapsed time (h:m:s): {timedelta(seconds=round(time.monotonic() - start))}")
         if pictures:
             log(f"Pictures in {files.directory}, page {files.directory / 'report.html'}")
@@ -142,114 +111,156 @@ def main(args: argparse.Namespace) -> None:
             raise utils.WriteError(f"{undrawn[0]}; --resume draws what is missing")
 
 
-def build(args: argparse.Namespace, data: datasets.Data, device: torch.device, steps: int) -> tuple:
-    """The network, the step that trains it (compiled or in parallel), and the schedule of a run of so many steps."""
-    ranks, num_classes = Ranks.of_environment(), len(data.classes)
-    torch.manual_seed(args.seed)
-    model = models.create(args.model, num_classes, data.in_channels, data.image_size, args.feat_dim, args.init,
-                          args.pretrained and not (args.resume or args.evaluate))  # fmt: skip
-    center_loss = CenterLoss(num_classes, model.classifier.in_features, use_gpu=False, distance=args.distance,
-                             radius=args.radius, scale=args.loss_scale, class_average=args.class_average,
-                             center_update=args.center_update)  # fmt: skip
-    models.INITS[args.init](center_loss.centers)
-    model.to(device, memory_format=torch.channels_last)  # faster, in float32 as well
-    center_loss.to(device)
-    net = ranks.parallel(model)
-    if args.compile and not args.evaluate:
-        net = models.Compiled(net, len(ranks.share(torch.empty(args.batch_size))))
-    optimizers = create_optimizers(model, center_loss, args)
-    lr_ratio = args.lr_cent / args.lr_model if args.one_optimizer else 1.0
-    step = training.Step(net, center_loss, optimizers, weight=args.weight_cent, lr_ratio=lr_ratio, amp=args.amp,
-                         ranks=ranks)  # fmt: skip
-    scheduler = SCHEDULES[args.schedule].create(optimizers["optimizer_model"], args, len(data.train), steps)
-    return model, step, scheduler
+class Experiment:
+    """A network with its data, losses and optimizers, and what a run does with them."""
+
+    def __init__(self, args: argparse.Namespace, data: datasets.Data, device: torch.device, log: utils.Log):
+        self.args, self.data, self.log = args, data, log
+        self.stop, self.ranks = StopRequest(), Ranks.of_environment()
+        self.steps = args.max_iter or args.max_epoch * len(data.train)
+        self.epochs = math.ceil(self.steps / len(data.train))
+        if SCHEDULES[args.schedule].fixed_length and self.steps < 10 and not args.evaluate:
+            log(f"--schedule {args.schedule} has only {self.steps} steps to raise and lower the rate: a smaller "
+                "--batch-size or a larger --max-epoch trains better")  # fmt: skip
+
+        torch.manual_seed(args.seed)
+        self.model = models.create(args.model, len(data.classes), data.in_channels, data.image_size, args.feat_dim,
+                                   args.init, args.pretrained and not (args.resume or args.evaluate))  # fmt: skip
+        center_loss = CenterLoss(len(data.classes), self.model.classifier.in_features, use_gpu=False,
+                                 distance=args.distance, radius=args.radius, scale=args.loss_scale,
+                                 class_average=args.class_average, center_update=args.center_update)  # fmt: skip
+        models.INITS[args.init](center_loss.centers)
+        self.model.to(device, memory_format=torch.channels_last)  # faster, in float32 as well
+        center_loss.to(device)
+        net = self.ranks.parallel(self.model)
+        if args.compile and not args.evaluate:
+            net = models.Compiled(net, len(self.ranks.share(torch.empty(args.batch_size))))
+        optimizers = create_optimizers(self.model, center_loss, args)
+        lr_ratio = args.lr_cent / args.lr_model if args.one_optimizer else 1.0
+        self.step = training.Step(net, center_loss, optimizers, weight=args.weight_cent, lr_ratio=lr_ratio,
+                                  amp=args.amp, ranks=self.ranks)  # fmt: skip
+        if args.cuda_graph:
+            self.step = training.captured(self.step, args.batch_size, log)
+        schedule = SCHEDULES[args.schedule]
+        self.scheduler = schedule.create(optimizers["optimizer_model"], args, len(data.train), self.steps)
+        # What a checkpoint holds the states of.
+        self.modules = dict(model=self.model, center_loss=center_loss, scheduler=self.scheduler, **optimizers)
+        if data.train.augment:
+            self.modules["augment"] = data.train.augment
+
+    def is_complete(self, run: dict) -> bool:
+        """Whether all epochs are done and, with validation images, the best one is tested."""
+        return run["epoch"] >= self.epochs and not (self.data.val and run["history"][-1]["test_accuracy"] is None)
+
+    def last_batch(self, number: int) -> int:
+        """The batches of an epoch; --max-iter may end within the last."""
+        return min(len(self.data.train), self.steps - (number - 1) * len(self.data.train))
+
+    def is_tested(self, number: int) -> bool:
+        """Whether a test follows an epoch: by --eval-freq, or else each tenth, and the last.
+
+        Without --eval-freq each, where that chooses the best epoch, or where --plot makes films of it and it takes less
+        than a tenth of the epoch. Images are counted, a training image as three, and not seconds, so that a resumed run
+        tests after the same epochs.
+        """
+        every, data = self.args.eval_freq, self.data
+        if every is None:
+            images = data.test.rows.size + (data.unknown.rows.size if data.unknown else 0)
+            cheap = images < 3 * data.train.rows.size / 10
+            every = 1 if data.val or (self.args.plot and cheap) else 10
+        return number == self.epochs or (every > 0 and number % every == 0)
+
+    def train(self, number: int, begun: training.Epoch) -> training.Epoch:
+        """Trains the rest of an epoch, until a signal asks to stop."""
+        args, last = self.args, self.last_batch(number)
+        batches = self.data.train.after(begun.batches, last)
+        batches = utils.progress_bar(batches, f"epoch {number}", last, begun.batches, shown=self.ranks.rank == 0)
+        keep = args.plot or args.save_features or args.weight_cent == 0
+        report = functools.partial(self.report_step, number)
+        epoch = training.train_epoch(self.step, batches, self.scheduler, begun, keep, report)
+        trained = epoch.results()
+        cli.check_finite({"cross entropy": trained["xent"], "center loss": trained["center"]}, number, args)
+        cli.check_finite({"network's weights": training.state_sum(self.model),
+                          "centers": training.state_sum(self.step.center_loss)}, number, args)  # fmt: skip
+        if epoch.batches == last:
+            self.notice_chance(number, trained["accuracy"])
+        return epoch
+
+    def report_step(self, number: int, progress: training.Progress) -> bool:
+        """Logs every --print-freq steps; tells whether a signal asks to stop."""
+        batch = progress.epoch.batches
+        if batch % self.args.print_freq == 0:
+            xent, center, mean_xent, mean_center = progress.losses()
+            cli.check_finite({"cross entropy": mean_xent, "center loss": mean_center}, number, self.args)
+            self.log(f"Batch {batch}/{len(self.data.train)}\t Loss {xent + center:.6f} ({mean_xent + mean_center:.6f}) "
+                     f"XentLoss {xent:.6f} ({mean_xent:.6f}) CenterLoss {center:.6f} ({mean_center:.6f})")  # fmt: skip
+        return bool(self.ranks.any(self.stop.signal))
+
+    def notice_chance(self, number: int, accuracy: float) -> None:
+        """Says once, after 200 steps but not in epoch 1, that the training has not left chance."""
+        chance = 100 / len(self.data.classes)
+        first = max(2, math.ceil(200 / len(self.data.train)))
+        if number == first and accuracy < chance + min(2, chance / 5):
+            self.log(f"The training accuracy is still about {chance:.3g} %, that of guessing: --recipe images (colour "
+                     "images), --init xavier, another --lr-model or a lower --weight-cent may help")  # fmt: skip
+
+    def centers(self, epoch: training.Epoch | None = None) -> Tensor:
+        """The centers (C, D) of metrics and pictures: at λ = 0, where they are not trained, an epoch's class means."""
+        centers = self.step.center_loss.centers.detach()
+        if epoch and not self.args.weight_cent:
+            centers = training.class_means(epoch.kept[0], epoch.kept[1], len(self.data.classes))
+        self.ranks.check_equal("centers", centers)
+        return centers
+
+    def test(self, model: nn.Module, centers: Tensor, number: int, on: str) -> dict[str, dict]:
+        """Tests a network, as it is after epoch `number`, on the images of "val" or "test", and logs the metrics.
+
+        Returns these with features, labels and predictions and, beside "test", those of "unknown" classes, which were
+        left out of the training. Raises Interrupted where a signal asks to stop.
+        """
+        self.log("==> Validation" if on == "val" else "==> Test")
+
+        def batches(name: str) -> Iterable:
+            split = getattr(self.data, name)
+            watched = self.stop.watch(split, self.ranks)
+            return utils.progress_bar(watched, name, len(split), shown=self.ranks.rank == 0)
+
+        tested = training.test(model, batches(on), self.args.amp, self.ranks)
+        tested |= training.center_metrics(tested["features"], tested["labels"], centers)
+        self.log(f"Accuracy (%): {tested['accuracy']:.2f}\t Error rate (%): {100 - tested['accuracy']:.2f}")
+        self.log(f"Nearest-center accuracy (%): {tested['nearest_center_accuracy']:.2f}\t Intra-class distance (mean): "
+                 f"{tested['intra_distance']:.4f}\t Inter-class distance (min): {tested['inter_distance']:.4f}")
+        if not self.args.evaluate:
+            cli.check_finite({"cross entropy of the test": tested["xent"],
+                              "distances from the centers": tested["intra_distance"]}, number, self.args)  # fmt: skip
+        splits = {on: tested}
+        if on == "test" and self.data.unknown:
+            splits["unknown"] = training.predict(model, batches("unknown"), self.args.amp, self.ranks)
+        if on == "test" and (self.args.verify or self.args.evaluate) and self.ranks.rank == 0:
+            evaluation.report(splits, centers, number, self.data, self.args, self.log)
+        return splits
+
+    def test_best(self) -> dict:
+        """Tests the network of best.pt; its columns of metrics.csv."""
+        model, centers, number = evaluation.load_best(self.model, self.args.save_dir)
+        self.log(f"Best epoch by validation: {number}")
+        return columns(self.test(model, centers, number, "test"), TEST_COLUMNS)
+
+    def evaluate(self, centers: Tensor, number: int) -> None:
+        """Tests a trained network, and writes the features of the test images for --save-features."""
+        tested = self.test(self.model, centers, number, "test")["test"]
+        if self.args.save_features and self.ranks.rank == 0:
+            evaluation.save_features(Path(self.args.save_dir), tested, centers, self.data)
+
+    def record(self, number: int, splits: dict[str, dict]) -> dict:
+        """The epoch's row of metrics.csv."""
+        row = dict(epoch=number, lr_model=self.scheduler.get_last_lr()[0])
+        return row | columns(splits, TRAIN_COLUMNS | (VAL_COLUMNS if self.data.val else {}) | TEST_COLUMNS)
 
 
-def epochs_between_tests(args: argparse.Namespace, data: datasets.Data) -> int:
-    """--eval-freq, or without it 10, and 1 for the films of --plot where a test takes less than a tenth of an epoch.
-
-    A training image costs about three forward passes, a test image one. Counting images, not seconds, so that a
-    resumed run tests after the same epochs.
-    """
-    if args.eval_freq is not None:
-        return args.eval_freq
-    images = sum(split.rows.size for split in ([data.val] if data.val else [data.test, data.unknown]) if split)
-    return 1 if args.plot and images < 3 * data.train.rows.size / 10 else 10
-
-
-def progress_bar(batches, what: str, total: int, done: int = 0) -> tqdm:
-    """The batches, and on a terminal a bar that shows how far they are."""
-    hidden = None if Ranks.of_environment().rank == 0 else True  # None: where the output is no terminal
-    tqdm.monitor_interval = 0  # no thread that watches the bar
-    return tqdm(batches, disable=hidden, leave=False, desc=what, initial=done, total=total, unit="batch")
-
-
-def report_step(progress: training.Progress, number: int, total: int, args, log: utils.Log, stop: StopRequest) -> bool:
-    """Logs every --print-freq steps; tells whether a signal asks to stop."""
-    batch = progress.epoch.batches
-    if batch % args.print_freq == 0:
-        xent, center, mean_xent, mean_center = progress.losses()
-        check_finite({"cross entropy": mean_xent, "center loss": mean_center}, number, args)
-        log(f"Batch {batch}/{total}\t Loss {xent + center:.6f} ({mean_xent + mean_center:.6f}) "
-            f"XentLoss {xent:.6f} ({mean_xent:.6f}) CenterLoss {center:.6f} ({mean_center:.6f})")  # fmt: skip
-    return bool(progress.ranks.any(stop.signal))
-
-
-def check_finite(values: dict[str, float], epoch: int, args: argparse.Namespace) -> None:
-    """Raises Diverged, with what to change, where one of the values is no longer finite."""
-    if broken := [name for name, value in values.items() if not math.isfinite(value)]:
-        advice = "lower --lr-model"
-        if args.weight_cent:
-            advice += (f", --lr-cent or --weight-cent: the center loss is a sum over the {args.feat_dim} dimensions, "
-                       "so that λ goes with 1/D, and a λ above 1 needs a --lr-model lower by as much")
-        raise utils.Diverged(
-            f"the training has diverged in epoch {epoch}: {' and '.join(broken)} no longer finite, with --weight-cent "
-            f"{args.weight_cent:g} --lr-model {args.lr_model:g} --lr-cent {args.lr_cent:g}; {advice}"
-        )
-
-
-def notice_chance(accuracy: float, number: int, batches: int, num_classes: int, log: utils.Log) -> None:
-    """Says once, in the first epoch after 200 steps but not in epoch 1, that the training has not left chance."""
-    chance = 100 / num_classes
-    if number == max(2, math.ceil(200 / batches)) and accuracy < chance + min(2, chance / 5):
-        log(f"The training accuracy is still about {chance:.3g} %, that of guessing: --recipe images (colour images), "
-            "--init xavier, another --lr-model or a lower --weight-cent may help")  # fmt: skip
-
-
-def test(
-    model: torch.nn.Module, data: datasets.Data, centers: Tensor, args, log: utils.Log, stop: StopRequest
-) -> dict[str, dict]:
-    """Tests the network and logs the metrics: on the validation images, "val", where there are any, else "test".
-
-    Returns these with features, labels and predictions and, beside "test", those of "unknown" classes, which were left
-    out of the training. Interrupted by a stop.
-    """
-    ranks, name = Ranks.of_environment(), "val" if data.val else "test"
-    log("==> Validation" if data.val else "==> Test")
-
-    def watched(split: datasets.Batches, what: str) -> tqdm:
-        return progress_bar(stop.watch(split, ranks), what, len(split))
-
-    tested = training.test(model, watched(data.val or data.test, name), args.amp, ranks)
-    tested |= training.center_metrics(tested["features"], tested["labels"], centers)
-    log(f"Accuracy (%): {tested['accuracy']:.2f}\t Error rate (%): {100 - tested['accuracy']:.2f}")
-    log(f"Nearest-center accuracy (%): {tested['nearest_center_accuracy']:.2f}\t Intra-class distance (mean): "
-        f"{tested['intra_distance']:.4f}\t Inter-class distance (min): {tested['inter_distance']:.4f}")
-    splits = {name: tested}
-    if data.unknown and not data.val:
-        splits["unknown"] = training.predict(model, watched(data.unknown, "unknown"), args.amp, ranks)
-    return splits
-
-
-def record(epoch: int, lr: float, splits: dict[str, dict], args: argparse.Namespace) -> dict:
-    """The epoch's row of metrics.csv."""
-    trained, validated, tested = (splits.get(name, {}) for name in ("train", "val", "test"))
-    row = dict(epoch=epoch, lr_model=lr)
-    row |= {f"train_{name}": trained[name] for name in ("loss", "xent", "center", "accuracy")}
-    if args.val_share:
-        row |= {f"val_{name}": validated.get(name) for name in ("xent", "accuracy", "nearest_center_accuracy")}
-    row |= {f"test_{name}": tested.get(name) for name in ("xent", "accuracy")}
-    return row | {name: tested.get(name) for name in ("nearest_center_accuracy", "intra_distance", "inter_distance")}
+def columns(splits: dict[str, dict], names: dict[str, tuple[str, str]]) -> dict:
+    """Of each column of metrics.csv the value, None where it was not measured."""
+    return {column: splits.get(split, {}).get(metric) for column, (split, metric) in names.items()}
 
 
 if __name__ == "__main__":

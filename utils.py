@@ -19,7 +19,7 @@ import sys
 import tempfile
 import time
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from tqdm import tqdm
@@ -116,6 +116,13 @@ class Log:
 
 def _encoded(line: str) -> bytes:
     return f"{line}\n".encode(errors="backslashreplace")  # a path that is not UTF-8
+
+
+def progress_bar(batches: Iterable, what: str, total: int, done: int = 0, *, shown: bool = True) -> Iterable:
+    """The batches, and on a terminal a bar that shows how far they are."""
+    tqdm.monitor_interval = 0  # no thread that watches the bar: workers are forked
+    hidden = None if shown else True  # None: where the output is no terminal
+    return tqdm(batches, disable=hidden, leave=False, desc=what, initial=done, total=total, unit="batch")
 
 
 # ------------------------------------------------------------------------------------------------------------ files

@@ -83,7 +83,7 @@ class Killed(BaseException):
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_stopped_and_resumed_runs_end_with_the_same_metrics_to_the_byte(setting, train, run, monkeypatch):
     assert train(*SETTINGS[setting], "--save-dir", "whole")[0] == 0
-    report, steps = main.report_step, []
+    report, steps = main.Experiment.report_step, []
 
     def report_step(*arguments, **options):
         steps.append(1)
@@ -93,7 +93,7 @@ def test_stopped_and_resumed_runs_end_with_the_same_metrics_to_the_byte(setting,
             raise Killed
         return report(*arguments, **options)
 
-    monkeypatch.setattr(main, "report_step", report_step)
+    monkeypatch.setattr(main.Experiment, "report_step", report_step)
     assert train(*SETTINGS[setting], "--save-dir", "stopped")[0] == 143
     with pytest.raises(Killed):
         run("--resume", "--save-dir", "stopped", base=False)
@@ -106,7 +106,7 @@ def test_stopped_and_resumed_runs_end_with_the_same_metrics_to_the_byte(setting,
 def test_a_checkpoint_goes_on_on_the_other_device(setting, first, then, train, run, monkeypatch):
     flags = [*SETTINGS[setting], "--no-amp"]
     assert train(*flags, "--save-dir", "whole", *first)[0] == 0
-    report, steps = main.report_step, []
+    report, steps = main.Experiment.report_step, []
 
     def report_step(*arguments, **options):
         steps.append(1)
@@ -114,7 +114,7 @@ def test_a_checkpoint_goes_on_on_the_other_device(setting, first, then, train, r
             os.kill(os.getpid(), signal.SIGTERM)
         return report(*arguments, **options)
 
-    monkeypatch.setattr(main, "report_step", report_step)
+    monkeypatch.setattr(main.Experiment, "report_step", report_step)
     assert train(*flags, "--save-dir", "moved", *first)[0] == 143
     assert run("--resume", "--save-dir", "moved", *then, base=False)[0] == 0
     for row, other in zip(history("moved"), history("whole"), strict=True):

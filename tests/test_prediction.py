@@ -13,6 +13,7 @@ from PIL import Image
 import datasets
 import evaluation
 import models
+import prediction
 
 FLAGS = ["--dataset", "folder", "--image-size", "8", "--batch-size", "10", "--max-epoch", "4", "--eval-freq", "1",
          "--use-cpu", "--lr-model", "0.1", "--init", "xavier", "--weight-cent", "0.1", "--feat-dim", "3",
@@ -135,7 +136,7 @@ def test_what_cannot_be_predicted_is_one_line(trained, tmp_path, capsys):
 
 
 def test_a_network_is_loaded_with_its_centers_and_embeds_a_batch(trained, pictures):
-    network = evaluation.load(trained[0] / "checkpoint.pt")
+    network = prediction.load(trained[0] / "checkpoint.pt")
     features, logits = network([pictures[1], pictures[0] / "b.jpg"])
     assert features.shape == (2, 3) and logits.shape == (2, 3) and network.centers.shape == (3, 3)
     assert network.classes == ["ant", "bee", "cat"] and not network.model.training and not features.requires_grad
