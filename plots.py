@@ -473,7 +473,7 @@ def draw_roc(part: Path, fars: Sequence[float], curves: dict[str, Sequence[float
     figure, ((axes,),) = new_figure(6.4, 4.8)
     for (name, curve), color in zip(curves.items(), palette(len(curves)), strict=True):
         axes.plot(fars, curve, label=name, color=color)
-    axes.plot(fars, fars, ":", color="0.5", label="chance")
+    axes.plot(fars, fars, ":", color="black", label="chance")
     axes.set(xscale="log", xlim=(fars[0], 1), ylim=(0, 1.01), title="verification")
     axes.set(xlabel="false accept rate (pairs of two classes)", ylabel="true accept rate (pairs of one class)")
     axes.grid(color="0.92")
