@@ -473,7 +473,7 @@ def draw_roc(part: Path, fars: Sequence[float], curves: dict[str, Sequence[float
     figure, ((axes,),) = new_figure(6.4, 4.8)
     for (name, curve), color in zip(curves.items(), palette(len(curves)), strict=True):
         axes.plot(fars, curve, label=name, color=color)
-    axes.plot(fars, fars, ":", color="0.5", label="chance")
+    axes.plot(fars, fars, ":", color="black", label="chance")
     axes.set(xscale="log", xlim=(fars[0], 1), ylim=(0, 1.01), title="verification")
     axes.set(xlabel="false accept rate (pairs of two classes)", ylabel="true accept rate (pairs of one class)")
     axes.grid(color="0.92")
@@ -538,7 +538,7 @@ def compared(runs: Sequence[report.Run], epochs: Sequence[int] | None, format: s
     return [page, (directory / "figures" / f"compare.{format}", draw_panels, panels, len(runs), format, own_axes)]
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="plots.py", description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     parser.error = lambda message: parser.exit(2, f"plots.py: error: {message}\n")
@@ -550,6 +550,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--epochs", nargs="+", type=int, metavar="N", help="of these figures; several become panels (default: last)")
     add("--projection", choices=("pca", "tsne"), default="pca", help="of features with more than two dimensions in the "
         "figures; pca is that of the pictures (default: %(default)s)")  # fmt: skip
+    return parser
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = build_parser()
     args = parser.parse_args(argv)
     if args.epochs and not (args.format or args.compare):
         parser.error("--epochs goes with --format or --compare")
@@ -559,6 +564,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("--own-axes goes with --compare")
     if args.compare and len(args.directories) < 2:
         parser.error(f"--compare needs two runs or more, got {args.directories[0]} alone")
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parse_args(argv)
     errors, drawings, format = [], [], args.format or "png"
     try:
         with Plotter(lambda line: print(f"plots.py: {line}", file=sys.stderr)) as plotter:
@@ -578,9 +588,11 @@ def main(argv: Sequence[str] | None = None) -> int:
                 plotter(path, *drawing)
             errors += plotter.finish()
     except KeyboardInterrupt:
-        parser.exit(130, "plots.py: interrupted\n")
+        print("plots.py: interrupted", file=sys.stderr)
+        return 130
     except (utils.RunError, OSError) as error:
-        parser.exit(getattr(error, "status", 1), f"plots.py: error: {error}\n")
+        print(f"plots.py: error: {error}", file=sys.stderr)
+        return getattr(error, "status", 1)
     for path, *_ in drawings:
         print(path)
     return 1 if errors else 0

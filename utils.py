@@ -29,12 +29,11 @@ from tqdm import tqdm
 EPOCH_FILES = ("train/epoch_*.png", "train/epoch_*.npz", "val/epoch_*.png", "val/epoch_*.npz", "test/epoch_*.png",
                "test/epoch_*.npz", "features/epoch_*.npz")  # fmt: skip
 EVENT_FILES = "tensorboard/events.out.tfevents.*"
-IMAGE_FILES = ("val/images.npz", "test/images.npz")
+TEST_FILES = ("val/images.npz", "val/features.npz", "test/images.npz", "test/features.npz")  # of all epochs
 LOG = "log_{}.txt"
 RUN_FILES = ("metrics.csv", "args.json", "run.json", "checkpoint.pt", "best.pt", "train.gif", "val.gif", "test.gif",
              "curves.png", "confusion.png", "roc.png", "evaluation.json", "features/test.npz", "predictions.csv",
-             "report.html", "compare.html", "val/features.npz", "test/features.npz", *IMAGE_FILES,
-             EVENT_FILES)  # fmt: skip
+             "report.html", "compare.html", *TEST_FILES, EVENT_FILES)  # fmt: skip
 FIGURE = r"(curves|confusion|compare|(train|val|test|val_tsne|test_tsne)_epoch(_[1-9]\d*)+)\.(pdf|svg|png)"
 
 
@@ -244,7 +243,7 @@ def epoch_files(directory: Path, patterns: Sequence[str] = EPOCH_FILES) -> list[
 def copy_epochs(source: Path, target: Path, last: int) -> None:
     """Copies best.pt, what --plot and --save-features have written of the epochs up to `last`, all of --tensorboard."""
     paths = [path for epoch, path in epoch_files(source) if epoch <= last]
-    for path in (*paths, *(path for name in ("best.pt", *IMAGE_FILES, EVENT_FILES) for path in source.glob(name))):
+    for path in (*paths, *(path for name in ("best.pt", *TEST_FILES, EVENT_FILES) for path in source.glob(name))):
         copy = target / path.relative_to(source)
         copy.parent.mkdir(exist_ok=True)
         replace_file(copy, functools.partial(shutil.copyfile, path))

@@ -664,7 +664,7 @@ function createCurves() {
         ["train_loss", "training: total", "--series-3", ""],
         ["train_xent", "training: cross-entropy", "--series-0", ""],
         ["train_center", "training: λ · center loss", "--series-2", "2 3"],
-        ["val_xent", "validation: cross-entropy", "--series-3", ""],
+        ["val_xent", "validation: cross-entropy", "--series-3", "6 3"],
         ["test_xent", "test: cross-entropy", "--series-1", ""],
       ],
     ],

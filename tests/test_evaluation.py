@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_folder
+from PIL import Image
 from sklearn.metrics import roc_auc_score, roc_curve
 
 import evaluation
@@ -115,7 +116,7 @@ def features(epoch=2, directory="log"):
     return dict(np.load(Path(directory, "features", f"epoch_{epoch}.npz")))
 
 
-def test_unseen_classes_are_left_out_of_the_training_and_measured_as_unknown(train):
+def test_unseen_classes_are_left_out_of_the_training_and_measured_as_unknown(train, insects):
     status, out, _ = train("--unseen", "bee", "4", "--verify", "--save-features", "--plot", "--max-iter", "4")
     assert status == 0
     saved, measured = features(), json.loads(Path("log/evaluation.json").read_text())
@@ -131,6 +132,10 @@ def test_unseen_classes_are_left_out_of_the_training_and_measured_as_unknown(tra
     assert measured["unknown"]["auroc_distance"] == pytest.approx(roc_auc_score([0] * 12 + [1] * 8, distances))
     shown = np.load("log/test/epoch_2.npz")
     assert sorted(shown["labels"]) == sorted([*saved["test_labels"], *saved["unknown_labels"]])
+    images = np.load("log/test/images.npz")["images"]  # in the order of the points
+    files = [path for name in ("ant", "cat", "dog", "bee", "eel") for path in sorted(insects.glob(f"test/{name}/*"))]
+    assert (images[:, 0] == [np.asarray(Image.open(path)) for path in files]).all()
+    assert shown["labels"].tolist() == [label for label in range(5) for _ in range(4)]
     assert Path("log/roc.png").stat().st_size > 2000
     # The test of the run is that of --evaluate, which tells the flags of the run from its checkpoint.
     told = [line for line in out.splitlines() if line.startswith(("Accuracy", "Nearest", "Verif", "Unknown"))][-7:]

@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import re
 import shutil
 import signal
 import sys
@@ -318,6 +319,10 @@ def test_a_font_of_the_system_is_chosen_for_letters_that_the_default_lacks(syste
     source = write_epoch(tmp_path / "epoch_1.npz", *cloud(), classes=names)
     assert plots.draw_to(tmp_path / "d.png", plots.draw_points, source) == set()
     assert matplotlib.rcParams["font.family"] == ["sans-serif", "STIXNonUnicode"]
+    panels = [(letter, report.read_arrays(source, report.ARRAYS))] * 2  # with settings of their own, for a while
+    matplotlib.rcParams["font.family"] = ["sans-serif"]
+    for _ in range(2):
+        assert plots.draw_to(tmp_path / "f.png", plots.draw_panels, panels, 2, "png") == set()
 
 
 @pytest.mark.parametrize("classes", [3, 60])
@@ -375,6 +380,22 @@ def test_command_draws_chosen_epochs_for_print(command, tmp_path):
     assert (status, err) == (0, "")
     assert files == [f"one/figures/{name}.svg" for name in ("train_epoch_1_2", "test_epoch_2", "curves", "confusion")]
     assert all((tmp_path / file).read_text().startswith("<?xml") for file in files)
+
+
+def test_unknown_classes_are_left_out_of_the_confusion_matrix(directory, tmp_path):
+    copy = Path(shutil.copytree(directory, tmp_path / "one"))
+    features, labels, centers = cloud(4)
+    write_epoch(copy / "test" / "epoch_2.npz", features, labels, centers[:3])
+    *_, (path, draw, counts, *_) = plots.figures(report.read_run(copy), None, "pdf")
+    assert (path.name, draw) == ("confusion.pdf", plots.draw_confusion) and (counts == 20 * np.eye(3)).all()
+
+
+def test_command_draws_a_run_that_validates(command, tmp_path):
+    (tmp_path / "one" / "test").rename(tmp_path / "one" / "val")
+    names = ("train_epoch_2", "val_epoch_2", "curves", "confusion")
+    assert command("--format", "png") == (0, [f"one/figures/{name}.png" for name in names], "")
+    assert command("--projection", "tsne", "--format", "png") == (0, ["one/figures/val_tsne_epoch_2.png"], "")
+    assert all(re.fullmatch(utils.FIGURE, path.name) for path in (tmp_path / "one" / "figures").iterdir())
 
 
 def test_command_compares_runs(command, directory, tmp_path):

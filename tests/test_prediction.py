@@ -62,6 +62,8 @@ def test_the_best_epoch_by_validation_is_kept_and_alone_is_tested(trained):
     assert log.count("==> Validation\n") == 4 and log.count("==> Test\n") == 1
     assert f"Best epoch by validation: {best['epoch']}\n==> Test\n" in log
     assert (run / "val" / "epoch_4.png").exists() and (run / "val.gif").exists() and not (run / "test").exists()
+    assert "validation" in (run / "report.html").read_text() and (run / "val" / "features.npz").exists()
+    assert np.load(run / "val" / "images.npz")["images"].shape == (6, 3, 8, 8)
     assert {"train_features", "val_features"} <= set(np.load(run / "features" / "epoch_4.npz"))
 
 

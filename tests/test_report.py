@@ -359,6 +359,42 @@ def test_compared_runs_have_the_same_axes_and_each_its_points(page, compared, di
     assert run("return panels[0].caption.textContent").startswith("large · test, epoch 3")
 
 
+@pytest.mark.browser
+@pytest.mark.parametrize("tested, title", [("test", "test"), ("val", "validation")])
+def test_unknown_classes_can_be_switched_off_and_are_no_mistakes(tested, title, page, directory, browser, tmp_path):
+    copy = Path(shutil.copytree(directory, tmp_path / "run"))
+    for path in copy.glob("t*/epoch_*.npz"):
+        shown = report.read_arrays(path)
+        unknown = shown["labels"] == 2 if path.parent.name == "test" else None
+        labels = np.where(shown["labels"] == 2, 4 if unknown is not None else 0, shown["labels"])
+        utils.save_arrays(path, shown | dict(labels=labels, predictions=np.minimum(shown["predictions"], 1),
+                                             classes=shown["classes"][:2], centers=shown["centers"][:2]))  # fmt: skip
+    (copy / "test").rename(copy / tested)
+    plots.write_page(copy / "report.html", [copy])
+    run = page(copy / "report.html")
+    assert run("return panels[1].caption.textContent").startswith(f"{title}, epoch 3")
+    labels = """const labels = [];
+        eachPoint(panels[1].split, (i, x, y, label) => labels.push(label));
+        return labels"""
+    buttons = browser.find_elements("css selector", "#legend button")
+    assert [button.text for button in buttons][2] == "unknown" and run(labels) == [0] * 5 + [1] * 5 + [2] * 5
+    cells = browser.find_elements("css selector", ".matrix td button")
+    assert len(cells) == 4 and sum(int(cell.text or 0) for cell in cells) == 10
+    browser.find_element("id", "mistakes").click()
+    assert 2 not in run(labels)
+    browser.find_element("id", "mistakes").click()
+    pixels = "panels.forEach(draw); return panels[1].canvas.toDataURL()"
+    before = run(pixels)
+    buttons[2].click()
+    assert run(labels) == [0] * 5 + [1] * 5 and run(pixels) != before
+    browser.find_element("id", "none").click()
+    assert run(labels) == []
+    buttons[2].click()
+    run("pointAt(panels[1], 12)")
+    lines = browser.find_element("id", "point").text.splitlines()
+    assert lines[0] == "class unknown" and lines[3] == f"{title} image 12"
+
+
 def browser_key(name: str) -> str:
     from selenium.webdriver.common.keys import Keys
 

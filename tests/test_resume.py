@@ -282,16 +282,16 @@ def test_a_finished_run_says_so_and_changes_nothing(run):
 
 
 def test_a_finished_run_is_resumed_elsewhere_with_all_it_has(run):
-    run("--save-dir", "old", "--plot", "--max-epoch", "1")
+    run("--save-dir", "old", "--plot", "--max-epoch", "1", "--feat-dim", "3")
     before = {path: path.read_bytes() for path in Path("old").rglob("*.*")}
     for flags in ([], ["--no-plot"]):
         status, out, _ = run("--resume", "old/checkpoint.pt", "--save-dir", "new", *flags, base=False)
         assert status == 0 and "is finished after 1 epochs" in out and "Finished." in out
         new = {Path("old") / path.relative_to("new"): path.read_bytes() for path in Path("new").rglob("*.*")}
-        assert before.keys() - new.keys() == ({Path("old") / name for name in ("train.gif", "test.gif", "curves.png")}
-                                              if flags else set())  # fmt: skip
+        drawn = {"train.gif", "test.gif", "curves.png", "report.html", "run.json"}
+        assert before.keys() - new.keys() == ({Path("old") / name for name in drawn} if flags else set())
         different = {path.name for path in new if before[path] != new[path]}
-        assert different <= {"args.json", "checkpoint.pt", "log_folder.txt"}
+        assert different <= {"args.json", "checkpoint.pt", "log_folder.txt", "report.html", "run.json"}
         assert differences(Path("old"), Path("new")) == [] or flags
         shutil.rmtree("new")
     assert {path: path.read_bytes() for path in Path("old").rglob("*.*")} == before

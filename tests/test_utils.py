@@ -1,5 +1,6 @@
 """Files are whole or absent, a run's directory has one owner, wrong values get one line."""
 
+import argparse
 import os
 import signal
 
@@ -122,3 +123,25 @@ def test_the_lock_ends_with_its_run_though_forked_workers_live_on(tmp_path):
     finally:
         os.kill(worker, signal.SIGKILL)
         os.waitpid(worker, 0)
+
+
+def test_tensorboard_has_the_pictures_of_all_splits_once_and_those_of_earlier_epochs_where_it_had_none(tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    def add(path):
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(b"picture")
+
+    args = argparse.Namespace(lr_model=0.1, milestones=[3])
+    add(tmp_path / "val" / "epoch_1.png")
+    with utils.Board(tmp_path, args, dict(epoch=1, history=[dict(epoch=1, loss=3.0)])):
+        add(tmp_path / "train" / "epoch_1.png")  # drawn late
+    with utils.Board(tmp_path, args, dict(epoch=1, history=[dict(epoch=1, loss=3.0)])) as board:
+        add(tmp_path / "val" / "epoch_2.png")
+        board.add_epoch(dict(epoch=2, loss=1.0))
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [(event.step, event.value) for event in events.Scalars("loss")] == [(1, 3.0), (2, 1.0)]
+    assert [event.step for event in events.Images("val features")] == [1, 2]
+    assert [event.step for event in events.Images("train features")] == [1]
