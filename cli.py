@@ -66,6 +66,16 @@ def number(
     return convert
 
 
+def model_name(text: str) -> str:
+    """A type for argparse: a network."""
+    if not models.is_known(text):
+        raise argparse.ArgumentTypeError(
+            f"must be one of {', '.join(sorted(models.MODELS))} or a classification network of torchvision, such as "
+            f"resnet18, got {text}"
+        )
+    return text
+
+
 def gpu_index(text: str) -> str:
     """A type for argparse: the index of one GPU."""
     indices = text.replace(" ", "").split(",")
@@ -91,9 +101,13 @@ def build_parser(description: str = "") -> Parser:
     add("--max-iter", type=number(int, 0), default=0, help="training steps, instead of --max-epoch; 0: use that")
 
     add = parser.group("data")
-    add("-d", "--dataset", choices=sorted(datasets.SPECS), default="mnist", help="data set")
+    add("-d", "--dataset", choices=sorted(datasets.SPECS), default="mnist", help="data set; for folder, "
+        "cifar10 and cifar100 take --recipe images")
     add("--data-root", default="data", free=True, help="directory of the data sets, downloaded to it on first use; for "
         "--dataset folder the directory that holds train/<class>/* and test/<class>/*")
+    add("--val-share", type=number(float, 0, 1), default=0.0, help="share of each class's training images to choose "
+        "the best epoch by, which alone is tested then; 0: each test is of the latest epoch")
+    add("--augment", **switch, help="mirror (but for digits) and shift the training images at random")
     add("--image-size", type=number(int, 8, 1024), default=32, help="pixels per side, for --dataset folder")
     add("--scaling", choices=sorted(datasets.SCALINGS), default="standard", help="of pixels p: standard, by mean and "
         "deviation of the data set (0.5 and 0.5 for folder); symmetric, (p - 127.5) / 128; unit, p / 255")
@@ -104,8 +118,11 @@ def build_parser(description: str = "") -> Parser:
         "none, all images are kept on the device")
 
     add = parser.group("network")
-    add("--model", choices=sorted(models.MODELS), default="cnn", help="network")
-    add("--feat-dim", type=number(int, 1, 10**6), default=2, help="D, dimensions of the features")
+    add("--model", type=model_name, default="cnn", metavar="NAME", help="network: " + ", ".join(sorted(models.MODELS)) +
+        ", or a classification network of torchvision, such as resnet50")
+    add("--pretrained", **switch, help="start from torchvision's weights of the network, downloaded on first use")
+    add("--feat-dim", type=number(int, 0, 10**6), default=2, help="D, dimensions of the features; 0: the width of "
+        "torchvision's network, without an embedding")
     add("--init", choices=sorted(models.INITS), default="default", help="initialisation of weights and centers")
 
     add = parser.group("loss: cross-entropy + λ · center loss")
@@ -147,7 +164,9 @@ def build_parser(description: str = "") -> Parser:
     add("--resume", nargs="?", const="", metavar="CHECKPOINT", free=True,
         help="go on from a checkpoint, or from the one in --save-dir, with that run's flags")
     add("--evaluate", metavar="CHECKPOINT", free=True, help="test the network of a checkpoint, without training, and "
-        "write evaluation.json; with --plot draw confusion.png and roc.png")
+        "write evaluation.json; with --plot also confusion.png and roc.png, with --save-features features/test.npz")
+    add("--predict", nargs="+", metavar="PATH", free=True, help="with --evaluate, in place of the test: write "
+        "predictions.csv for these images and all images in these directories")
 
     add = parser.group("machine")
     add("--gpu", type=gpu_index, default="0", free=True, help="index of the GPU; without a GPU, the CPU is used")
@@ -171,6 +190,8 @@ def parse_args(argv: list[str] | None = None, description: str = "") -> argparse
         parser.error("--evaluate must be the path of a checkpoint, got an empty one")
     if args.evaluate and args.resume is not None:
         parser.error("--evaluate tests and --resume trains on: give one of them")
+    if args.predict and not args.evaluate:
+        parser.error("--predict needs --evaluate CHECKPOINT, the network that predicts")
     try:
         if args.evaluate or args.resume is not None:
             args = _with_checkpoint(parser, argv, args)
@@ -183,6 +204,10 @@ def parse_args(argv: list[str] | None = None, description: str = "") -> argparse
         parser.error(str(error))
     if args.one_optimizer and args.optimizer != "sgd":
         parser.error(f"--one-optimizer goes with --optimizer sgd, got {args.optimizer}")
+    if args.pretrained and args.model in models.MODELS:
+        parser.error(f"--pretrained needs a network of torchvision, such as resnet18, got --model {args.model}")
+    if args.pretrained and args.init != "default":
+        parser.error(f"--pretrained goes with --init default, got {args.init}")
     if args.one_optimizer and args.weight_cent and args.lr_cent / args.lr_model / args.weight_cent > 1 / TINY:
         parser.error(f"--lr-cent / (--lr-model * --weight-cent) must be at most {1 / TINY:g} with --one-optimizer, got "
                      f"{args.lr_cent:g} / ({args.lr_model:g} * {args.weight_cent:g})")  # fmt: skip
@@ -213,7 +238,7 @@ def _with_checkpoint(parser: Parser, argv: list[str] | None, given: argparse.Nam
         parser.error(f"the checkpoint {path} lacks --{min(missing).replace('_', '-')} of its run")
     parser.set_defaults(**saved | dict(save_dir=os.path.dirname(path) or ".", gpu=given.gpu))
     if given.evaluate:
-        parser.set_defaults(plot=False, tensorboard=False)
+        parser.set_defaults(plot=False, save_features=False, tensorboard=False)
     args = parser.parse_args(argv)
     args.resume = None if given.evaluate else path
     fixed = saved.keys() - parser.free

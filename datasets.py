@@ -37,11 +37,15 @@ class Spec:
 
     `open` takes the root and an image size, which only sets without a size of their own heed, and returns the training
     and the test split: data sets of (uint8 image (C, H, W), label), with `targets` (all labels) and `classes` (names).
+    `flip`: a mirrored image is of the same class. `open_test` takes a trained network's classes and channels as well,
+    and returns the test split of a root without training images.
     """
 
     open: Callable[[Path, int], tuple[Dataset, Dataset]]
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    flip: bool = True
+    open_test: Callable[[Path, int, list[str], int], Dataset] | None = None
 
 
 class Batch(NamedTuple):
@@ -60,6 +64,12 @@ class Data(NamedTuple):
     unseen: list[str]  # those left out
     in_channels: int
     image_size: int
+    val: "Batches | None" = None
+
+    def facts(self) -> dict:
+        """What a checkpoint keeps of the data, for those who go on with it."""
+        return dict(classes=self.classes, images=self.train.rows.size, in_channels=self.in_channels,
+                    image_size=self.image_size)  # fmt: skip
 
 
 def from_torchvision(
@@ -126,10 +136,8 @@ def open_digits(root: Path, image_size: int) -> tuple[Dataset, Dataset]:
 def open_folder(root: Path, image_size: int) -> tuple[Dataset, Dataset]:
     """train/<class>/* and test/<class>/* of a directory, resized and cropped to squares of image_size pixels."""
     from torchvision.datasets import ImageFolder
-    from torchvision.transforms import CenterCrop, Compose, PILToTensor, Resize
 
-    read = ReadImage(_scan_folder(root))
-    transform = Compose([Resize(image_size), CenterCrop(image_size), PILToTensor()])
+    read, transform = ReadImage(_scan_folder(root)), square(image_size)
     splits = []
     for split in (root / "train", root / "test"):
         try:
@@ -144,15 +152,40 @@ def open_folder(root: Path, image_size: int) -> tuple[Dataset, Dataset]:
     return train, test
 
 
+def open_test_folder(root: Path, image_size: int, classes: list[str], in_channels: int) -> Dataset:
+    """test/<class>/* alone, of some of a trained network's classes."""
+    from torchvision.datasets import ImageFolder
+
+    try:
+        test = ImageFolder(root / "test", square(image_size), loader=ReadImage(MODES[in_channels]))
+    except OSError as error:
+        raise DatasetError(f"--data-root must hold test/<class>/*: {_one_line(error)}") from error
+    if odd := sorted(set(test.classes) - set(classes)):
+        raise DatasetError(f"{root / 'test'} must hold classes of the trained network, but it has {', '.join(odd)}")
+    test.samples = [(path, classes.index(test.classes[label])) for path, label in test.samples]
+    test.targets, test.classes = [label for _, label in test.samples], classes
+    return test
+
+
+MODES = {1: "L", 3: "RGB"}  # Pillow's, by channels
+
+
+def square(image_size: int) -> Callable:
+    """From a PIL image to uint8 (C, image_size, image_size): resized by its shorter side and cropped to the middle."""
+    from torchvision.transforms import CenterCrop, Compose, PILToTensor, Resize
+
+    return Compose([Resize(image_size), CenterCrop(image_size), PILToTensor()])
+
+
 SPECS = {
-    "mnist": Spec(from_torchvision("MNIST", 10, (1, 28, 28)), (0.1307,), (0.3081,)),
+    "mnist": Spec(from_torchvision("MNIST", 10, (1, 28, 28)), (0.1307,), (0.3081,), flip=False),
     "fashion-mnist": Spec(from_torchvision("FashionMNIST", 10, (1, 28, 28)), (0.2860,), (0.3530,)),
     "cifar10": Spec(from_torchvision("CIFAR10", 10, (3, 32, 32)), (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
     "cifar100": Spec(
         from_torchvision("CIFAR100", 100, (3, 32, 32)), (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)
     ),
-    "digits": Spec(open_digits, (0.3053,), (0.3247,)),
-    "folder": Spec(open_folder, (0.5,), (0.5,)),
+    "digits": Spec(open_digits, (0.3053,), (0.3247,), flip=False),
+    "folder": Spec(open_folder, (0.5,), (0.5,), open_test=open_test_folder),
 }
 
 # How pixels p in [0, 255] become network input: the mean to subtract from p / 255 and the std to divide by.
@@ -161,6 +194,15 @@ SCALINGS: dict[str, Callable[[Spec], tuple[tuple[float, ...], tuple[float, ...]]
     "symmetric": lambda spec: ((127.5 / 255,), (128 / 255,)),  # (p - 127.5) / 128
     "unit": lambda spec: ((0.0,), (1.0,)),  # p / 255
 }
+
+
+Moments = tuple[tuple[float, ...], tuple[float, ...]]
+
+
+def moments(spec: Spec, scaling: str | Moments, in_channels: int) -> Moments:
+    """The mean and the std of a scaling, which may be given as these; of grey images the average over the channels."""
+    values = SCALINGS[scaling](spec) if isinstance(scaling, str) else scaling
+    return tuple((sum(each) / len(each),) if in_channels == 1 else each for each in values)
 
 
 class Normalise:
@@ -172,6 +214,38 @@ class Normalise:
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
         return images.float().div_(255).sub_(self.mean).div_(self.std)
+
+
+class Augment:
+    """Mirrors and shifts the images of a batch, each of them by random: uint8 (B, C, H, W) to the same, channels last.
+
+    A shift is of up to an eighth of the side in either direction; what it uncovers mirrors what is beside it. The draws
+    are those of the whole batch, from a CPU generator of their own: equal on every device, over ranks, and resumed.
+    """
+
+    def __init__(self, seed: int, flip: bool, ranks: Ranks = Ranks()):  # noqa: B008  (immutable)
+        self.flip, self.ranks = flip, ranks
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        return dict(rng=self.generator.get_state())
+
+    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+        self.generator.set_state(state["rng"])
+
+    def __call__(self, images: torch.Tensor, size: int) -> torch.Tensor:
+        """`images`: this rank's share of a batch of `size`."""
+        side, device = images.shape[-1], images.device
+        reach = side // 8
+        shifts = torch.randint(-reach, reach + 1, (size, 2), generator=self.generator)
+        flips = torch.randint(1 + self.flip, (size, 1), generator=self.generator)
+        draws = self.ranks.share(torch.cat([shifts, flips], dim=1)).to(device, non_blocking=True)
+        down, right, flipped = draws.unsqueeze(1).unbind(2)  # (B, 1) each
+        along = torch.arange(side, device=device)
+        rows, columns = ((side - 1 - (side - 1 - (along + shift).abs()).abs()) for shift in (down, right))  # (B, side)
+        columns = torch.where(flipped.bool(), columns.flip(1), columns)
+        index = torch.arange(len(images), device=device).view(-1, 1, 1)
+        return images[index, :, rows.unsqueeze(2), columns.unsqueeze(1)].permute(0, 3, 1, 2)
 
 
 class BatchRows:
@@ -201,10 +275,12 @@ Load = Callable[[Iterable[torch.Tensor]], Iterable[tuple[torch.Tensor, torch.Ten
 
 
 class Batches:
-    """All batches of a split, to be iterated over once an epoch."""
+    """All batches of a split, to be iterated over once an epoch; `augment` may be set to change their images."""
 
     def __init__(self, rows: BatchRows, load: Load, normalise: Normalise, device: str | torch.device):
         self.rows, self.load, self.normalise, self.device = rows, load, normalise, device
+        self.augment: Augment | None = None
+        self.paths: list[str] = []  # of the images' files, where each has one
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -218,7 +294,16 @@ class Batches:
         size, batch_size = self.rows.size, self.rows.batch_size
         for number, (images, labels) in enumerate(self.load(self.rows.after(done, last)), done):
             images, labels = images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
-            yield Batch(self.normalise(images), labels, min(batch_size, size - number * batch_size))
+            joined = min(batch_size, size - number * batch_size)
+            images = self.augment(images, joined) if self.augment else images
+            yield Batch(self.normalise(images), labels, joined)
+
+    def gathered_paths(self) -> list[str]:
+        """The paths of an unshuffled pass in the order in which Ranks.gather has the images of all ranks."""
+        size = self.rows.ranks.size
+        shares = [BatchRows(self.rows.size, self.rows.batch_size, False, "cpu", Ranks(rank, size))
+                  for rank in range(size)]  # fmt: skip
+        return [self.paths[row] for share in shares for rows in share for row in rows.tolist()] if self.paths else []
 
 
 def in_memory(split: Dataset, shape: tuple[int, int, int], device: str | torch.device) -> Load:
@@ -258,61 +343,92 @@ def create(
     device: str | torch.device = "cpu",
     *,
     image_size: int = 32,
-    scaling: str = "standard",
+    scaling: str | Moments = "standard",
     unseen: Sequence[str] = (),
+    val_share: float = 0.0,
+    seed: int = 1,
+    trained: dict | None = None,
     ranks: Ranks = Ranks(),  # noqa: B008  (immutable)
 ) -> Data:
     """Opens data set `name` below `root`, downloading it where torchvision can.
 
-    `image_size` is for data sets without a size of their own: "folder". `unseen` are the names or numbers of classes to
-    leave out of `train` and `test`; the test images of these are `unknown`.
+    `image_size` is for data sets without a size of their own: "folder". `scaling` is in SCALINGS, or the mean and std.
+    `unseen` are the names or numbers of classes to leave out of `train` and `test`; the test images of these are
+    `unknown`. `val_share` of each class's training images, drawn by `seed`, become `val`. `trained` are the facts() of
+    a network to be tested, for which the training images may be missing.
     Raises DatasetError where the data are missing, broken or too large for the device, or too few classes are left.
     """
     spec, root = SPECS[name], Path(root)
     if root.exists() and not root.is_dir():
         raise DatasetError(f"--data-root must be a directory, got the file {root}")
-    splits = spec.open(root, image_size)
-    if unseen:
-        seen, unseen = _divide(splits[0].classes, unseen)
-        train, test = splits
-        splits = OfClasses(train, seen), OfClasses(test, seen), OfClasses(test, unseen, first_label=len(seen))
-    shape = tuple(splits[0][0][0].shape)
-    if workers == 0:
-        _check_memory(sum(map(len, splits)) * math.prod(shape), torch.device(device))
-    cuda = torch.device(device).type == "cuda"
-    if workers == 0:
-        loads = [in_memory(split, shape, device) for split in splits]
+    if spec.open_test and "in_channels" in (trained or {}) and not (root / "train").exists():
+        train = test = spec.open_test(root, image_size, [*trained["classes"], *unseen], trained["in_channels"])
     else:
-        loads = by_workers(splits, workers, shape, pin=cuda)
+        train, test = spec.open(root, image_size)
+    splits = dict(train=train, test=test)
+    if unseen:
+        seen, unseen = _divide(train.classes, unseen)
+        splits = dict(train=of_classes(train, seen), test=of_classes(test, seen),
+                      unknown=of_classes(test, unseen, first_label=len(seen)))  # fmt: skip
+    if val_share and not trained:
+        splits["train"], splits["val"] = split_off(splits["train"], val_share, seed)
+    shape, cuda = tuple(train[0][0].shape), torch.device(device).type == "cuda"
+    if workers == 0:
+        _check_memory(sum(map(len, splits.values())) * math.prod(shape), torch.device(device))
+        loads = [in_memory(split, shape, device) for split in splits.values()]
+    else:
+        loads = by_workers(list(splits.values()), workers, shape, pin=cuda)
     # A GPU tests in larger batches, as far as they take some 32 MiB.
     test_size = max(batch_size, min(2000, 2**23 // math.prod(shape))) if cuda else batch_size
-    normalise, batches = Normalise(*SCALINGS[scaling](spec), device), []
-    for split, load in zip(splits, loads, strict=True):
-        train = split is splits[0]
-        rows = BatchRows(len(split), batch_size if train else test_size, train, "cpu" if workers else device, ranks)
-        batches.append(Batches(rows, load, normalise, device))
-    train, test, *unknown = batches
-    names = [list(split.classes) for split in splits]
-    return Data(train, test, unknown[0] if unknown else None, names[0], names[2] if unknown else [], shape[0], shape[1])
+    normalise, batches = Normalise(*moments(spec, scaling, shape[0]), device), {}
+    for (name, split), load in zip(splits.items(), loads, strict=True):
+        size = batch_size if name == "train" else test_size
+        rows = BatchRows(len(split), size, name == "train", "cpu" if workers else device, ranks)
+        batches[name] = Batches(rows, load, normalise, device)
+        batches[name].paths = [path for path, _ in getattr(split, "samples", [])]
+    names = [list(splits[name].classes) if name in splits else [] for name in ("train", "unknown")]
+    return Data(batches["train"], batches["test"], batches.get("unknown"), *names, shape[0], shape[1],
+                batches.get("val"))  # fmt: skip
 
 
-class OfClasses(Dataset):
-    """The images of some classes of a split: these classes' numbers become labels first_label, first_label + 1, …"""
+class Rows(Dataset):
+    """Some rows of a data set, with the targets and classes given, and all else that `create` reads of one."""
 
-    def __init__(self, split: Dataset, numbers: list[int], first_label: int = 0):
-        labels = torch.full((len(split.classes),), -1)
-        labels[numbers] = torch.arange(first_label, first_label + len(numbers))
-        targets = labels[torch.as_tensor(split.targets)]
-        self.split, self.rows = split, (targets >= 0).nonzero().flatten()
-        self.targets, self.classes = targets[self.rows], [split.classes[number] for number in numbers]
+    def __init__(self, split: Dataset, rows: torch.Tensor, targets: torch.Tensor, classes: Sequence[str]):
+        self.split, self.rows, self.targets, self.classes = split, rows.tolist(), targets, classes
         if hasattr(split, "data"):
-            self.data = torch.as_tensor(split.data)[self.rows]
+            self.data = torch.as_tensor(split.data)[rows]
+        if hasattr(split, "samples"):
+            self.samples = [split.samples[row] for row in self.rows]
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
-        return self.split[int(self.rows[index])][0], int(self.targets[index])
+        return self.split[self.rows[index]][0], int(self.targets[index])
+
+
+def of_classes(split: Dataset, numbers: list[int], first_label: int = 0) -> Rows:
+    """The images of some classes of a split: these classes' numbers become labels first_label, first_label + 1, …"""
+    labels = torch.full((len(split.classes),), -1)
+    labels[numbers] = torch.arange(first_label, first_label + len(numbers))
+    targets = labels[torch.as_tensor(split.targets)]
+    rows = (targets >= 0).nonzero().flatten()
+    return Rows(split, rows, targets[rows], [split.classes[number] for number in numbers])
+
+
+def split_off(split: Dataset, share: float, seed: int) -> tuple[Rows, Rows]:
+    """The data set without a share of each class, at least one image, drawn by `seed`; and that share."""
+    labels, generator = torch.as_tensor(split.targets), torch.Generator().manual_seed(seed)
+    drawn = torch.zeros(len(labels), dtype=torch.bool)
+    for label, name in enumerate(split.classes):
+        rows = (labels == label).nonzero().flatten()
+        count = max(1, round(share * len(rows)))
+        if count >= len(rows):
+            raise DatasetError(f"--val-share {share:g} leaves no training image of class {name}, which has {len(rows)}")
+        drawn[rows[torch.randperm(len(rows), generator=generator)[:count]]] = True
+    return tuple(Rows(split, rows, labels[rows], split.classes)
+                 for rows in ((~drawn).nonzero().flatten(), drawn.nonzero().flatten()))  # fmt: skip
 
 
 def _divide(classes: Sequence[str], unseen: Sequence[str]) -> tuple[list[int], list[int]]:

@@ -1,18 +1,31 @@
-"""What is measured of a trained network beyond its accuracy.
+"""What is measured of a trained network beyond its accuracy, and what is done with it.
 
 Verification: do two images show the same class? The distance of their features decides. And how well do distances and
-probabilities tell images of unknown classes from those of the trained ones?
+probabilities tell images of unknown classes from those of the trained ones? After the training: the best epoch, the
+features of the test images, and predictions for other images.
+
+network = evaluation.load("log/checkpoint.pt")      # its .centers (C, D) and .classes
+features, logits = network(["a.jpg", "b.jpg"])      # (2, D), (2, C)
 """
 
+import argparse
+import copy
+import csv
 import math
+import os
 from bisect import bisect_left
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
+import datasets
+import models
 import plots
 import utils
 from datasets import Data
@@ -184,3 +197,118 @@ def log_verification(what: str, measured: dict, log: utils.Log) -> None:
         metrics = measured[name]
         log(f"{what} by {LONG_NAMES[name]} {over}: EER (%): {metrics['eer']:.2f}\t AUC: {metrics['auc']:.5f}\t "
             f"TPR (%) at FAR 0.001: {metrics['tpr_at_far_1e-3']:.2f}\t Recall@1 (%): {metrics['recall_at_1']:.2f}")
+
+
+def is_best(validated: dict, history: Sequence[dict], save_dir: str) -> bool:
+    """Whether no earlier epoch has a higher validation accuracy, or the same with a lower cross-entropy.
+
+    Earlier epochs do not count where their best.pt has not come along with the checkpoint.
+    """
+    earlier = [(row["val_accuracy"], -row["val_xent"]) for row in history if row["val_accuracy"] is not None]
+    if not Path(save_dir, "best.pt").exists():
+        return True
+    return (validated["accuracy"], -validated["xent"]) > max(earlier, default=(-1.0, 0.0))
+
+
+def load_best(model: nn.Module, save_dir: str) -> tuple[nn.Module, Tensor, int]:
+    """The network, the centers and the epoch of best.pt; `model` itself stays as it is."""
+    checkpoint, best = utils.load_checkpoint(Path(save_dir, "best.pt")), copy.deepcopy(model)
+    best.load_state_dict(checkpoint["model"])
+    return best, checkpoint["centers"].to(next(model.parameters()).device), checkpoint["epoch"]
+
+
+def save_features(save_dir: Path, tested: dict, centers: Tensor, data: Data) -> None:
+    """Writes features/test.npz: what --save-features writes in training, the class names and the images' paths."""
+    names = dict(classes=np.array(data.classes))
+    if data.test.paths:
+        names["test_paths"] = np.array(data.test.gathered_paths())
+    utils.save_features(save_dir / "features" / "test.npz", dict(test=tested), centers, **names)
+
+
+class Trained:
+    """A trained network in evaluation mode; called with image files, gives their features and logits."""
+
+    def __init__(self, checkpoint: dict, device: str | torch.device = "cpu"):
+        args, data = checkpoint["args"], checkpoint["data"]
+        self.classes, self.size, self.mode = data["classes"], data["image_size"], datasets.MODES[data["in_channels"]]
+        self.amp, self.device = args["amp"], torch.device(device)
+        self.model = models.create(args["model"], len(self.classes), data["in_channels"], self.size, args["feat_dim"])
+        self.model.load_state_dict(checkpoint["model"])
+        self.model.to(self.device, memory_format=torch.channels_last).eval()
+        self.centers = checkpoint["centers"].to(self.device)  # (C, D)
+        spec = datasets.SPECS[args["dataset"]]
+        scaling = models.pretrained_scaling(args["model"]) if args.get("pretrained") else args["scaling"]
+        self.normalise = datasets.Normalise(*datasets.moments(spec, scaling, data["in_channels"]), self.device)
+
+    def read(self, paths: Sequence[str | Path]) -> Tensor:
+        """The images as the network takes them, (N, C, H, W): in its channels, and resized and cropped to its size."""
+        load, square = datasets.ReadImage(self.mode), datasets.square(self.size)
+        with ThreadPoolExecutor() as pool:
+            images = torch.stack(list(pool.map(lambda path: square(load(str(path))), paths)))
+        return self.normalise(images.to(self.device))
+
+    @torch.no_grad()
+    def __call__(self, paths: Sequence[str | Path]) -> tuple[Tensor, Tensor]:
+        """features (N, D) and logits (N, C) of image files."""
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
+            return self.model(self.read(paths))
+
+
+def load(path: str | Path, device: str | torch.device = "cpu") -> Trained:
+    """The network of a checkpoint, which needs no data set. Raises RunError where it is not a whole one of ours."""
+    checkpoint = utils.load_checkpoint(path)
+    if not {"in_channels", "image_size"} <= checkpoint["data"].keys():
+        raise utils.RunError(f"the checkpoint {path} lacks the shape of its images, which a resumed run adds")
+    return Trained(checkpoint, device)
+
+
+def predict(args: argparse.Namespace, device: torch.device, log: utils.Log) -> None:
+    """Writes predictions.csv for the images of --predict, and logs how many are of which class."""
+    network, paths = load(args.evaluate, device), image_paths(args.predict)
+    rows = list(predictions(network, paths, args.batch_size))
+    target = Path(args.save_dir, "predictions.csv")
+    target.parent.mkdir(parents=True, exist_ok=True)
+
+    def write(part: Path) -> None:
+        with open(part, "w", newline="") as file:
+            writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
+
+    utils.replace_file(target, write)
+    counts = Counter(row["class"] for row in rows).most_common()
+    log(f"{len(rows)} images: " + ", ".join(f"{name} {count}" for name, count in counts))
+    unsure = sum(row["probability"] < 0.5 for row in rows)
+    apart = sum(row["class"] != row["nearest_center"] for row in rows)
+    log(f"Probability below 0.5: {unsure}\t Nearest center of another class: {apart}")
+    log(f"Predictions: {target}")
+
+
+def image_paths(roots: Sequence[str]) -> list[str]:
+    """The files among `roots`, and all images below the directories among them. RunError where there are none."""
+    from torchvision.datasets.folder import IMG_EXTENSIONS
+
+    paths = []
+    for root in roots:
+        if not os.path.exists(root):
+            raise utils.RunError(f"--predict must name images and directories, but there is no {root}")
+        found = sorted(os.path.join(base, file) for base, _, files in os.walk(root, followlinks=True) for file in files)
+        found = [path for path in found if path.lower().endswith(IMG_EXTENSIONS)] if os.path.isdir(root) else [root]
+        if not found:
+            raise utils.RunError(f"--predict must name images and directories of images, but {root} holds none")
+        paths += found
+    return paths
+
+
+def predictions(network: Trained, paths: Sequence[str], batch_size: int) -> Iterator[dict]:
+    """For each image its path, class, the probability of that, the nearest center's class and the distance from it."""
+    for start in range(0, len(paths), batch_size):
+        batch = paths[start : start + batch_size]
+        features, logits = network(batch)
+        probabilities, classes = logits.softmax(1).max(1)
+        distances, nearest = torch.cdist(features, network.centers).min(1)
+        for path, *values in zip(batch, *(each.tolist() for each in (classes, probabilities, nearest, distances)),
+                                 strict=True):  # fmt: skip
+            label, probability, center, distance = values
+            yield {"path": path, "class": network.classes[label], "probability": round(probability, 6),
+                   "nearest_center": network.classes[center], "distance": round(distance, 6)}  # fmt: skip

@@ -37,31 +37,44 @@ def main(args: argparse.Namespace) -> None:
     log = utils.Log(quiet=ranks.rank > 0)
     device = choose_device(args, log)
 
+    if args.predict:
+        return evaluation.predict(args, device, log) if ranks.rank == 0 else None
+
     log(f"Creating dataset: {args.dataset}")
+    scaling = models.pretrained_scaling(args.model) if args.pretrained else args.scaling
+    known = utils.load_checkpoint(args.evaluate)["data"] if args.evaluate else None
     with ranks.first_alone():
         data = datasets.create(args.dataset, args.data_root, args.batch_size, args.workers, device,
-                               image_size=args.image_size, scaling=args.scaling, unseen=args.unseen,
-                               ranks=ranks)  # fmt: skip
+                               image_size=args.image_size, scaling=scaling, unseen=args.unseen,
+                               val_share=args.val_share, seed=args.seed, trained=known, ranks=ranks)  # fmt: skip
     steps = args.max_iter or args.max_epoch * len(data.train)
     epochs = math.ceil(steps / len(data.train))
+
+    if SCHEDULES[args.schedule].fixed_length and steps < 10 and not args.evaluate:
+        log(f"--schedule {args.schedule} has only {steps} steps to raise and lower the rate: a smaller --batch-size or "
+            "a larger --max-epoch trains better")  # fmt: skip
 
     log(f"Creating model: {args.model}")
     model, step, scheduler = build(args, data, device, steps)
     if args.cuda_graph:
         step = training.captured(step, args.batch_size, log)
     modules = dict(model=model, center_loss=step.center_loss, scheduler=scheduler, **step.optimizers)
+    if args.augment:
+        flip = datasets.SPECS[args.dataset].flip
+        modules["augment"] = data.train.augment = datasets.Augment(args.seed, flip, ranks)
     run = dict(epoch=0, partial=None, history=[], centers=step.center_loss.centers.detach(), elapsed=0.0, log_bytes=0,
-               rng=torch.get_rng_state(), data=dict(classes=data.classes, images=data.train.rows.size))  # fmt: skip
+               rng=torch.get_rng_state(), data=data.facts())  # fmt: skip
     if args.resume or args.evaluate:
         run = utils.restore(args.resume or args.evaluate, run, modules, to_train=bool(args.resume))
         start -= run["elapsed"]
 
     if args.evaluate:
-        log("==> Test")
         centers = run["centers"].to(device)
         splits = test(model, data, centers, args, log, StopRequest())
         if ranks.rank == 0:
             evaluation.report(splits, centers, run["epoch"], data, args, log)
+            if args.save_features:
+                evaluation.save_features(Path(args.save_dir), splits["test"], centers, data)
         return None
     if run["epoch"] >= epochs:
         longer = "" if args.max_iter or SCHEDULES[args.schedule].fixed_length else "; a larger --max-epoch goes on"
@@ -93,17 +106,25 @@ def main(args: argparse.Namespace) -> None:
             run |= dict(partial=vars(epoch), centers=centers)  # unless the epoch and its test are completed
             if epoch.batches == last:
                 with contextlib.suppress(Interrupted):
-                    splits = dict(train=trained)
+                    notice_chance(trained["accuracy"], number, len(data.train), len(data.classes), log)
+                    splits, final, is_best, best = dict(train=trained), {}, False, (model, centers, number)
                     if number == epochs or (args.eval_freq and number % args.eval_freq == 0):
-                        log("==> Test")
                         splits |= test(model, data, centers, args, log, stop)
-                        check_finite({"cross entropy of the test": splits["test"]["xent"],
-                                      "distances from the centers": splits["test"]["intra_distance"]}, number, args)
-                    row = record(number, scheduler.get_last_lr()[0], splits)
+                        tested = splits["val" if data.val else "test"]
+                        check_finite({"cross entropy of the test": tested["xent"],
+                                      "distances from the centers": tested["intra_distance"]}, number, args)
+                        is_best = data.val and evaluation.is_best(tested, run["history"], args.save_dir)
+                    if data.val and number == epochs:
+                        best = best if is_best else evaluation.load_best(model, args.save_dir)
+                        log(f"Best epoch by validation: {best[2]}")
+                        final = test(best[0], data._replace(val=None), best[1], args, log, stop)
+                    if args.verify and "test" in splits | final and ranks.rank == 0:
+                        evaluation.report(splits | final, *best[1:], data, args, log)
+                    row = record(number, scheduler.get_last_lr()[0], splits | final, args)
                     run |= dict(epoch=number, partial=None, history=[*run["history"], row], rng=torch.get_rng_state())
+                    if is_best:
+                        files.save(run, modules, "best.pt")
                     files.save_epoch(row, splits, centers)
-                    if args.verify and "test" in splits and ranks.rank == 0:
-                        evaluation.report(splits, centers, number, data, args, log)
                     if pictures:
                         plots.plot_epoch(pictures, files.directory, number, splits, centers, data.classes)
             files.save(run, modules)
@@ -122,9 +143,10 @@ def build(args: argparse.Namespace, data: datasets.Data, device: torch.device, s
     """The network, the step that trains it (compiled or in parallel), and the schedule of a run of so many steps."""
     ranks, num_classes = Ranks.of_environment(), len(data.classes)
     torch.manual_seed(args.seed)
-    model = models.create(args.model, num_classes, data.in_channels, data.image_size, args.feat_dim, args.init)
-    center_loss = CenterLoss(num_classes, args.feat_dim, use_gpu=False, distance=args.distance, radius=args.radius,
-                             scale=args.loss_scale, class_average=args.class_average,
+    model = models.create(args.model, num_classes, data.in_channels, data.image_size, args.feat_dim, args.init,
+                          args.pretrained and not (args.resume or args.evaluate))  # fmt: skip
+    center_loss = CenterLoss(num_classes, model.classifier.in_features, use_gpu=False, distance=args.distance,
+                             radius=args.radius, scale=args.loss_scale, class_average=args.class_average,
                              center_update=args.center_update)  # fmt: skip
     models.INITS[args.init](center_loss.centers)
     model.to(device, memory_format=torch.channels_last)  # faster, in float32 as well
@@ -171,32 +193,46 @@ def check_finite(values: dict[str, float], epoch: int, args: argparse.Namespace)
         )
 
 
+def notice_chance(accuracy: float, number: int, batches: int, num_classes: int, log: utils.Log) -> None:
+    """Says once, in the first epoch after 200 steps but not in epoch 1, that the training has not left chance."""
+    chance = 100 / num_classes
+    if number == max(2, math.ceil(200 / batches)) and accuracy < chance + min(2, chance / 5):
+        log(f"The training accuracy is still about {chance:.3g} %, that of guessing: --recipe images (colour images), "
+            "--init xavier, another --lr-model or a lower --weight-cent may help")  # fmt: skip
+
+
 def test(
     model: torch.nn.Module, data: datasets.Data, centers: Tensor, args, log: utils.Log, stop: StopRequest
 ) -> dict[str, dict]:
-    """Tests the network and logs the metrics; returns those of "test", with its features, labels and predictions.
+    """Tests the network and logs the metrics: on the validation images, "val", where there are any, else "test".
 
-    Of classes left out of the training, "unknown" has features, labels and predictions. Interrupted by a stop.
+    Returns these with features, labels and predictions and, beside "test", those of "unknown" classes, which were left
+    out of the training. Interrupted by a stop.
     """
-    ranks = Ranks.of_environment()
-    batches = progress_bar(stop.watch(data.test, ranks), "test", len(data.test))
-    tested = training.test(model, batches, args.amp, ranks)
+    ranks, name = Ranks.of_environment(), "val" if data.val else "test"
+    log("==> Validation" if data.val else "==> Test")
+
+    def watched(split: datasets.Batches, what: str) -> tqdm:
+        return progress_bar(stop.watch(split, ranks), what, len(split))
+
+    tested = training.test(model, watched(data.val or data.test, name), args.amp, ranks)
     tested |= training.center_metrics(tested["features"], tested["labels"], centers)
     log(f"Accuracy (%): {tested['accuracy']:.2f}\t Error rate (%): {100 - tested['accuracy']:.2f}")
     log(f"Nearest-center accuracy (%): {tested['nearest_center_accuracy']:.2f}\t Intra-class distance (mean): "
         f"{tested['intra_distance']:.4f}\t Inter-class distance (min): {tested['inter_distance']:.4f}")
-    splits = dict(test=tested)
-    if data.unknown:
-        batches = progress_bar(stop.watch(data.unknown, ranks), "unknown", len(data.unknown))
-        splits["unknown"] = training.predict(model, batches, args.amp, ranks)
+    splits = {name: tested}
+    if data.unknown and not data.val:
+        splits["unknown"] = training.predict(model, watched(data.unknown, "unknown"), args.amp, ranks)
     return splits
 
 
-def record(epoch: int, lr: float, splits: dict[str, dict]) -> dict:
+def record(epoch: int, lr: float, splits: dict[str, dict], args: argparse.Namespace) -> dict:
     """The epoch's row of metrics.csv."""
-    trained, tested = splits["train"], splits.get("test", {})
+    trained, validated, tested = (splits.get(name, {}) for name in ("train", "val", "test"))
     row = dict(epoch=epoch, lr_model=lr)
     row |= {f"train_{name}": trained[name] for name in ("loss", "xent", "center", "accuracy")}
+    if args.val_share:
+        row |= {f"val_{name}": validated.get(name) for name in ("xent", "accuracy", "nearest_center_accuracy")}
     row |= {f"test_{name}": tested.get(name) for name in ("xent", "accuracy")}
     return row | {name: tested.get(name) for name in ("nearest_center_accuracy", "intra_distance", "inter_distance")}
 

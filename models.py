@@ -1,11 +1,13 @@
 """Networks: images (B, C, H, W) to features (B, feat_dim) and logits (B, num_classes).
 
 MODELS maps a name to its constructor(num_classes, in_channels, image_size, feat_dim). Each ends in an embedding of
-feat_dim dimensions, small enough to plot at 2, and a linear classifier on it.
+feat_dim dimensions, small enough to plot at 2, and a linear classifier on it. Any other name is one of torchvision's
+classification networks.
 """
 
 import functools
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -65,11 +67,12 @@ class ConvNet(nn.Module):
         stages: the convolutions.
         batch_norm: convolution without bias, BatchNorm and ReLU, in place of convolution and PReLU.
         pool_first: a pool stands before BatchNorm and ReLU, which then have a quarter of the pixels.
+        global_pool: the embedding sees the maximum of each channel, in place of all pixels.
         prelu_per_channel: a slope for each channel, in place of one for each layer.
         classifier_bias: without it the class centers spread on a circle, with it on rays to one side.
 
     Raises:
-        ModelError: the images are too small for the pools.
+        ModelError: the images are too small for the pools, or feat_dim is 0.
     """
 
     def __init__(
@@ -82,10 +85,13 @@ class ConvNet(nn.Module):
         stages: Sequence[Stage],
         batch_norm: bool = False,
         pool_first: bool = False,
+        global_pool: bool = False,
         prelu_per_channel: bool = False,
         classifier_bias: bool = True,
     ):
         super().__init__()
+        if not feat_dim:
+            raise ModelError("--feat-dim must be at least 1 for this network; 0 is the width of one of torchvision")
 
         def activation(channels: int) -> list[nn.Module]:
             if batch_norm:
@@ -102,6 +108,8 @@ class ConvNet(nn.Module):
                 size = (size - stage.pool) // 2 + 1
             if size < 1 + pool_first:  # a BatchNorm of one pixel could not train on a batch of one image
                 raise ModelError(f"images of {image_size} pixels are too small for this network")
+        if global_pool:
+            layers, size = [*layers, nn.AdaptiveMaxPool2d(1)], 1
         self.body = nn.Sequential(*layers)
         embedding = nn.Linear(channels * size**2, feat_dim)
         self.embedding = embedding if batch_norm else nn.Sequential(embedding, *activation(feat_dim))
@@ -114,9 +122,94 @@ class ConvNet(nn.Module):
             return features, self.classifier(features)
 
 
+class Backbone(nn.Module):
+    """A torchvision classification network, an embedding in place of its last layer, and a linear classifier on it.
+
+    Args:
+        name: as in torchvision.models.
+        num_classes, in_channels, image_size: as in every constructor of MODELS; grey images become equal channels.
+        feat_dim: 0: no embedding, the features are the last layer's input.
+        pretrained: with the weights that torchvision names DEFAULT, downloaded where they are missing.
+
+    Raises:
+        ModelError: the weights can be neither read nor downloaded, or the network cannot take images of this shape.
+    """
+
+    def __init__(
+        self, name: str, num_classes: int, in_channels: int, image_size: int, feat_dim: int, pretrained: bool = False
+    ):
+        super().__init__()
+        self.body = _torchvision_network(name, pretrained)
+        layers = [each for each in self.body.named_modules() if isinstance(each[1], nn.Linear | nn.Conv2d)]
+        last, layer = layers[-1]
+        parent, _, own = last.rpartition(".")
+        setattr(self.body.get_submodule(parent), own, nn.Identity())
+        self.width = layer.weight.shape[1]
+        self.embedding = nn.Linear(self.width, feat_dim) if feat_dim else nn.Identity()
+        self.classifier = nn.Linear(feat_dim or self.width, num_classes)
+        self._check(name, in_channels, image_size)
+
+    def _check(self, name: str, in_channels: int, image_size: int) -> None:
+        if in_channels not in (1, 3):
+            raise ModelError(f"{name} takes images of 1 or 3 channels, got {in_channels}")
+        try:
+            with torch.no_grad():
+                self.eval()(torch.zeros(1, in_channels, image_size, image_size))
+        except (AssertionError, RuntimeError, ValueError) as error:
+            reason = str(error).strip().partition("\n")[0]
+            raise ModelError(
+                f"{name} cannot take images of {image_size} pixels, unlike those of --image-size 224: {reason}"
+            ) from error
+        self.train()
+
+    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        # BatchNorm after the last stride may have one pixel, which cannot train on one image alone.
+        twice = self.training and len(images) == 1 and not torch.distributed.is_initialized()
+        colours = images.expand(2 if twice else -1, 3, -1, -1)
+        inputs = self.body(colours)[: len(images)].to(self.classifier.weight.dtype)
+        with torch.autocast(images.device.type, enabled=False):  # as in ConvNet
+            features = self.embedding(inputs)
+            return features, self.classifier(features)
+
+
+def _torchvision_network(name: str, pretrained: bool) -> nn.Module:
+    import torchvision
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of initialisations that are to change
+        try:
+            network = torchvision.models.get_model(name, weights="DEFAULT" if pretrained else None)
+        except (OSError, RuntimeError) as error:  # no network, no space, a broken file
+            reason = " ".join(str(error).split())
+            raise ModelError(f"the weights of {name} could not be downloaded or read ({reason})") from error
+    for head in ("aux1", "aux2", "AuxLogits"):  # the further classifiers of googlenet and inception_v3
+        if hasattr(network, head):
+            setattr(network, head, None)
+            network.aux_logits = False
+    return network
+
+
+def pretrained_scaling(name: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation of the pixels in [0, 1] for which torchvision's DEFAULT weights were trained."""
+    import torchvision
+
+    transform = torchvision.models.get_model_weights(name).DEFAULT.transforms()
+    return tuple(transform.mean), tuple(transform.std)
+
+
+def _resnet18_small(*shape: int) -> Backbone:
+    """resnet18 for small images: a first convolution of 3x3 without stride, and no pool after it."""
+    model = Backbone("resnet18", *shape)
+    model.body.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
+    nn.init.kaiming_normal_(model.body.conv1.weight, mode="fan_out", nonlinearity="relu")
+    model.body.maxpool = nn.Identity()
+    return model
+
+
 LENETPP = (Stage(32), Stage(32, pool=2), Stage(64), Stage(64, pool=2), Stage(128))
 SHALLOW = (Stage(32), Stage(64, pool=2), Stage(128), Stage(256, pool=2), Stage(512), Stage(512, pool=2))
 DEEP = (*SHALLOW, Stage(256), Stage(128), Stage(64, pool=2))
+IMAGES = (Stage(24, 0, 2, 0), *(Stage(channels, pool, 3, 1) for channels in (64, 256, 256) for pool in (2, 0)))
 FAST = (Stage(16, 2, padding=0), Stage(32, 2, padding=0), Stage(64, 0, 3, 1), Stage(64, 2, 3, 1))
 
 
@@ -130,7 +223,18 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "bn-deep": _conv_net(*DEEP, batch_norm=True),
     "bn-shallow": _conv_net(*SHALLOW, batch_norm=True),
     "bn-fast": _conv_net(*FAST, batch_norm=True, pool_first=True),
+    "bn-images": _conv_net(*IMAGES, batch_norm=True, pool_first=True, global_pool=True),
+    "resnet18-small": _resnet18_small,
 }
+
+
+def is_known(name: str) -> bool:
+    """Whether `name` is in MODELS or names a classification network of torchvision."""
+    if name in MODELS:  # torchvision takes seconds to load
+        return True
+    import torchvision
+
+    return name in torchvision.models.list_models(module=torchvision.models)
 
 
 class Compiled(nn.Module):
@@ -173,9 +277,15 @@ def create(
     image_size: int = 28,
     feat_dim: int = 2,
     init: str = "default",
+    pretrained: bool = False,
 ) -> nn.Module:
-    """Builds MODELS[name] and initialises it by INITS[init]. Raises ModelError where the images are too small."""
-    model = MODELS[name](num_classes, in_channels, image_size, feat_dim)
+    """Builds MODELS[name], or torchvision's network of that name, and initialises it by INITS[init].
+
+    Raises ModelError where it cannot be built for such images, or its pretrained weights cannot be had.
+    """
+    shape = num_classes, in_channels, image_size, feat_dim
+    known = name in MODELS and not pretrained
+    model = MODELS[name](*shape) if known else Backbone(name, *shape, pretrained)
     for module in model.modules():
         if isinstance(module, nn.Conv2d | nn.Linear):
             for parameter in module.parameters():

@@ -41,11 +41,11 @@ def plot_run(
 ) -> list[str]:
     """Draws curves.png, the films, and pictures that a killed run has left undrawn, until all is drawn or `stop` says
     to leave it; returns what is missing."""
-    for _, points in utils.epoch_files(save_dir, ["t*/epoch_*.npz"]):
+    for _, points in utils.epoch_files(save_dir, ["t*/epoch_*.npz", "val/epoch_*.npz"]):
         if points.with_suffix(".png") not in plotter.paths and not points.with_suffix(".png").exists():
             plotter(points.with_suffix(".png"), draw_points, points)
     plotter(save_dir / "curves.png", draw_curves, history)
-    for split in ("train", "test"):
+    for split in ("train", "val", "test"):
         if utils.epoch_files(save_dir / split, ["epoch_*.npz"]):
             plotter(save_dir / f"{split}.gif", draw_film, save_dir / split)
     return plotter.finish(stop)
@@ -238,12 +238,15 @@ def draw_curves(part: Path, history: Sequence[dict]) -> None:
         (losses, "train_loss", "training: total", "-"),
         (losses, "train_xent", "training: cross-entropy", "--"),
         (losses, "train_center", "training: λ · center loss", ":"),
+        (losses, "val_xent", "validation: cross-entropy", "-o"),
         (losses, "test_xent", "test: cross-entropy", "-o"),
         (accuracies, "train_accuracy", "training: softmax", "-"),
+        (accuracies, "val_accuracy", "validation: softmax", "-o"),
+        (accuracies, "val_nearest_center_accuracy", "validation: nearest center", "--s"),
         (accuracies, "test_accuracy", "test: softmax", "-o"),
         (accuracies, "nearest_center_accuracy", "test: nearest center", "--s"),
     ):
-        measured = [(row["epoch"], row[column]) for row in history if row[column] is not None]
+        measured = [(row["epoch"], row[column]) for row in history if row.get(column) is not None]
         if measured and (column != "train_center" or any(value > 0 for _, value in measured)):  # λ = 0 has none
             axes.plot(*zip(*measured, strict=True), style, label=name, markersize=3)
     losses.set(xlabel="epoch", ylabel="loss", yscale="log")

@@ -62,6 +62,20 @@ RECIPES["digits"] = dict(
     batch_size=16,
     max_epoch=12,
 )
+RECIPES["images"] = dict(
+    model="bn-images",
+    feat_dim=64,
+    augment=True,
+    batch_size=128,
+    weight_cent=0.003,
+    optimizer="adamw",
+    lr_model=0.005,
+    weight_decay=0.1,
+    schedule="onecycle",
+    max_epoch=16,
+    eval_freq=1,
+    amp=True,
+)
 
 # From parameter groups and the flags' values.
 OPTIMIZERS = {

@@ -201,6 +201,7 @@ class Epoch:
     samples: int = 0
     sums: Tensor | None = None  # (3,) float64, over the samples: cross-entropy, λ · center loss, correct predictions
     kept: list[Tensor] | None = None  # features (N, D), labels (N,) and predictions (N,), where wanted from the start
+    rng: Tensor | None = None  # random state after the last step, from which dropout goes on
 
     def results(self) -> dict:
         """The mean losses, the accuracy (%) and, where they were kept, features, labels and predictions.
@@ -253,7 +254,7 @@ def train_epoch(
             epoch.sums += begun.sums.to(step.device)
         kept = [[(each if first else each[:0]).to(step.device) for each in begun.kept]] if keep else []
 
-    for images, labels, size in batches:
+    for images, labels, size in _from_state(begun.rng, batches):
         output = step(images, labels, size)
         scheduler.step()
         epoch.batches, epoch.samples = epoch.batches + 1, epoch.samples + size
@@ -263,9 +264,23 @@ def train_epoch(
         if stop(Progress(epoch, output.means, ranks)):
             break
 
+    # Ranks with unequal shares draw unequal numbers for dropout, but the order of the next batches must be the same.
+    epoch.rng = ranks.gather(torch.get_rng_state().unsqueeze(0))[0]
+    torch.set_rng_state(epoch.rng)
     epoch.sums = ranks.total(epoch.sums)
     epoch.kept = [ranks.gather(torch.cat(each)) for each in zip(*kept, strict=True)] if keep else None
     return epoch
+
+
+def _from_state(rng: Tensor | None, batches: Iterable) -> Iterator:
+    """The batches; the random state becomes `rng` once their order has been drawn from the one before."""
+    batches = iter(batches)
+    batch = next(batches, None)
+    if rng is not None:
+        torch.set_rng_state(rng)
+    while batch is not None:
+        yield batch
+        batch = next(batches, None)
 
 
 @torch.no_grad()

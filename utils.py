@@ -24,11 +24,13 @@ from tqdm import tqdm
 
 # What a run writes below its --save-dir; a new run there takes exactly these away first. {} is the data set, * in
 # EPOCH_FILES the epoch.
-EPOCH_FILES = ("train/epoch_*.png", "train/epoch_*.npz", "test/epoch_*.png", "test/epoch_*.npz", "features/epoch_*.npz")
+EPOCH_FILES = ("train/epoch_*.png", "train/epoch_*.npz", "val/epoch_*.png", "val/epoch_*.npz", "test/epoch_*.png",
+               "test/epoch_*.npz", "features/epoch_*.npz")  # fmt: skip
 EVENT_FILES = "tensorboard/events.out.tfevents.*"
 LOG = "log_{}.txt"
-RUN_FILES = ("metrics.csv", "args.json", "checkpoint.pt", "train.gif", "test.gif", "curves.png", "confusion.png",
-             "roc.png", "evaluation.json", EVENT_FILES)  # fmt: skip
+RUN_FILES = ("metrics.csv", "args.json", "checkpoint.pt", "best.pt", "train.gif", "val.gif", "test.gif", "curves.png",
+             "confusion.png", "roc.png", "evaluation.json", "features/test.npz", "predictions.csv",
+             EVENT_FILES)  # fmt: skip
 
 
 class RunError(Exception):
@@ -226,9 +228,9 @@ def epoch_files(directory: Path, patterns: Sequence[str] = EPOCH_FILES) -> list[
 
 
 def copy_epochs(source: Path, target: Path, last: int) -> None:
-    """Copies what --plot and --save-features have written of the epochs up to `last`, and --tensorboard of all."""
+    """Copies best.pt, what --plot and --save-features have written of the epochs up to `last`, all of --tensorboard."""
     paths = [path for epoch, path in epoch_files(source) if epoch <= last]
-    for path in (*paths, *source.glob(EVENT_FILES)):
+    for path in (*paths, *source.glob("best.pt"), *source.glob(EVENT_FILES)):
         copy = target / path.relative_to(source)
         copy.parent.mkdir(exist_ok=True)
         replace_file(copy, functools.partial(shutil.copyfile, path))
@@ -247,14 +249,14 @@ def write_metrics(path: Path, history: Sequence[dict]) -> None:
     replace_file(path, lambda part: part.write_text(table.getvalue()))
 
 
-def save_features(path: Path, splits: dict[str, dict], centers) -> None:
+def save_features(path: Path, splits: dict[str, dict], centers, **further) -> None:
     """features (N, D), labels and predictions (N,) of each split, as train_features and so on, and centers (C, D)."""
     import numpy as np
 
-    if "features" not in splits["train"]:  # of an epoch that was begun without them
+    if "features" not in splits.get("train", splits.get("test")):  # of an epoch that was begun without them
         return
-    path.parent.mkdir(exist_ok=True)
-    arrays = {"centers": centers.cpu().numpy()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    arrays = {"centers": centers.cpu().numpy(), **further}
     for split, values in splits.items():
         arrays |= {f"{split}_{name}": values[name].cpu().numpy() for name in ("features", "labels", "predictions")}
 
@@ -315,7 +317,7 @@ def restore(path: str, run: dict, modules: dict, to_train: bool) -> dict:
         import torch
 
         torch.set_rng_state(checkpoint["rng"])
-        return {name: checkpoint[name] for name in run}
+        return {name: checkpoint[name] for name in run} | dict(data=run["data"])
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise RunError(f"the checkpoint {path} does not fit this network and its optimizers") from error
 
@@ -323,7 +325,7 @@ def restore(path: str, run: dict, modules: dict, to_train: bool) -> dict:
 def _check_run(path: str, saved: dict, centers) -> None:
     """Raises RunError, naming the entry, where a checkpoint holds what no run writes, such as after an edit by hand."""
 
-    def is_partial(batches: int, samples: int, sums, kept: list | None) -> bool:
+    def is_partial(batches: int, samples: int, sums, kept: list | None, rng=None) -> bool:
         return batches > 0 and sums.shape == (3,) and (kept is None or [len(each) for each in kept] == 3 * [samples])
 
     checks = dict(
@@ -369,7 +371,7 @@ def confusion_lines(counts: list[list[int]], classes: Sequence[str], width: int 
 class NoFiles(contextlib.nullcontext):
     """What the ranks other than 0 write: nothing."""
 
-    def save(self, run: dict, modules: dict) -> None:
+    def save(self, run: dict, modules: dict, name: str = "checkpoint.pt") -> None:
         pass
 
     def save_epoch(self, row: dict, splits: dict[str, dict], centers) -> None:
@@ -419,14 +421,14 @@ class RunFiles:
     def __exit__(self, *error) -> None:
         self.context.close()
 
-    def save(self, run: dict, modules: dict) -> None:
-        """Writes metrics.csv and checkpoint.pt: `run` as it is, the `modules` by their state dicts."""
+    def save(self, run: dict, modules: dict, name: str = "checkpoint.pt") -> None:
+        """Writes metrics.csv and a checkpoint: `run` as it is, the `modules` by their state dicts."""
         self.check()
         run.update(elapsed=time.monotonic() - self.start, log_bytes=self.log.position())
         if run["history"]:
             write_metrics(self.directory / "metrics.csv", run["history"])
         states = {name: module.state_dict() for name, module in modules.items()}
-        save_checkpoint(self.directory / "checkpoint.pt", dict(args=vars(self.args), **run, **states))
+        save_checkpoint(self.directory / name, dict(args=vars(self.args), **run, **states))
 
     def save_epoch(self, row: dict, splits: dict[str, dict], centers) -> None:
         """Writes what --save-features and --tensorboard ask for."""

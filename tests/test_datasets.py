@@ -388,3 +388,105 @@ def test_real_mnist():
     assert torch.bincount(labels).tolist() == [5923, 6742, 5958, 6131, 5842, 5421, 5918, 6265, 5851, 5949]
     assert images.mean().item() == pytest.approx(0, abs=1e-3)
     assert images.std().item() == pytest.approx(1, abs=1e-3)
+
+
+def variants(image, flip):
+    """All that Augment may make of an image of 8 pixels: shifted by -1 to 1 with mirrored borders, and mirrored."""
+    padded = np.pad(image, ((0, 0), (1, 1), (1, 1)), mode="reflect")
+    shifted = [padded[:, y : y + 8, x : x + 8] for y in range(3) for x in range(3)]
+    return [*shifted, *(each[:, :, ::-1] for each in shifted)] if flip else shifted
+
+
+@pytest.mark.parametrize("flip", [False, True])
+def test_each_image_is_shifted_and_mirrored_by_itself(flip):
+    images = torch.randint(0, 256, (400, 3, 8, 8), dtype=torch.uint8)
+    changed, drawn = datasets.Augment(1, flip)(images, 400), []
+    for before, after in zip(images.numpy(), changed.numpy(), strict=True):
+        matches = [np.array_equal(after, each) for each in variants(before, flip)]
+        assert sum(matches) == 1
+        drawn.append(matches.index(True))
+    assert set(drawn) == set(range(18 if flip else 9))
+    assert changed.dtype == torch.uint8 and changed.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_augmentation_goes_by_its_seed_alone_is_resumed_and_the_same_over_ranks():
+    images = torch.randint(0, 256, (3, 7, 1, 8, 8), dtype=torch.uint8)
+    augment, again, global_state = datasets.Augment(5, True), datasets.Augment(6, True), torch.get_rng_state()
+    first, state = augment(images[0], 7), augment.state_dict()
+    rest = [augment(each, 7) for each in images[1:]]
+    assert torch.equal(torch.get_rng_state(), global_state)
+    assert not torch.equal(again(images[0], 7), first)
+    again.load_state_dict(state)
+    assert all(map(torch.equal, [again(each, 7) for each in images[1:]], rest))
+    for rank in range(3):
+        ranks = Ranks(rank, 3)
+        shared = datasets.Augment(5, True, ranks)
+        assert torch.equal(shared(ranks.share(images[0]), 7), ranks.share(first))
+        assert torch.equal(shared(ranks.share(images[1]), 7), ranks.share(rest[0]))
+    assert datasets.Augment(5, True, Ranks(2, 3))(images[0, :0], 2).shape == (0, 1, 8, 8)
+
+
+def test_digits_are_not_mirrored():
+    assert {name for name, spec in datasets.SPECS.items() if not spec.flip} == {"mnist", "digits"}
+
+
+def test_augmented_batches_are_the_same_for_every_number_of_workers(folder):
+    loaded = []
+    for workers in (0, 1):
+        train = datasets.create("folder", folder, 7, workers, image_size=8).train
+        plain = torch.cat([images for images, _ in batches(train)])
+        train.augment = datasets.Augment(1, True)
+        loaded.append(torch.cat([images for images, _ in batches(train)]))
+        assert not torch.equal(loaded[-1], plain)
+    assert torch.equal(*loaded)
+
+
+@pytest.mark.parametrize("name", ["digits", "folder", "mnist"])
+def test_validation_images_are_a_share_of_each_class_drawn_by_seed(name, folder, tmp_path):
+    root = folder if name == "folder" else write_mnist(tmp_path, train=40)
+    one, same, other, whole = (datasets.create(name, root, 2000, image_size=8, val_share=share, seed=seed)
+                               for share, seed in ((0.25, 1), (0.25, 1), (0.25, 2), (0, 1)))  # fmt: skip
+    train, val, everything = (next(iter(each)) for each in (one.train, one.val, whole.train))
+    rows = {split: {image.numpy().tobytes() for image in split.images} for split in (train, val, everything)}
+    assert not rows[train] & rows[val] and rows[train] | rows[val] == rows[everything]
+    assert torch.bincount(val.labels).tolist() == [round(0.25 * n) for n in torch.bincount(everything.labels).tolist()]
+    assert torch.equal(next(iter(same.val)).images, val.images)
+    assert not torch.equal(next(iter(other.val)).images, val.images)
+    assert whole.val is None and one.facts()["images"] == len(train.labels)
+    assert torch.equal(next(iter(one.test)).images, next(iter(whole.test)).images)
+
+
+def test_a_class_of_one_image_cannot_be_divided(tmp_path):
+    make_folder(tmp_path, train=2)
+    data = datasets.create("folder", tmp_path, 9, image_size=8, val_share=0.01)
+    assert (data.train.rows.size, data.val.rows.size) == (3, 3)
+    (tmp_path / "train" / "bee" / "0.png").unlink()
+    assert "no training image of class bee, which has 1" in refusal("folder", tmp_path, 9, image_size=8, val_share=0.1)
+
+
+def test_a_trained_networks_test_images_need_no_training_images(tmp_path):
+    (make_folder(tmp_path, classes=("bee", "cow"), mode="RGB") / "train").rename(tmp_path / "elsewhere")
+    known = dict(classes=["ant", "bee", "cow"], in_channels=1)
+    data = datasets.create("folder", tmp_path, 99, image_size=8, trained=known)
+    images, labels, _ = next(iter(data.test))
+    assert labels.tolist() == [1] * 4 + [2] * 4 and images.shape == (8, 1, 8, 8) and data.classes == known["classes"]
+    assert data.test.gathered_paths()[0] == str(tmp_path / "test" / "bee" / "0.png")
+    assert "but it has cow" in refusal("folder", tmp_path, 4, image_size=8, trained=known | dict(classes=["bee"]))
+    assert "train is missing" in refusal("folder", tmp_path, 4, image_size=8)
+    assert "must hold test/<class>/*" in refusal("folder", tmp_path / "test", 4, image_size=8, trained=known)
+
+
+def test_paths_are_in_the_order_of_all_ranks_images(folder):
+    data = datasets.create("folder", folder, 5, image_size=8, ranks=Ranks(1, 2))
+    paths = [Path(path) for path in data.test.gathered_paths()]
+    shares = [datasets.create("folder", folder, 5, image_size=8, ranks=Ranks(rank, 2)).test for rank in range(2)]
+    labels = torch.cat([labels for share in shares for _, labels, _ in share])
+    assert [path.parent.name for path in paths] == [data.classes[label] for label in labels]
+    assert sorted(paths) == sorted((folder / "test").glob("*/*.png"))
+
+
+def test_a_pretrained_networks_scaling_is_averaged_for_grey_images():
+    colour = (0.2, 0.4, 0.9), (0.1, 0.2, 0.6)
+    spec = datasets.SPECS["folder"]
+    assert datasets.moments(spec, colour, 3) == colour and datasets.moments(spec, "standard", 1) == ((0.5,), (0.5,))
+    assert datasets.moments(spec, colour, 1) == (pytest.approx((0.5,)), pytest.approx((0.3,)))

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+import torchvision
 from torch import nn
 
 import models
@@ -25,12 +26,14 @@ def shapes(model, kind):
         ("bn-shallow", 28, 1, [32, 64, 128, 256, 512, 512], 4608),
         ("bn-fast", 28, 1, [16, 32, 64, 64], 256),
         ("bn-fast", 32, 3, [16, 32, 64, 64], 256),
+        ("bn-images", 32, 3, [24, 64, 64, 256, 256, 256, 256], 256),
+        ("bn-images", 64, 3, [24, 64, 64, 256, 256, 256, 256], 256),
     ],
 )
 def test_layers_are_those_of_the_reference(name, image_size, in_channels, channels, embedding):
     model = models.create(name, 10, in_channels, image_size)
     inputs = [in_channels, *channels[:-1]]
-    kernels = [5, 5, 3, 3] if name == "bn-fast" else [5] * len(channels)
+    kernels = {"bn-fast": [5, 5, 3, 3], "bn-images": [2, *[3] * 6]}.get(name, [5] * len(channels))
     assert shapes(model, nn.Conv2d) == [(c, i, k, k) for i, c, k in zip(inputs, channels, kernels, strict=True)]
     assert shapes(model, nn.Linear) == [(2, embedding), (10, 2)]
     if name.startswith("bn"):
@@ -94,7 +97,8 @@ def test_xavier_is_uniform_within_its_bound_and_has_zero_biases():
 
 
 @pytest.mark.parametrize(
-    "name, smallest", [("cnn", 8), ("cnn-wen2016", 12), ("bn-deep", 16), ("bn-shallow", 8), ("bn-fast", 28)]
+    "name, smallest",
+    [("cnn", 8), ("cnn-wen2016", 12), ("bn-deep", 16), ("bn-shallow", 8), ("bn-fast", 28), ("bn-images", 17)],
 )
 def test_images_too_small_for_the_pools_are_refused(name, smallest):
     models.create(name, image_size=smallest)
@@ -171,3 +175,65 @@ def test_a_networks_gradients_with_ours_are_those_with_torchs(monkeypatch):
         (F.cross_entropy(logits, torch.arange(4)) + features.square().sum()).backward()
         gradients.append([parameter.grad for parameter in model.parameters()])
     assert all(torch.allclose(ours, theirs, rtol=1e-12) for theirs, ours in zip(*gradients, strict=True))
+
+
+@pytest.mark.parametrize("name, width", [("resnet18", 512), ("squeezenet1_1", 512), ("shufflenet_v2_x0_5", 1024)])
+def test_a_torchvision_network_gives_features_in_place_of_its_last_layer(name, width):
+    for channels, dim in ((3, 7), (1, 7), (3, 0)):
+        model = models.create(name, 5, channels, 40, dim).eval()
+        images = torch.rand(2, channels, 40, 40)
+        features, logits = model(images)
+        assert features.shape == (2, dim or width) and logits.shape == (2, 5)
+        assert torch.equal(logits, model.classifier(features))
+        theirs = torchvision.models.get_model(name, num_classes=width)
+        theirs.load_state_dict(model.body.state_dict(), strict=False)
+        last = [each for each in theirs.modules() if isinstance(each, nn.Linear | nn.Conv2d)][-1]
+        with torch.no_grad():
+            last.weight.copy_(torch.eye(width).view_as(last.weight))
+            last.bias.zero_()
+            oracle = model.embedding(theirs.eval()(images.expand(-1, 3, -1, -1)))
+        assert torch.allclose(features, oracle, atol=1e-5)
+
+
+def test_the_small_stem_keeps_the_pixels_of_small_images():
+    model = models.create("resnet18-small", 10, 3, 32, 64)
+    body = nn.Sequential(model.body.conv1, model.body.maxpool, model.body.layer1)
+    assert body(torch.zeros(1, 3, 32, 32)).shape == (1, 64, 32, 32)
+    plain = models.create("resnet18", 10, 3, 32, 64)
+    assert nn.Sequential(plain.body.conv1, plain.body.maxpool)(torch.zeros(1, 3, 32, 32)).shape == (1, 64, 8, 8)
+
+
+def test_a_last_batch_of_one_image_trains_where_batch_norm_has_one_pixel():
+    model = models.create("resnet18", 10, 3, 32, 4).train()
+    features, logits = model(torch.rand(1, 3, 32, 32))
+    logits.sum().backward()
+    assert features.shape == (1, 4) and all(parameter.grad.isfinite().all() for parameter in model.parameters())
+
+
+def test_images_that_a_torchvision_network_cannot_take_are_refused():
+    for name, channels, size, message in (("inception_v3", 3, 32, "images of 32 pixels"),
+                                          ("resnet18", 4, 32, "1 or 3 channels")):  # fmt: skip
+        with pytest.raises(models.ModelError, match=message) as error:
+            models.create(name, 10, channels, size)
+        assert "\n" not in str(error.value)
+    with pytest.raises(models.ModelError, match="--feat-dim must be at least 1"):
+        models.create("bn-fast", feat_dim=0)
+
+
+def test_pretrained_weights_are_torchvisions_but_for_the_last_layer(monkeypatch):
+    torch.manual_seed(5)
+    weights = torchvision.models.resnet18().state_dict()
+    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", lambda *_, **__: weights)
+    model = models.create("resnet18", 5, 3, 40, 7, pretrained=True)
+    assert weights.keys() - model.body.state_dict().keys() == {"fc.weight", "fc.bias"}
+    assert all(torch.equal(value, weights[name]) for name, value in model.body.state_dict().items())
+    assert models.pretrained_scaling("resnet18") == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    assert models.pretrained_scaling("efficientnet_v2_l") == ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+
+
+def test_pretrained_weights_without_a_network_are_one_line(monkeypatch, tmp_path):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr("torch.hub.urlopen", lambda *_: (_ for _ in ()).throw(OSError("Name or service\nnot known")))
+    with pytest.raises(models.ModelError) as error:
+        models.create("resnet18", 5, 3, 40, 7, pretrained=True)
+    assert str(error.value).startswith("the weights of resnet18 could") and "\n" not in str(error.value)

@@ -19,14 +19,17 @@ from pathlib import Path
 import pytest
 import stand_in
 import torch
+import torch.nn.functional as F
 from conftest import PYTHON, make_folder, program
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from kill_runs import differences
+from torch import nn
 
 import cli
 import datasets
 import main
+import models
 import plots
 import training
 import utils
@@ -73,12 +76,26 @@ SETTINGS = {
     "bfloat16, one optimizer": ["--amp", "--one-optimizer", "--caffe-biases"],
     "softmax only": ["--weight-cent", "0", "--save-features"],
     "features": ["--save-features", "--stepsize", "1"],
+    "augmented, validation": ["--augment", "--val-share", "0.1", "--lr-model", "0.05"],
+    "dropout": ["--model", "dropout"],
 }  # fmt: skip
 
 
+class Dropout(nn.Module):
+    def __init__(self, num_classes, in_channels, image_size, feat_dim):
+        super().__init__()
+        self.embedding = nn.Linear(in_channels * image_size**2, feat_dim)
+        self.classifier = nn.Linear(feat_dim, num_classes)
+
+    def forward(self, images):
+        features = self.embedding(F.dropout(images.flatten(1), 0.5, self.training))
+        return features, self.classifier(features)
+
+
 @pytest.mark.parametrize("setting", SETTINGS)
-def test_stopped_and_resumed_runs_are_the_same_to_the_bit(setting, run, stop_at):
+def test_stopped_and_resumed_runs_are_the_same_to_the_bit(setting, run, stop_at, monkeypatch):
     """A kill, a stop in the middle of an epoch, another in the same epoch, a kill after it; then to the end."""
+    monkeypatch.setitem(models.MODELS, "dropout", Dropout)
     flags = ["--max-epoch", "3", *SETTINGS[setting]]
     assert run(*flags, "--save-dir", "whole")[0] == 0
     for number, (step, what, resume) in enumerate([
