@@ -1,6 +1,7 @@
 """--evaluate tells the figures of the run's last test and changes nothing; its table counts every image."""
 
 import csv
+import json
 import os
 import re
 import shutil
@@ -41,16 +42,16 @@ def test_figures_are_those_of_the_runs_last_test(flags, run):
 def test_the_committed_weights_have_the_metrics_of_their_run(run):
     """Within what bfloat16 differs by from one CPU to another."""
     directory = Path(utils.__file__).parent / "log" / "reference" / "fast"
-    flags = ["--data-root", SHARED_DATA, "--save-dir", "evaluated"]
-    status, out, err = run("--evaluate", directory / "checkpoint.pt", *flags, base=False)
+    flags = ["--evaluate", directory / "checkpoint.pt", "--data-root", SHARED_DATA, "--save-dir", "evaluated"]
+    status, _, err = run(*flags, base=False)
     assert (status, err) == (0, "")
-    accuracy, _, nearest, intra, inter = (float(number) for number in re.findall(r": +(\d+\.\d+)", out)[:5])
+    tested = json.loads(Path("evaluated/evaluation.json").read_text())
     with open(directory / "metrics.csv", newline="") as file:
         last = list(csv.DictReader(file))[-1]
-    assert accuracy == pytest.approx(float(last["test_accuracy"]), abs=0.05)
-    assert nearest == pytest.approx(float(last["nearest_center_accuracy"]), abs=0.05)
-    assert intra == pytest.approx(float(last["intra_distance"]), rel=0.01)
-    assert inter == pytest.approx(float(last["inter_distance"]), rel=1e-4)
+    assert tested["accuracy"] == pytest.approx(float(last["test_accuracy"]), abs=0.05)
+    assert tested["nearest_center_accuracy"] == pytest.approx(float(last["nearest_center_accuracy"]), abs=0.05)
+    assert tested["intra_distance"] == pytest.approx(float(last["intra_distance"]), rel=0.01)
+    assert tested["inter_distance"] == pytest.approx(float(last["inter_distance"]), rel=1e-4)
 
 
 def test_classes_have_their_accuracy_and_predictions_as_counted_one_by_one(run, folder):
