@@ -153,14 +153,14 @@ def build_parser(description: str = "") -> Parser:
 
     add = parser.group("output")
     add("--save-dir", default="log", free=True, help="directory of the run's files")
-    add("--eval-freq", type=number(int, 0), default=10, free=True, help="epochs between two tests; 0: only after the "
-        "last")
+    add("--eval-freq", type=number(int, 0), free=True, help="epochs between two tests; 0: only after the last "
+        "(default: 10, or 1 with --plot where a test takes less than a tenth of an epoch)")
     add("--verify", **switch, free=True, help="measure in each test how well distances tell which pairs "
         "of images are of one class, and write evaluation.json")
     add("--print-freq", type=number(int, 1), default=50, free=True, help="training steps between two lines of the log")
-    add("--plot", **switch, free=True, help="plot the features of each epoch")
+    add("--plot", **switch, free=True, help="plot the features of each epoch and write the page report.html")
     add("--save-features", **switch, free=True, help="write the features of each epoch to features/epoch_<N>.npz")
-    add("--tensorboard", **switch, free=True, help="write the metrics of each epoch for TensorBoard")
+    add("--tensorboard", **switch, free=True, help="write settings, metrics and --plot's pictures for TensorBoard")
     add("--resume", nargs="?", const="", metavar="CHECKPOINT", free=True,
         help="go on from a checkpoint, or from the one in --save-dir, with that run's flags")
     add("--evaluate", metavar="CHECKPOINT", free=True, help="test the network of a checkpoint, without training, and "

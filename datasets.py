@@ -20,6 +20,7 @@ from multiprocessing import parent_process
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, TensorDataset, default_collate
@@ -298,12 +299,15 @@ class Batches:
             images = self.augment(images, joined) if self.augment else images
             yield Batch(self.normalise(images), labels, joined)
 
-    def gathered_paths(self) -> list[str]:
-        """The paths of an unshuffled pass in the order in which Ranks.gather has the images of all ranks."""
-        size = self.rows.ranks.size
-        shares = [BatchRows(self.rows.size, self.rows.batch_size, False, "cpu", Ranks(rank, size))
-                  for rank in range(size)]  # fmt: skip
-        return [self.paths[row] for share in shares for rows in share for row in rows.tolist()] if self.paths else []
+    def thumbnails(self, rows: Sequence[int], largest: int = 32) -> np.ndarray:
+        """The images of these rows as in the data set, uint8 (N, C, H, W), with at most `largest` pixels a side."""
+        kept = []
+        for images, _ in self.load(torch.as_tensor(rows).split(256)):
+            size = [min(side, largest) for side in images.shape[2:]]
+            if list(images.shape[2:]) != size:
+                images = F.interpolate(images.float(), size, mode="area").round().to(torch.uint8)
+            kept.append(images.cpu())
+        return torch.cat(kept).numpy()
 
 
 def in_memory(split: Dataset, shape: tuple[int, int, int], device: str | torch.device) -> Load:

@@ -221,7 +221,7 @@ def save_features(save_dir: Path, tested: dict, centers: Tensor, data: Data) -> 
     """Writes features/test.npz: what --save-features writes in training, the class names and the images' paths."""
     names = dict(classes=np.array(data.classes))
     if data.test.paths:
-        names["test_paths"] = np.array(data.test.gathered_paths())
+        names["test_paths"] = np.array(data.test.paths)
     utils.save_features(save_dir / "features" / "test.npz", dict(test=tested), centers, **names)
 
 

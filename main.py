@@ -84,6 +84,7 @@ def main(args: argparse.Namespace) -> None:
 
     files = utils.RunFiles(args, run, log, start) if ranks.rank == 0 else utils.NoFiles()
     pictures = plots.Plotter(log) if args.plot and ranks.rank == 0 else None
+    every = epochs_between_tests(args, data)
     with files, pictures or contextlib.nullcontext(), StopRequest() as stop:
         files.save(run, modules)  # so that a run that is killed in its first epoch can be resumed as well
         while run["epoch"] < epochs and not (stopped := ranks.any(stop.signal)):
@@ -108,7 +109,7 @@ def main(args: argparse.Namespace) -> None:
                 with contextlib.suppress(Interrupted):
                     notice_chance(trained["accuracy"], number, len(data.train), len(data.classes), log)
                     splits, final, is_best, best = dict(train=trained), {}, False, (model, centers, number)
-                    if number == epochs or (args.eval_freq and number % args.eval_freq == 0):
+                    if number == epochs or (every and number % every == 0):
                         splits |= test(model, data, centers, args, log, stop)
                         tested = splits["val" if data.val else "test"]
                         check_finite({"cross entropy of the test": tested["xent"],
@@ -126,7 +127,7 @@ def main(args: argparse.Namespace) -> None:
                         files.save(run, modules, "best.pt")
                     files.save_epoch(row, splits, centers)
                     if pictures:
-                        plots.plot_epoch(pictures, files.directory, number, splits, centers, data.classes)
+                        plots.plot_epoch(pictures, files.directory, number, splits, centers, data)
             files.save(run, modules)
 
         undrawn = []
@@ -135,6 +136,8 @@ def main(args: argparse.Namespace) -> None:
         if run["epoch"] < epochs or (undrawn and stop.is_urgent()):
             raise utils.Stopped(stop.signal or stopped, run, args.save_dir)
         log(f"Finished. Total elapsed time (h:m:s): {timedelta(seconds=round(time.monotonic() - start))}")
+        if pictures:
+            log(f"Pictures in {files.directory}, page {files.directory / 'report.html'}")
         if undrawn:
             raise utils.WriteError(f"{undrawn[0]}; --resume draws what is missing")
 
@@ -160,6 +163,18 @@ def build(args: argparse.Namespace, data: datasets.Data, device: torch.device, s
                          ranks=ranks)  # fmt: skip
     scheduler = SCHEDULES[args.schedule].create(optimizers["optimizer_model"], args, len(data.train), steps)
     return model, step, scheduler
+
+
+def epochs_between_tests(args: argparse.Namespace, data: datasets.Data) -> int:
+    """--eval-freq, or without it 10, and 1 for the films of --plot where a test takes less than a tenth of an epoch.
+
+    A training image costs about three forward passes, a test image one. Counting images, not seconds, so that a
+    resumed run tests after the same epochs.
+    """
+    if args.eval_freq is not None:
+        return args.eval_freq
+    images = sum(split.rows.size for split in ([data.val] if data.val else [data.test, data.unknown]) if split)
+    return 1 if args.plot and images < 3 * data.train.rows.size / 10 else 10
 
 
 def progress_bar(batches, what: str, total: int, done: int = 0) -> tqdm:

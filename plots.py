@@ -1,5 +1,12 @@
-"""Drawing: the points of an epoch, films of them, curves and confusion matrices, in background processes."""
+"""Drawing in background processes: the points of each epoch, films of them, curves, confusion matrices, the page.
 
+python plots.py log/a                     draw what is missing of a run with --plot, and its page, log/a/report.html
+python plots.py log/a --format pdf        figures for print, in log/a/figures; --epochs 1 5 30: panels in a row
+python plots.py log/a log/b --compare     runs side by side with the same axes: log/a/compare.html, figures/compare.png
+python plots.py log/a --projection tsne   t-SNE of the test features, where they have more than two dimensions
+"""
+
+import argparse
 import contextlib
 import functools
 import os
@@ -15,40 +22,88 @@ from types import ModuleType
 
 import numpy as np
 
+import report
 import utils
 
+COLUMN = 3.15  # inches, 8 cm: the width of a paper's column
+# Petroff's ten colours: at least 17 CIELAB units apart for red-green blind readers as well (matplotlib's own: 4.6).
+COLORS = ("#3f90da", "#ffa90e", "#bd1f01", "#94a4a2", "#832db6", "#a96b59", "#e76300", "#b9ac70", "#717581", "#92dadd")
+HOLLOW = dict(color="0.5", markerfacecolor="none", markeredgewidth=0.5)  # points of unknown classes
+TSNE_AXES = ("t-SNE 1\n(distances between clusters mean little)", "t-SNE 2")
+PRINT_STYLE = {
+    "font.size": 7, "axes.labelsize": 7, "axes.titlesize": 7, "xtick.labelsize": 6.5, "ytick.labelsize": 6.5,
+    "legend.fontsize": 6.5, "axes.linewidth": 0.6, "xtick.major.width": 0.6, "ytick.major.width": 0.6,
+    "grid.linewidth": 0.4, "lines.linewidth": 1.0, "pdf.fonttype": 42, "svg.hashsalt": "center-loss",
+}  # fmt: skip
 
-def plot_epoch(plotter: "Plotter", save_dir: Path, epoch: int, splits: dict[str, dict], centers, classes) -> None:
-    """Draws <split>/epoch_<N>.png of each split; the plane that they show is fitted on the training features."""
+
+# ------------------------------------------------------------------------------------------------------------- a run
+
+
+def plot_epoch(plotter: "Plotter", save_dir: Path, epoch: int, splits: dict[str, dict], centers, data) -> None:
+    """Saves and draws <split>/epoch_<N> of each split; the plane that they show is fitted on the training features.
+
+    Images of unknown classes, labelled from len(data.classes) on, follow those of the test.
+    """
     if "features" not in splits["train"]:  # of an epoch that was begun without them
         return
     project, axes = plane(splits["train"]["features"].cpu().numpy())
-    for name, split in splits.items():
-        if name == "unknown":  # shown with the test
-            continue
-        shown = [split, splits["unknown"]] if name == "test" and "unknown" in splits else [split]
+    centers = centers.cpu().numpy()
+    for name in [name for name in splits if name != "unknown"]:
         (save_dir / name).mkdir(exist_ok=True)
-        points = save_dir / name / f"epoch_{epoch}.npz"
-        title = f"{name}, epoch {epoch}: accuracy {split['accuracy']:.2f} %"
-        arrays = [np.concatenate([each[key].cpu().numpy() for each in shown]) for key in ("features", "labels")]
-        arrays.append(centers.cpu().numpy())
-        utils.replace_file(points, functools.partial(save_points, *arrays, classes, project, axes, title))
-        plotter(points.with_suffix(".png"), draw_points, points)
+        path = save_dir / name / f"epoch_{epoch}.npz"
+        together = [name, "unknown"] if name == "test" and "unknown" in splits else [name]
+        features, labels, predictions = (np.concatenate([splits[each][key].cpu().numpy() for each in together])
+                                         for key in ("features", "labels", "predictions"))  # fmt: skip
+        shown = dict(points=project(features).astype(np.float32), labels=labels.astype(np.int32),
+                     predictions=predictions.astype(np.int32), centers=project(centers).astype(np.float32),
+                     classes=list(data.classes), axes=list(axes),
+                     title=f"{name}, epoch {epoch}: accuracy {splits[name]['accuracy']:.2f} %")  # fmt: skip
+        utils.save_arrays(path, shown)
+        plotter(path.with_suffix(".png"), draw_points, path)
+        if name != "train" and features.shape[1] > 2:  # what t-SNE starts from, of the latest test
+            rows = report.sample(len(features), report.TSNE_POINTS)
+            latest = dict(features=features[rows], labels=labels[rows], centers=centers, epoch=epoch)
+            utils.save_arrays(path.with_name("features.npz"), latest | dict(classes=list(data.classes)))
+        if name != "train" and not path.with_name("images.npz").exists():  # for the page
+            rows = report.sample(len(features), report.TEST_POINTS)
+            images = thumbnails([getattr(data, each) for each in together], rows)
+            utils.save_arrays(path.with_name("images.npz"), dict(rows=rows, images=images))
+
+
+def thumbnails(splits: Sequence, rows: np.ndarray) -> np.ndarray:
+    """The images of these rows, uint8 (N, C, H, W), counted through all `splits`; ascending."""
+    firsts = np.cumsum([0, *(split.rows.size for split in splits)])
+    parts = np.split(rows, np.searchsorted(rows, firsts[1:-1]))
+    found = [(split, part - first) for split, part, first in zip(splits, parts, firsts, strict=False) if len(part)]
+    return np.concatenate([split.thumbnails(part) for split, part in found])
 
 
 def plot_run(
     plotter: "Plotter", save_dir: Path, history: Sequence[dict], stop: Callable[[], bool] = lambda: False
 ) -> list[str]:
-    """Draws curves.png, the films, and pictures that a killed run has left undrawn, until all is drawn or `stop` says
+    """Draws curves, films, the page, and pictures that a killed run has left undrawn, until all is drawn or `stop` says
     to leave it; returns what is missing."""
-    for _, points in utils.epoch_files(save_dir, ["t*/epoch_*.npz", "val/epoch_*.npz"]):
+    for _, points in utils.epoch_files(save_dir, [f"{split}/epoch_*.npz" for split in report.SPLITS]):
         if points.with_suffix(".png") not in plotter.paths and not points.with_suffix(".png").exists():
             plotter(points.with_suffix(".png"), draw_points, points)
     plotter(save_dir / "curves.png", draw_curves, history)
-    for split in ("train", "val", "test"):
+    for split in report.SPLITS:
         if utils.epoch_files(save_dir / split, ["epoch_*.npz"]):
             plotter(save_dir / f"{split}.gif", draw_film, save_dir / split)
+            if split != "train":  # a run that was stopped before its first test has no page yet
+                plotter(save_dir / "report.html", write_page, [save_dir])
     return plotter.finish(stop)
+
+
+def write_page(part: Path, directories: Sequence[Path]) -> None:
+    """Writes the page of a run, or of several side by side."""
+    runs = [report.read_run(directory) for directory in directories]
+    classes = runs[0].classes
+    report.write(part, runs, colors=palette(len(classes)), marks=marks(classes), short=shorten(classes, 20))
+
+
+# ---------------------------------------------------------------------------------------- projection, colours, names
 
 
 def plane(features: np.ndarray) -> tuple[Callable[[np.ndarray], np.ndarray], tuple[str, str]]:
@@ -70,23 +125,62 @@ def plane(features: np.ndarray) -> tuple[Callable[[np.ndarray], np.ndarray], tup
 
 
 def limits(*clouds: np.ndarray) -> np.ndarray:
-    """Axis limits [[x0, x1], [y0, y1]] around all finite points, neither side shorter than half of the other."""
+    """Axis limits [[x0, x1], [y0, y1]] around all finite points, neither side much shorter than the other."""
     points = np.concatenate(clouds)
     points = points[np.isfinite(points).all(1)]
     middle, half = (points.max(0) + points.min(0)) / 2, np.ptp(points, axis=0) / 2
-    half = 1.05 * np.maximum(half, max(half.max() / 2, 1e-6))
+    half = 1.05 * np.maximum(half, max(0.85 * half.max(), 1e-6))
     return np.stack([middle - half, middle + half], axis=1)
 
 
-def drawable(names: Sequence[str], length: int | None = None) -> list[str]:
+def palette(count: int) -> list[str]:
+    """A colour for each class: the ten of COLORS, for more classes also darker and lighter ones of them."""
+    base = np.array([[int(color[i : i + 2], 16) for i in (1, 3, 5)] for color in COLORS]) / 255
+    shades = -(-count // len(base))
+    colors = []
+    for label in range(count):
+        color, shade = base[label % len(base)], label // len(base)
+        if shade % 2:  # darker, then lighter, ever further from the colour itself
+            color = color * (1 - 0.7 * (shade + 1) / (shades + 1))
+        else:
+            color = 1 - (1 - color) * (1 - 0.7 * shade / (shades + 1))
+        colors.append("#" + "".join(f"{round(255 * part):02x}" for part in color))
+    return colors
+
+
+def marks(classes: Sequence[str]) -> list[str]:
+    """What stands at each center: the classes' names where all are short, else their numbers."""
+    return list(classes) if max(map(len, classes)) <= 3 else [str(label) for label in range(len(classes))]
+
+
+def shorten(names: Sequence[str], width: int) -> list[str]:
+    """The names with at most `width` characters: cut in the middle, and where it tells them apart, elsewhere.
+
+    Names that nothing tells apart in so few characters keep as many as they need.
+    """
+    for room in range(width, max(map(len, names), default=0)):
+        for tail in sorted(range(room), key=lambda tail: abs(tail - room // 2)):
+            short = [
+                name if len(name) <= room else name[: room - 1 - tail] + "…" + name[len(name) - tail :]
+                for name in names
+            ]
+            if len(set(short)) == len(set(names)):
+                return short
+    return list(names)
+
+
+def drawable(names: Sequence[str]) -> list[str]:
     r"""The names as text for matplotlib, which takes none of it for a formula and has a font for every letter.
 
-    Letters that no font of the system has become \u4e2d, with a warning; bytes that are not UTF-8 become \xe9. Longer
-    names are cut to `length`.
+    Letters that no font of the system has become \u4e2d, with a warning; bytes that are not UTF-8 become \xe9. Texts
+    have the fonts of when they were created, those of axes with the axes: call this before.
     """
+    from matplotlib import rcParams
+
     names = [os.fsencode(name).decode(errors="backslashreplace") for name in names]
-    letters = frozenset("".join(names))
-    if missing := _letters_without_font(letters):
+    families, missing = _fonts_for(frozenset("".join(names)), tuple(rcParams["font.family"]))
+    rcParams["font.family"] = list(families)
+    if missing:
         some = " ".join(sorted(missing)[:10]) + " …" * (len(missing) > 10)
         warnings.warn(f"No font of this system has {some}: pictures show their numbers, such as \\u4e2d", stacklevel=2)
 
@@ -94,15 +188,13 @@ def drawable(names: Sequence[str], length: int | None = None) -> list[str]:
         odd = letter in missing or unicodedata.category(letter) == "Cc"
         return letter.encode("unicode_escape").decode() if odd else letter
 
-    names = ["".join(map(show, name)) for name in names]
-    names = [name if len(name) <= (length or len(name)) else name[: length - 1] + "…" for name in names]
-    return [name.replace("$", r"\$") for name in names]
+    return ["".join(map(show, name)).replace("$", r"\$") for name in names]
 
 
 @functools.cache
-def _letters_without_font(letters: frozenset[str]) -> frozenset[str]:
-    """Lets matplotlib fall back on the system's fonts for letters that its own lacks; gives those that none has."""
-    from matplotlib import font_manager, rcParams
+def _fonts_for(letters: frozenset[str], families: tuple[str, ...]) -> tuple[tuple[str, ...], frozenset[str]]:
+    """The families and, for letters that these lack, further ones of the system; the letters that none has."""
+    from matplotlib import font_manager
 
     def letters_of(path: str) -> set[str]:
         with contextlib.suppress(OSError, RuntimeError):  # a font that FreeType cannot draw with
@@ -114,7 +206,7 @@ def _letters_without_font(letters: frozenset[str]) -> frozenset[str]:
         return font_manager.findfont(font_manager.FontProperties(family=[family]))
 
     missing = {letter for letter in letters if unicodedata.category(letter) != "Cc"}
-    for family in rcParams["font.family"]:
+    for family in families:
         missing -= letters_of(default_of(family))
     paths = font_manager.findSystemFonts() if missing else []
     for path in sorted(paths, key=lambda path: ("Regular" not in path, path)):
@@ -123,179 +215,378 @@ def _letters_without_font(letters: frozenset[str]) -> frozenset[str]:
             family = font_manager.get_font(path).family_name
             if found := letters_of(default_of(family)):  # not its bold alone
                 missing -= found
-                rcParams["font.family"] += [family]
-    return frozenset(missing)
+                families = (*families, family)
+    return families, frozenset(missing)
 
 
-def save_points(features: np.ndarray, labels: np.ndarray, centers: np.ndarray, classes: Sequence[str],
-                project: Callable, axes: Sequence[str], title: str, part: Path) -> None:  # fmt: skip
-    """What one picture shows, as .npz: pictures are drawn elsewhere, and a film once all its epochs are known.
+def new_figure(width: float, height: float, rows: int = 1, columns: int = 1, **options):
+    """A figure of so many inches, without pyplot and its global state, and its axes (rows, columns)."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
 
-    Labels from len(classes) on are of unknown classes.
-    """
-    with open(part, "wb") as file:
-        np.savez(file, points=project(features).astype(np.float32), labels=labels.astype(np.int32), title=title,
-                 centers=project(centers).astype(np.float32), classes=list(classes), axes=list(axes))  # fmt: skip
+    figure = Figure(figsize=(width, height), dpi=150, layout=options.pop("layout", "constrained"))
+    FigureCanvasAgg(figure)
+    return figure, figure.subplots(rows, columns, squeeze=False, **options)
+
+
+def save_print(figure, part: Path, format: str) -> None:
+    """Cut to what is drawn, at 600 dots an inch; without the time of day, so that the same data give the same file."""
+    undated = dict(pdf=dict(CreationDate=None), svg=dict(Date=None)).get(format)
+    figure.savefig(part, format=format, dpi=600, bbox_inches="tight", pad_inches=0.01, metadata=undated)
 
 
 class Scatter:
-    """A figure of points coloured by class, with centers; `show` draws into it, again and again for a film."""
+    """Points coloured by class in `axes`, each center with its class's mark; `show` draws again, for a film."""
 
-    def __init__(self, shown: dict, axis_limits: np.ndarray, dpi: int):
-        from matplotlib import colormaps
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-
-        classes, axis_names = shown["classes"], shown["axes"]
-        count = len(classes)
-        if count <= 20:
-            colors = colormaps["tab10" if count <= 10 else "tab20"](range(count))
-        else:
-            colors = colormaps["turbo"](np.linspace(0, 1, count))
-        self.colors = np.asarray(colors)
-        self.figure = Figure(figsize=(6.4, 5.2), dpi=dpi)
-        FigureCanvasAgg(self.figure)
-        with_legend = count <= 25  # more do not fit beside the points
-        self.axes = self.figure.add_axes((0.11, 0.1, 0.68 if with_legend else 0.85, 0.82))
-        self.axes.set(xlabel=axis_names[0], ylabel=axis_names[1], xlim=axis_limits[0], ylim=axis_limits[1])
-        self.axes.set(aspect="equal", axisbelow=True)
-        self.axes.grid(color="0.92")
-        size = float(np.clip(250 / max(len(shown["points"]), 1) ** 0.5, 1.0, 5.0))
-        style = dict(markersize=size, markeredgewidth=0)
-        self.points = [self.axes.plot([], [], ".", color=color, **style)[0] for color in colors]
-        hollow = dict(color="0.5", markerfacecolor="none", markeredgewidth=0.5)
-        self.unknown = self.axes.plot([], [], "o", markersize=1.2 * size, **hollow)[0]
-        self.centers = self.axes.scatter(np.zeros(count), np.zeros(count), c=colors, s=30 if with_legend else 12,
-                                         edgecolors="black", linewidths=0.8, zorder=3)  # fmt: skip
-        if with_legend:
-            marks = [self.axes.plot([], [], "o", color=color, markersize=5)[0] for color in colors]
-            marks += self.axes.plot([], [], "o", markerfacecolor="white", markeredgecolor="black")
-            names = drawable([*classes, "center"], length=14)
-            if (shown["labels"] >= count).any():
-                marks, names = [*marks, *self.axes.plot([], [], "o", markersize=5, **hollow)], [*names, "unknown"]
-            self.axes.legend(marks, names, loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False,
-                             fontsize=9 if count <= 20 else 7, handletextpad=0.2)  # fmt: skip
+    def __init__(self, axes, shown: dict, axis_limits: np.ndarray, small: bool = False):
+        classes, self.axes = [str(name) for name in shown["classes"]], axes
+        self.colors = palette(len(classes))
+        axes.set(xlabel=shown["axes"][0], ylabel=shown["axes"][1], xlim=axis_limits[0], ylim=axis_limits[1])
+        axes.set(aspect="equal", axisbelow=True)
+        axes.ticklabel_format(scilimits=(-2, 4))  # with few ticks, no label is long enough to meet the next
+        axes.locator_params("x", nbins=4 if small else 7)
+        axes.grid(color="0.92")
+        size = float(np.clip(250 / max(len(shown["points"]), 1) ** 0.5, 1.0, 5.0)) * (0.6 if small else 1)
+        styles = [dict(color=color, markersize=size, markeredgewidth=0) for color in self.colors]
+        self.points = [axes.plot([], [], ".", rasterized=True, **style)[0] for style in styles]
+        self.unknown = axes.plot([], [], "o", rasterized=True, markersize=0.8 * size, **HOLLOW)[0]
+        text = (6 if small else 8) * (1 if len(classes) <= 20 else 0.75)
+        self.centers = [
+            axes.text(0, 0, mark, fontsize=text, ha="center", va="center", clip_on=True,
+                      bbox=dict(boxstyle="circle,pad=0.15", facecolor="#ffffffb0", edgecolor=color, linewidth=text / 7))
+            for mark, color in zip(drawable(marks(classes)), self.colors, strict=True)
+        ]  # fmt: skip
 
     def show(self, shown: dict) -> None:
         points, labels = shown["points"], shown["labels"]
         for label, line in enumerate(self.points):
             line.set_data(*points[labels == label].T)
         self.unknown.set_data(*points[labels >= len(self.points)].T)
-        self.centers.set_offsets(shown["centers"])
-        self.axes.set_title(str(shown["title"]), fontsize=11)
+        for text, center in zip(self.centers, shown["centers"], strict=True):
+            text.set_position(center)
+            text.set_visible(bool(np.isfinite(center).all()))
+
+
+def has_unknown(shown: dict) -> bool:
+    """Whether some of the points are of unknown classes."""
+    return bool((shown["labels"] >= len(shown["classes"])).any())
+
+
+def add_legend(axes, shown: dict, small: bool = False) -> None:
+    """Names every class outside of `axes`, up to 40 of them: beside a few, in print below many."""
+    classes = [str(name) for name in shown["classes"]]
+    if len(classes) > 40:
+        return
+    below, colors = small and len(classes) > 12, palette(len(classes))
+    handles = [axes.plot([], [], "o", color=color, markersize=3 if small else 5)[0] for color in colors]
+    handles += axes.plot([], [], "o", markerfacecolor="white", markeredgecolor="black", markersize=4 if small else 6)
+    names = [
+        name if name.startswith(mark) else f"{mark} {name}"
+        for mark, name in zip(marks(classes), shorten(classes, 14 if small else 20), strict=True)
+    ]
+    options = dict(handletextpad=0.2, frameon=False, labelspacing=0.3, columnspacing=1.0, borderaxespad=0)
+    if below:
+        columns = max(1, 60 // (max(map(len, names)) + 3))
+        options |= dict(loc="outside lower center", ncols=columns)
+    else:
+        options |= dict(loc="center left", bbox_to_anchor=(1.02, 0.5))
+        if not small:
+            options |= dict(fontsize=min(9, 260 / (len(classes) + 1)))  # points, of which a picture is 374 high
+    names = [*drawable(names), "center"]
+    if has_unknown(shown):
+        handles += axes.plot([], [], "o", markersize=3 if small else 5, **HOLLOW)
+        names.append("unknown")
+    owner = axes.figure if below else axes
+    owner.legend(handles, names, **options)
+
+
+def limits_of(clouds: Sequence[dict]) -> np.ndarray:
+    """Axis limits that hold all of these epochs."""
+    return limits(*(shown[name] for shown in clouds for name in ("points", "centers")))
+
+
+# ---------------------------------------------------------------------------------------------------------- pictures
 
 
 def draw_points(part: Path, source: Path) -> None:
-    """Draws what save_points has written, every point of it, as PNG."""
-    shown = dict(np.load(source))
-    scatter = Scatter(shown, limits(shown["points"], shown["centers"]), dpi=150)
-    scatter.show(shown)
-    scatter.figure.savefig(part, format="png")
+    """Draws an epoch's points, every one of them, as PNG."""
+    shown = report.read_arrays(source, report.ARRAYS)
+    figure, ((axes,),) = new_figure(6.4, 5.2, layout="compressed")
+    add_legend(axes, shown)
+    Scatter(axes, shown, limits_of([shown])).show(shown)
+    axes.set_title(str(shown["title"]), fontsize=11)
+    figure.savefig(part, format="png")
 
 
 def draw_film(part: Path, directory: Path) -> None:
-    """Draws all epochs that save_points has written to `directory` as a GIF with the same axes in every frame."""
+    """Draws all epochs of `directory` as a GIF with the same axes in every frame."""
     from PIL import Image
 
     sources = [path for _, path in utils.epoch_files(directory, ["epoch_*.npz"])]
     corners = []
     for source in sources:
-        shown = dict(np.load(source))
-        corners.append(limits(shown["points"], shown["centers"]).T)
+        shown = report.read_arrays(source, report.ARRAYS)
+        corners.append(limits_of([shown]).T)
     axis_limits = np.stack([np.min(corners, axis=(0, 1)), np.max(corners, axis=(0, 1))], axis=1)
-    scatter = Scatter(shown, axis_limits, dpi=80)
-    palette = Image.new("P", (1, 1))
-    palette.putpalette(film_palette(scatter.colors).tobytes())
+    figure, ((axes,),) = new_figure(6.4, 5.2, layout="compressed")
+    figure.set_dpi(80)
+    add_legend(axes, shown)
+    scatter = Scatter(axes, shown, axis_limits)
+    axes.set_title(str(shown["title"]), fontsize=11)
+    figure.draw_without_rendering()  # finds the layout, which all frames then have
+    figure.set_layout_engine("none")
+    film = Image.new("P", (1, 1))
+    film.putpalette(film_palette(scatter.colors).tobytes())
 
     def frame(source: Path) -> Image.Image:
-        scatter.show(dict(np.load(source)))
-        scatter.figure.canvas.draw()
-        drawn = Image.fromarray(np.asarray(scatter.figure.canvas.buffer_rgba())).convert("RGB")
-        return drawn.quantize(palette=palette, dither=Image.Dither.NONE)
+        shown = report.read_arrays(source, report.ARRAYS)
+        scatter.show(shown)
+        axes.set_title(str(shown["title"]), fontsize=11)
+        figure.canvas.draw()
+        drawn = Image.fromarray(np.asarray(figure.canvas.buffer_rgba())).convert("RGB")
+        return drawn.quantize(palette=film, dither=Image.Dither.NONE)
 
     frames = map(frame, sources)  # drawn one by one as Pillow asks for them
     milliseconds = [min(max(12000 // len(sources), 100), 400)] * (len(sources) - 1) + [3000]
     next(frames).save(part, format="GIF", save_all=True, append_images=frames, duration=milliseconds, loop=0)
 
 
-def film_palette(colors: np.ndarray) -> np.ndarray:
-    """256 colours, uint8 (256, 3), for all frames of a film: greys, and tints of the colours (C, 4) of [0, 1]."""
-    tints = np.linspace(1, 0.25, np.clip(240 // len(colors), 1, 4))  # 1: the colour itself, 0: white
-    mixed = 1 - tints[:, None, None] * (1 - colors[:, :3])
+def film_palette(colors: Sequence[str]) -> np.ndarray:
+    """256 colours, uint8 (256, 3), for all frames of a film: greys, and tints of the colours, "#rrggbb"."""
+    values = np.array([[int(color[i : i + 2], 16) for i in (1, 3, 5)] for color in colors]) / 255  # (C, 3)
+    tints = np.linspace(1, 0.25, np.clip(240 // len(values), 1, 4))  # 1: the colour itself, 0: white
+    mixed = 1 - tints[:, None, None] * (1 - values)
     shades = np.concatenate([np.linspace(0, 1, 16).repeat(3).reshape(16, 3), mixed.reshape(-1, 3)])[:256]
     return np.pad((255 * shades).round().astype(np.uint8), ((0, 256 - len(shades)), (0, 0)))
 
 
-def draw_curves(part: Path, history: Sequence[dict]) -> None:
-    """Draws losses and accuracies over the epochs, from the rows of metrics.csv, as PNG."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+def draw_panels(
+    part: Path, panels: Sequence[tuple[str, dict]], columns: int, format: str, own_axes: bool = False
+) -> None:
+    """Draws epochs, of one run or several, for print. `panels`: the label and arrays of each."""
+    from matplotlib import rc_context
 
-    figure = Figure(figsize=(9, 3.6), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
-    losses, accuracies = figure.subplots(1, 2)
-    for axes, column, name, style in (
-        (losses, "train_loss", "training: total", "-"),
-        (losses, "train_xent", "training: cross-entropy", "--"),
-        (losses, "train_center", "training: λ · center loss", ":"),
-        (losses, "val_xent", "validation: cross-entropy", "-o"),
-        (losses, "test_xent", "test: cross-entropy", "-o"),
-        (accuracies, "train_accuracy", "training: softmax", "-"),
-        (accuracies, "val_accuracy", "validation: softmax", "-o"),
-        (accuracies, "val_nearest_center_accuracy", "validation: nearest center", "--s"),
-        (accuracies, "test_accuracy", "test: softmax", "-o"),
-        (accuracies, "nearest_center_accuracy", "test: nearest center", "--s"),
-    ):
-        measured = [(row["epoch"], row[column]) for row in history if row.get(column) is not None]
-        if measured and (column != "train_center" or any(value > 0 for _, value in measured)):  # λ = 0 has none
-            axes.plot(*zip(*measured, strict=True), style, label=name, markersize=3)
-    losses.set(xlabel="epoch", ylabel="loss", yscale="log")
-    accuracies.set(xlabel="epoch", ylabel="accuracy (%)")
-    for axes in (losses, accuracies):
-        axes.grid(color="0.92")
-        axes.xaxis.get_major_locator().set_params(integer=True)
-        axes.legend(fontsize=8)
-    figure.savefig(part, format="png")
+    width, rows = min(columns * 2.3, 6.9) if columns > 1 else COLUMN, -(-len(panels) // columns)
+    with rc_context(PRINT_STYLE):
+        titles = drawable([label for label, _ in panels])
+        figure, grid = new_figure(width, width / columns * rows + 0.4, rows, columns, layout="compressed",
+                                  sharex=not own_axes, sharey=not own_axes)  # fmt: skip
+        common = limits_of([shown for _, shown in panels])
+        for axes, title, (_, shown) in zip(grid.flat, titles, panels, strict=False):
+            short = [str(name).replace("principal component", "PC") for name in shown["axes"]]
+            axis_limits = limits_of([shown]) if own_axes else common
+            Scatter(axes, shown | dict(axes=short), axis_limits, small=True).show(shown)
+            if not own_axes:
+                axes.label_outer()
+            if len(panels) > 1:
+                axes.set_title(title)
+        for axes in grid.flat[len(panels) :]:
+            axes.set_axis_off()
+        add_legend(grid[0, -1], max((shown for _, shown in panels), key=has_unknown), small=True)
+        save_print(figure, part, format)
 
 
-def draw_confusion(part: Path, counts: np.ndarray, classes: Sequence[str], title: str) -> None:
-    """Draws a confusion matrix, counts (true class, predicted class), as PNG."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+def draw_curves(part: Path, history: Sequence[dict], format: str = "") -> None:
+    """Draws losses and error rates over the epochs, from the rows of metrics.csv: as PNG, or for print in a format."""
+    from matplotlib import rc_context
 
-    names = drawable(classes)  # before there are axes, whose text has the fonts of then
-    figure = Figure(figsize=(6.4, 5.6), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots()
-    shares = 100 * counts / np.maximum(counts.sum(1, keepdims=True), 1)
-    image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=100)
-    figure.colorbar(image, label="share of the true class (%)")
-    axes.set(xlabel="predicted class", ylabel="true class", title=title)
-    if len(classes) <= 25:
-        axes.set_xticks(range(len(classes)), names, rotation=90 if max(map(len, classes)) > 2 else 0)
-        axes.set_yticks(range(len(classes)), names)
-        for row, column in zip(*counts.nonzero(), strict=True):
-            color = "white" if shares[row, column] > 50 else "black"
-            axes.text(column, row, counts[row, column], ha="center", va="center", color=color, fontsize=7)
-    figure.savefig(part, format="png")
+    with rc_context(PRINT_STYLE if format else {}):
+        figure, grid = new_figure(COLUMN, 4.2, 2, 1, sharex=True) if format else new_figure(9, 4.2, 1, 2)
+        losses, errors = grid.flat
+        for axes, column, name, style in (
+            (losses, "train_loss", "training: total", "-"),
+            (losses, "train_xent", "training: cross-entropy", "--"),
+            (losses, "train_center", "training: λ · center loss", ":"),
+            (losses, "val_xent", "validation: cross-entropy", "-o"),
+            (losses, "test_xent", "test: cross-entropy", "-o"),
+            (errors, "train_accuracy", "training: softmax", "-"),
+            (errors, "val_accuracy", "validation: softmax", "-o"),
+            (errors, "val_nearest_center_accuracy", "validation: nearest center", "--s"),
+            (errors, "test_accuracy", "test: softmax", "-o"),
+            (errors, "nearest_center_accuracy", "test: nearest center", "--s"),
+        ):
+            measured = [(row["epoch"], row[column]) for row in history if row.get(column) is not None]
+            if axes is errors:
+                measured = [(epoch, 100 - accuracy) for epoch, accuracy in measured]
+            if measured and (column != "train_center" or any(value > 0 for _, value in measured)):  # λ = 0 has none
+                color = COLORS[dict(train=0, val=8, test=6).get(column[: column.find("_")], 4)]
+                axes.plot(*zip(*measured, strict=True), style, label=name, color=color, markersize=2 if format else 3)
+        losses.set(ylabel="loss")
+        errors.set(xlabel="epoch", ylabel="error rate (%)")
+        if not format:
+            losses.set(xlabel="epoch")
+        for axes in (losses, errors):
+            log_axis(axes)
+            axes.grid(color="0.92")
+            axes.xaxis.get_major_locator().set_params(integer=True)
+            axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2, frameon=False, fontsize="small")
+        save_print(figure, part, format) if format else figure.savefig(part, format="png")
+
+
+def log_axis(axes) -> None:
+    """A logarithmic y axis with plain numbers; a value of 0 lies below it."""
+    from matplotlib.ticker import FuncFormatter, LogLocator
+
+    values = np.concatenate([line.get_ydata() for line in axes.lines] or [np.ones(1)])
+    positive = values[np.isfinite(values) & (values > 0)]
+    if not len(positive):
+        return
+    low, high = positive.min() / 1.3, positive.max() * 1.3
+    axes.set_yscale("log", nonpositive="clip")
+    axes.set_ylim(low, high)
+    decades = np.log10(high / low)
+    subs = (1,) if decades > 3 else (1, 2, 5) if decades > 0.7 else range(1, 10)
+    axes.yaxis.set_major_locator(LogLocator(subs=list(subs)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.minorticks_off()
+
+
+def draw_confusion(part: Path, counts: np.ndarray, classes: Sequence[str], title: str = "", format: str = "") -> None:
+    """Draws a confusion matrix, counts (true class, predicted class): as PNG, or for print in a format."""
+    from matplotlib import rc_context
+
+    count, style = len(classes), PRINT_STYLE if format else {}
+    side = 5.2 if count <= 20 or count > 40 else 0.26 * count
+    if format:
+        side = COLUMN if count <= 12 else 2 * COLUMN
+    with rc_context(style):
+        names = drawable(shorten(classes, 20)) if count <= 40 else []
+        figure, ((axes,),) = new_figure(side * 1.15, side, layout="compressed")
+        shares = 100 * counts / np.maximum(counts.sum(1, keepdims=True), 1)
+        image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=100)
+        figure.colorbar(image, label="share of the true class (%)", shrink=0.8)
+        axes.set(xlabel="predicted class", ylabel="true class", title=title)
+        if count <= 40:
+            size = min(72 * 0.75 * side / count * 0.62, 7 if format else 9)  # points; a cell has room for one line
+            axes.set_xticks(range(count), names, rotation=90 if max(map(len, names)) > 2 else 0, fontsize=size)
+            axes.set_yticks(range(count), names, fontsize=size)
+        if count <= 25:
+            for row, column in zip(*counts.nonzero(), strict=True):
+                color, number = "white" if shares[row, column] > 50 else "black", str(counts[row, column])
+                room = min(size, 72 * 0.6 * side / count / (0.62 * len(number)))
+                axes.text(column, row, number, ha="center", va="center", color=color, fontsize=room)
+        save_print(figure, part, format) if format else figure.savefig(part, format="png")
 
 
 def draw_roc(part: Path, fars: Sequence[float], curves: dict[str, Sequence[float]]) -> None:
     """Draws the true positive rate of each curve over the false accept rate, logarithmic, as PNG."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6.4, 4.8), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots()
-    for name, curve in curves.items():
-        axes.plot(fars, curve, label=name)
+    figure, ((axes,),) = new_figure(6.4, 4.8)
+    for (name, curve), color in zip(curves.items(), palette(len(curves)), strict=True):
+        axes.plot(fars, curve, label=name, color=color)
     axes.plot(fars, fars, ":", color="0.5", label="chance")
     axes.set(xscale="log", xlim=(fars[0], 1), ylim=(0, 1.01), title="verification")
     axes.set(xlabel="false accept rate (pairs of two classes)", ylabel="true accept rate (pairs of one class)")
     axes.grid(color="0.92")
-    axes.legend(fontsize=8)
+    axes.legend(fontsize="small", frameon=False)
     figure.savefig(part, format="png")
+
+
+def draw_tsne(part: Path, source: Path, format: str) -> None:
+    """Draws t-SNE of the test features, the centers among them, for print; seeded, so that it is always the same."""
+    from sklearn.manifold import TSNE
+
+    saved = report.read_arrays(source, ("features", "labels", "centers", "classes"))
+    together, count = np.concatenate([saved["features"], saved["centers"]]), len(saved["features"])
+    points = TSNE(init="pca", perplexity=min(30, (len(together) - 1) / 3), random_state=0).fit_transform(together)
+    shown = saved | dict(points=points[:count], centers=points[count:], axes=TSNE_AXES)
+    draw_panels(part, [("", shown)], 1, format)
+
+
+# ------------------------------------------------------------------------------------------------------ command line
+
+
+def figures(run: report.Run, epochs: Sequence[int] | None, format: str) -> list[tuple]:
+    """The figures for print of a run: points of the epochs, by default of the last, curves and confusion matrix.
+
+    A tuple each, as for the other functions here: the path, the function that draws it, this one's further arguments.
+    """
+    directory, drawings = run.directory / "figures", []
+    for split, files in run.files.items():
+        numbers = [number for number in epochs or [max(files)] if split == "train" or number in files]
+        if panels := [(f"epoch {number}", run.epoch(split, number)) for number in numbers]:
+            path = directory / f"{split}_epoch_{'_'.join(map(str, numbers))}.{format}"
+            drawings.append((path, draw_panels, panels, min(len(panels), 3), format))
+    last, count = run.last(), len(run.classes)
+    known = last["labels"] < count
+    pairs = last["labels"][known] * count + last["predictions"][known]
+    confusion = np.bincount(pairs, minlength=count**2).reshape(count, count)
+    drawings.append((directory / f"curves.{format}", draw_curves, run.history, format))
+    drawings.append((directory / f"confusion.{format}", draw_confusion, confusion, run.classes, "", format))
+    return drawings
+
+
+def tsne(run: report.Run, format: str) -> list[tuple]:
+    if run.args["feat_dim"] in (1, 2):
+        raise utils.RunError(f"--projection tsne needs more than two dimensions, got {run.args['feat_dim']} in "
+                             f"{run.directory}, which are drawn as they are")  # fmt: skip
+    source = run.directory / run.tested / "features.npz"
+    epoch = int(report.read_arrays(source, ["epoch"])["epoch"])
+    return [(run.directory / "figures" / f"{run.tested}_tsne_epoch_{epoch}.{format}", draw_tsne, source, format)]
+
+
+def compared(runs: Sequence[report.Run], epochs: Sequence[int] | None, format: str, own_axes: bool) -> list[tuple]:
+    """The page and the figure of several runs: a column each, a row for each epoch, by default for the last ones."""
+    report.check_comparable(runs)
+    directory, names = runs[0].directory, report.names(runs)
+    chosen = [[number] * len(runs) for number in epochs or ()] or [[max(run.files[run.tested]) for run in runs]]
+    panels = [
+        (f"{name}, epoch {number}" if epochs else name, run.epoch(run.tested, number))
+        for numbers in chosen
+        for run, name, number in zip(runs, names, numbers, strict=True)
+    ]
+    page = (directory / "compare.html", write_page, [run.directory for run in runs])
+    return [page, (directory / "figures" / f"compare.{format}", draw_panels, panels, len(runs), format, own_axes)]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="plots.py", description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser.error = lambda message: parser.exit(2, f"plots.py: error: {message}\n")
+    add = parser.add_argument
+    add("directories", nargs="+", type=Path, metavar="DIR", help="--save-dir of a run with --plot")
+    add("--compare", action="store_true", help="one page and one figure of all the runs, with the same axes")
+    add("--own-axes", action="store_true", help="give each panel of the figure of --compare its own axes")
+    add("--format", choices=("pdf", "svg", "png"), help="draw figures for print, in DIR/figures")
+    add("--epochs", nargs="+", type=int, metavar="N", help="of these figures; several become panels (default: last)")
+    add("--projection", choices=("pca", "tsne"), default="pca", help="of features with more than two dimensions in the "
+        "figures; pca is that of the pictures (default: %(default)s)")  # fmt: skip
+    args = parser.parse_args(argv)
+    if args.epochs and not (args.format or args.compare):
+        parser.error("--epochs goes with --format or --compare")
+    if args.projection == "tsne" and (args.compare or args.epochs):
+        parser.error("--projection tsne shows a run's last tested epoch: it goes without --compare and --epochs")
+    if args.own_axes and not args.compare:
+        parser.error("--own-axes goes with --compare")
+    if args.compare and len(args.directories) < 2:
+        parser.error(f"--compare needs two runs or more, got {args.directories[0]} alone")
+    errors, drawings, format = [], [], args.format or "png"
+    try:
+        with Plotter(lambda line: print(f"plots.py: {line}", file=sys.stderr)) as plotter:
+            runs = [report.read_run(directory) for directory in args.directories]
+            if args.compare:
+                drawings = compared(runs, args.epochs, format, args.own_axes)
+            elif args.projection == "tsne":
+                drawings = [drawing for run in runs for drawing in tsne(run, format)]
+            elif args.format:
+                drawings = [drawing for run in runs for drawing in figures(run, args.epochs, format)]
+            else:
+                for run in runs:
+                    errors += plot_run(plotter, run.directory, run.history)
+                    print(f"Pictures in {run.directory}, page {run.directory / 'report.html'}")
+            for path, *drawing in drawings:
+                path.parent.mkdir(exist_ok=True)
+                plotter(path, *drawing)
+            errors += plotter.finish()
+    except KeyboardInterrupt:
+        parser.exit(130, "plots.py: interrupted\n")
+    except (utils.RunError, OSError) as error:
+        parser.exit(getattr(error, "status", 1), f"plots.py: error: {error}\n")
+    for path, *_ in drawings:
+        print(path)
+    return 1 if errors else 0
+
+
+# ------------------------------------------------------------------------------------------ background processes
 
 
 class Plotter:
@@ -388,3 +679,9 @@ def _start_drawing() -> None:
     if hasattr(os, "nice"):
         os.nice(10)  # the training goes first
     threading.Thread(target=lambda: (parent_process().join(), os._exit(1)), daemon=True).start()
+
+
+if __name__ == "__main__":
+    import plots  # this file again: its functions must have a name that the background processes can import
+
+    sys.exit(plots.main())

@@ -285,13 +285,20 @@ def _from_state(rng: Tensor | None, batches: Iterable) -> Iterator:
 
 @torch.no_grad()
 def predict(model: nn.Module, batches: Iterable[tuple], amp: bool = False, ranks: Ranks = Ranks()) -> dict:  # noqa: B008
-    """Features (N, D), logits (N, C), labels and predictions (N,) of a network on the batches of all ranks."""
+    """Features (N, D), logits (N, C), labels and predictions (N,) of a network on the batches of all ranks.
+
+    They are in the order of the data set.
+    """
     model.eval()
-    outputs = []
-    for images, labels, _ in batches:
+    outputs, seen = [], 0
+    for images, labels, size in batches:
+        rows = ranks.share(torch.arange(seen, seen + size, device=labels.device))
         with torch.autocast(images.device.type, torch.bfloat16, enabled=amp):
-            outputs.append((*model(images), labels))
-    features, logits, labels = (ranks.gather(torch.cat(each)) for each in zip(*outputs, strict=True))
+            outputs.append((*model(images), labels, rows))
+        seen += size
+    *gathered, rows = (ranks.gather(torch.cat(each)) for each in zip(*outputs, strict=True))
+    order = rows.argsort()  # that of the data set
+    features, logits, labels = (each[order] for each in gathered)
     return dict(features=features, logits=logits, labels=labels, predictions=logits.argmax(1))
 
 

@@ -11,6 +11,8 @@ import glob
 import io
 import json
 import os
+import re
+import shlex
 import shutil
 import signal
 import sys
@@ -23,14 +25,17 @@ from pathlib import Path
 from tqdm import tqdm
 
 # What a run writes below its --save-dir; a new run there takes exactly these away first. {} is the data set, * in
-# EPOCH_FILES the epoch.
+# EPOCH_FILES the epoch; FIGURE is a pattern for names in figures/, which plots.py draws.
 EPOCH_FILES = ("train/epoch_*.png", "train/epoch_*.npz", "val/epoch_*.png", "val/epoch_*.npz", "test/epoch_*.png",
                "test/epoch_*.npz", "features/epoch_*.npz")  # fmt: skip
 EVENT_FILES = "tensorboard/events.out.tfevents.*"
+IMAGE_FILES = ("val/images.npz", "test/images.npz")
 LOG = "log_{}.txt"
-RUN_FILES = ("metrics.csv", "args.json", "checkpoint.pt", "best.pt", "train.gif", "val.gif", "test.gif", "curves.png",
-             "confusion.png", "roc.png", "evaluation.json", "features/test.npz", "predictions.csv",
+RUN_FILES = ("metrics.csv", "args.json", "run.json", "checkpoint.pt", "best.pt", "train.gif", "val.gif", "test.gif",
+             "curves.png", "confusion.png", "roc.png", "evaluation.json", "features/test.npz", "predictions.csv",
+             "report.html", "compare.html", "val/features.npz", "test/features.npz", *IMAGE_FILES,
              EVENT_FILES)  # fmt: skip
+FIGURE = r"(curves|confusion|compare|(train|val|test|val_tsne|test_tsne)_epoch(_[1-9]\d*)+)\.(pdf|svg|png)"
 
 
 class RunError(Exception):
@@ -215,6 +220,8 @@ def clear(save_dir: Path, dataset: str, after: int | None = None) -> bool:
     old = [path for epoch, path in epoch_files(save_dir) if epoch > (after or 0)]
     if after is None:
         old += [path for name in names for path in save_dir.glob(name) if not path.is_dir()]
+        figure = re.compile(rf"{FIGURE}|\.{FIGURE}\.\d+\.part")
+        old += [path for path in save_dir.glob("figures/*") if figure.fullmatch(path.name)]
     for path in old:
         path.unlink()
     return bool(old)
@@ -230,7 +237,7 @@ def epoch_files(directory: Path, patterns: Sequence[str] = EPOCH_FILES) -> list[
 def copy_epochs(source: Path, target: Path, last: int) -> None:
     """Copies best.pt, what --plot and --save-features have written of the epochs up to `last`, all of --tensorboard."""
     paths = [path for epoch, path in epoch_files(source) if epoch <= last]
-    for path in (*paths, *source.glob("best.pt"), *source.glob(EVENT_FILES)):
+    for path in (*paths, *(path for name in ("best.pt", *IMAGE_FILES, EVENT_FILES) for path in source.glob(name))):
         copy = target / path.relative_to(source)
         copy.parent.mkdir(exist_ok=True)
         replace_file(copy, functools.partial(shutil.copyfile, path))
@@ -251,20 +258,44 @@ def write_metrics(path: Path, history: Sequence[dict]) -> None:
 
 def save_features(path: Path, splits: dict[str, dict], centers, **further) -> None:
     """features (N, D), labels and predictions (N,) of each split, as train_features and so on, and centers (C, D)."""
-    import numpy as np
-
     if "features" not in splits.get("train", splits.get("test")):  # of an epoch that was begun without them
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     arrays = {"centers": centers.cpu().numpy(), **further}
     for split, values in splits.items():
         arrays |= {f"{split}_{name}": values[name].cpu().numpy() for name in ("features", "labels", "predictions")}
+    save_arrays(path, arrays)
+
+
+def save_arrays(path: Path, arrays: dict) -> None:
+    """The arrays by name, as .npz."""
+    import numpy as np
 
     def write(part: Path) -> None:
         with open(part, "wb") as file:  # numpy adds .npz to a name, but not to a file
             np.savez(file, **arrays)
 
     replace_file(path, write)
+
+
+def describe(args: argparse.Namespace, commands: list[str]) -> dict:
+    """What run.json says of a run apart from its settings: commands, versions and device."""
+    import platform
+
+    import torch
+
+    on_gpu = torch.cuda.is_available() and not args.use_cpu
+    device = torch.cuda.get_device_name(int(args.gpu)) if on_gpu else f"CPU, threads: {torch.get_num_threads()}"
+    loaded = {name: sys.modules[name].__version__ for name in ("torch", "torchvision", "numpy") if name in sys.modules}
+    versions = dict(python=platform.python_version(), **loaded)
+    return dict(commands=commands, versions=versions, device=device, ranks=int(os.environ.get("WORLD_SIZE", 1)))
+
+
+def read_facts(directory: Path) -> dict:
+    """run.json; nothing where there is none, or a damaged one."""
+    with contextlib.suppress(ValueError):
+        return json.loads(read_start(directory / "run.json", 2**20))
+    return {}
 
 
 def save_checkpoint(path: Path, checkpoint: dict) -> None:
@@ -386,7 +417,7 @@ class RunFiles:
 
     def __init__(self, args: argparse.Namespace, run: dict, log: Log, start: float):
         self.args, self.run, self.log, self.directory, self.start = args, run, log, Path(args.save_dir), start
-        self.context, self.board = contextlib.ExitStack(), None
+        self.context, self.board, self.facts = contextlib.ExitStack(), None, None
 
     def __enter__(self) -> "RunFiles":
         args, log_name = self.args, LOG.format(self.args.dataset)
@@ -407,14 +438,11 @@ class RunFiles:
             self.log.open(self.directory / log_name, printed)
             self.context.callback(self.log.close)
             write_json(self.directory / "args.json", vars(args))
+            if args.plot:
+                earlier = read_facts(Path(args.resume).parent).get("commands", []) if args.resume else []
+                self.facts = describe(args, [*earlier, shlex.join(["python", *sys.argv])])
             if args.tensorboard:
-                from torch.utils.tensorboard import SummaryWriter
-
-                recorded = list(self.directory.glob(EVENT_FILES))
-                self.board = SummaryWriter(self.directory / "tensorboard", purge_step=self.run["epoch"] + 1)
-                self.context.callback(self.board.close)
-                for row in [] if recorded else self.run["history"]:
-                    self._record(row)
+                self.board = self.context.enter_context(Board(self.directory, args, self.run))
             self.context = self.context.pop_all()  # all went well: the directory stays claimed
         return self
 
@@ -427,6 +455,8 @@ class RunFiles:
         run.update(elapsed=time.monotonic() - self.start, log_bytes=self.log.position())
         if run["history"]:
             write_metrics(self.directory / "metrics.csv", run["history"])
+        if self.facts:
+            write_json(self.directory / "run.json", self.facts | dict(elapsed=run["elapsed"]))
         states = {name: module.state_dict() for name, module in modules.items()}
         save_checkpoint(self.directory / name, dict(args=vars(self.args), **run, **states))
 
@@ -436,10 +466,58 @@ class RunFiles:
         if self.args.save_features:
             save_features(self.directory / "features" / f"epoch_{row['epoch']}.npz", splits, centers)
         if self.board:
-            self._record(row)
-            self.board.flush()
+            self.board.add_epoch(row)
 
-    def _record(self, row: dict) -> None:
+
+class Board:
+    """What --tensorboard writes: the settings as hparams, the metrics of each epoch and the pictures of --plot.
+
+    These are drawn in the background, so that they are added when the next epoch ends or, the last ones, on leaving
+    the context. The records of a resumed run's earlier epochs are added where there are none.
+    """
+
+    def __init__(self, directory: Path, args: argparse.Namespace, run: dict):
+        from torch.utils.tensorboard import SummaryWriter
+        from torch.utils.tensorboard.summary import hparams
+
+        self.directory, recorded = directory, list(directory.glob(EVENT_FILES))
+        self.added = {path for epoch, path in self._pictures() if recorded and epoch <= run["epoch"]}
+        self.writer = SummaryWriter(directory / "tensorboard", purge_step=run["epoch"] + 1)
+        settings = {name: value if isinstance(value, bool | int | float | str) else str(value)
+                    for name, value in vars(args).items()}  # fmt: skip
+        for summary in hparams(settings, dict.fromkeys(["test_accuracy", "nearest_center_accuracy", "train_loss"])):
+            self.writer.file_writer.add_summary(summary)
+        for row in [] if recorded else run["history"]:
+            self._add_metrics(row)
+
+    def __enter__(self) -> "Board":
+        return self
+
+    def __exit__(self, *error) -> None:
+        try:
+            self._add_pictures()
+        finally:
+            self.writer.close()
+
+    def add_epoch(self, row: dict) -> None:
+        self._add_metrics(row)
+        self._add_pictures()
+        self.writer.flush()
+
+    def _add_metrics(self, row: dict) -> None:
         for name, value in row.items():
             if value is not None and name != "epoch":
-                self.board.add_scalar(name, value, row["epoch"])
+                self.writer.add_scalar(name, value, row["epoch"])
+
+    def _pictures(self) -> list[tuple[int, Path]]:
+        return epoch_files(self.directory, [f"{split}/epoch_*.png" for split in ("train", "val", "test")])
+
+    def _add_pictures(self) -> None:
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        for epoch, path in self._pictures():
+            if path not in self.added:
+                image = Summary.Image(colorspace=3, encoded_image_string=path.read_bytes())
+                summary = Summary(value=[Summary.Value(tag=f"{path.parent.name} features", image=image)])
+                self.writer.file_writer.add_summary(summary, epoch)
+                self.added.add(path)

@@ -28,11 +28,14 @@ def pytest_collection_modifyitems(items):
     """Marked tests are skipped, with the reason, where they cannot run."""
     no_mnist = pytest.mark.skip(reason=f"real MNIST is not in {SHARED_DATA}")
     no_gpu = pytest.mark.skip(reason="there is no GPU")
+    no_browser = pytest.mark.skip(reason="there is no Chromium: apt-get install chromium chromium-driver")
     for item in items:
         if item.get_closest_marker("mnist") and not (SHARED_DATA / "MNIST").is_dir():
             item.add_marker(no_mnist)
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(no_gpu)
+        if item.get_closest_marker("browser") and not all(map(shutil.which, ("chromium", "chromedriver"))):
+            item.add_marker(no_browser)
 
 
 def program(argv: list) -> int:

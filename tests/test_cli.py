@@ -67,7 +67,8 @@ def test_recipes_set_defaults_and_flags_win():
 def test_flags_have_zhou2018s_names_and_defaults():
     expected = dict(
         dataset="mnist", batch_size=128, lr_model=0.001, lr_cent=0.5, weight_cent=1, max_epoch=100, stepsize=20,
-        gamma=0.5, model="cnn", eval_freq=10, print_freq=50, gpu="0", seed=1, use_cpu=False, save_dir="log", plot=False,
+        gamma=0.5, model="cnn", eval_freq=None, print_freq=50, gpu="0", seed=1, use_cpu=False, save_dir="log",
+        plot=False,
     )  # fmt: skip
     args = vars(cli.parse_args([]))
     assert {name: args[name] for name in expected} == expected

@@ -169,6 +169,20 @@ def test_the_rest_of_a_pass_is_what_the_whole_one_would_have_gone_on_with():
     assert torch.equal(rest[0].images, whole[2][0]) and len(list(train)) == 3
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_thumbnails_are_the_images_of_the_data_set_and_no_larger_than_asked(workers, tmp_path):
+    root = make_folder(tmp_path / "images", size=(16, 16), mode="RGB")
+    data = datasets.create("folder", root, 4, workers, image_size=16)
+    whole = np.stack([np.asarray(Image.open(path)) for path in sorted((root / "test").rglob("*.png"))])
+    assert (data.test.thumbnails([11, 2]) == whole[[11, 2]].transpose(0, 3, 1, 2)).all()
+    halves = whole.reshape(12, 8, 2, 8, 2, 3).mean((2, 4)).transpose(0, 3, 1, 2)
+    assert data.test.thumbnails(range(12), largest=8) == pytest.approx(halves, abs=0.51)
+    data = datasets.create("folder", root, 4, workers, image_size=16, unseen=["bee"], val_share=0.5)
+    assert (data.unknown.thumbnails([3, 0]) == whole[[7, 4]].transpose(0, 3, 1, 2)).all()
+    validation = np.stack([np.asarray(Image.open(path)) for path in data.val.paths])
+    assert (data.val.thumbnails(range(8)) == validation.transpose(0, 3, 1, 2)).all()
+
+
 def test_testing_draws_nothing_from_the_training_randomness():
     data = datasets.create("digits", "nowhere", 500)
     torch.manual_seed(3)
@@ -470,19 +484,10 @@ def test_a_trained_networks_test_images_need_no_training_images(tmp_path):
     data = datasets.create("folder", tmp_path, 99, image_size=8, trained=known)
     images, labels, _ = next(iter(data.test))
     assert labels.tolist() == [1] * 4 + [2] * 4 and images.shape == (8, 1, 8, 8) and data.classes == known["classes"]
-    assert data.test.gathered_paths()[0] == str(tmp_path / "test" / "bee" / "0.png")
+    assert data.test.paths[0] == str(tmp_path / "test" / "bee" / "0.png")
     assert "but it has cow" in refusal("folder", tmp_path, 4, image_size=8, trained=known | dict(classes=["bee"]))
     assert "train is missing" in refusal("folder", tmp_path, 4, image_size=8)
     assert "must hold test/<class>/*" in refusal("folder", tmp_path / "test", 4, image_size=8, trained=known)
-
-
-def test_paths_are_in_the_order_of_all_ranks_images(folder):
-    data = datasets.create("folder", folder, 5, image_size=8, ranks=Ranks(1, 2))
-    paths = [Path(path) for path in data.test.gathered_paths()]
-    shares = [datasets.create("folder", folder, 5, image_size=8, ranks=Ranks(rank, 2)).test for rank in range(2)]
-    labels = torch.cat([labels for share in shares for _, labels, _ in share])
-    assert [path.parent.name for path in paths] == [data.classes[label] for label in labels]
-    assert sorted(paths) == sorted((folder / "test").glob("*/*.png"))
 
 
 def test_a_pretrained_networks_scaling_is_averaged_for_grey_images():

@@ -122,10 +122,15 @@ def test_plots_of_a_run(flags, run):
     assert sorted(path.name for path in Path("log/train").iterdir()) == [
         f"epoch_{epoch}.{ending}" for epoch in (1, 2, 3) for ending in ("npz", "png")]  # fmt: skip
     assert sorted(path.stem for path in Path("log/test").glob("*.png")) == ["epoch_2", "epoch_3"]
+    assert out.endswith("Pictures in log, page log/report.html\n") and Path("log/report.html").exists()
     assert all(Path("log", name).stat().st_size > 2000 for name in ("train.gif", "test.gif", "curves.png"))
     shown = np.load("log/test/epoch_2.npz")
     assert len(shown["points"]) == 12 and len(shown["centers"]) == 3
     assert shown["axes"][0].startswith("principal component 1 (" if "--feat-dim" in flags else "feature 1")
+    assert np.load("log/test/images.npz")["images"].shape == (12, 1, 8, 8)
+    if "--feat-dim" in flags:
+        latest = np.load("log/test/features.npz")
+        assert latest["features"].shape == (12, 5) and latest["epoch"] == 3
     assert str(shown["title"]) == f"test, epoch 2: accuracy {float(metrics()[1]['test_accuracy']):.2f} %"
 
 
@@ -136,6 +141,21 @@ def test_a_new_run_replaces_the_old_one_and_says_so(run):
     assert status == 0 and "Replacing the earlier run in log" in out.splitlines()
     assert len(metrics()) == 1 and Path("log/notes.txt").exists()
     assert sorted(path.name for path in Path("log/train").iterdir()) == ["epoch_1.npz", "epoch_1.png"]
+
+
+@pytest.mark.parametrize("flags, tested", [(["--plot"], [1, 2, 3]), ([], [3]), (["--plot", "--eval-freq", "0"], [3])])
+def test_with_plots_a_cheap_test_follows_each_epoch(flags, tested, run, tmp_path):
+    make_folder(tmp_path / "data", train=8, test=2)
+    common = ["--dataset", "folder", "--data-root", tmp_path / "data", "--image-size", "8", "--use-cpu"]
+    assert run(*common, "--max-epoch", "3", *flags, base=False)[0] == 0
+    assert [int(row["epoch"]) for row in metrics() if row["test_accuracy"]] == tested
+
+
+def test_with_plots_a_test_of_many_images_does_not(run, tmp_path):
+    make_folder(tmp_path / "data", train=8, test=3)
+    common = ["--dataset", "folder", "--data-root", tmp_path / "data", "--image-size", "8", "--use-cpu"]
+    assert run(*common, "--max-epoch", "2", "--plot", base=False)[0] == 0
+    assert [int(row["epoch"]) for row in metrics() if row["test_accuracy"]] == [2]
 
 
 def test_how_often_one_tests_changes_nothing_in_the_training(run):

@@ -1,6 +1,8 @@
 """Pictures: what they are given is what they show."""
 
+import itertools
 import os
+import shutil
 import signal
 import sys
 import time
@@ -14,6 +16,8 @@ from matplotlib import font_manager
 from PIL import Image
 
 import plots
+import report
+import utils
 from tests import drawers
 
 
@@ -25,9 +29,9 @@ def cloud(classes=3, per_class=20, dim=2, seed=0):
 
 
 def write_epoch(path, features, labels, centers, title="train, epoch 1: accuracy 9.99 %", classes=None):
-    project, axes = plots.plane(features)
     classes = classes or [str(c) for c in range(len(centers))]
-    plots.save_points(features, labels, centers, classes, project, axes, title, path)
+    utils.save_arrays(path, dict(points=features, labels=labels, predictions=labels, centers=centers, classes=classes,
+                                 axes=["feature 1", "feature 2"], title=title))  # fmt: skip
     return path
 
 
@@ -59,38 +63,166 @@ def test_limits_hold_all_points_and_ignore_what_is_not_finite():
     points = np.array([[0.0, 0.0], [10.0, 1.0], [np.nan, 5.0], [np.inf, 0.0]])
     (x0, x1), (y0, y1) = plots.limits(points)
     assert x0 < 0 and x1 > 10 and y0 < 0 and y1 > 1
-    assert (y1 - y0) >= (x1 - x0) / 2 - 1e-9
+    assert (y1 - y0) >= 0.85 * (x1 - x0) - 1e-9
 
 
-@pytest.mark.parametrize("classes", [1, 10, 12, 20, 25, 26, 100])
-def test_every_class_has_its_own_colour_and_all_points_are_drawn(classes, tmp_path):
+@pytest.mark.parametrize("classes", [1, 10, 12, 40, 41, 100])
+def test_every_class_has_its_own_colour_and_mark_and_all_points_are_drawn(classes, tmp_path):
     features, labels, centers = cloud(classes)
     shown = dict(np.load(write_epoch(tmp_path / "epoch_1.npz", features, labels, centers)))
-    scatter = plots.Scatter(shown, plots.limits(features, centers), dpi=50)
+    figure, ((axes,),) = plots.new_figure(6, 5)
+    scatter = plots.Scatter(axes, shown, plots.limits(features, centers))
+    plots.add_legend(axes, shown)
     scatter.show(shown)
-    assert len({line.get_color() if isinstance(line.get_color(), str) else tuple(line.get_color())
-                for line in scatter.points}) == classes  # fmt: skip
+    assert len({line.get_color() for line in scatter.points}) == classes
     drawn = [np.column_stack(line.get_data()) for line in scatter.points]
     for label, points in enumerate(drawn):
         assert points == pytest.approx(features[labels == label], abs=1e-5)
-    assert scatter.centers.get_offsets() == pytest.approx(centers, abs=1e-5)
-    assert scatter.axes.get_aspect() == 1
-    legend = scatter.axes.get_legend()
+    assert [text.get_position() for text in scatter.centers] == pytest.approx(centers, abs=1e-5)
+    assert [text.get_text() for text in scatter.centers] == list(map(str, range(classes)))
+    assert axes.get_aspect() == 1
+    legend = axes.get_legend()
     names = [text.get_text() for text in legend.get_texts()] if legend else []
-    assert names == ([*map(str, range(classes)), "center"] if classes <= 25 else [])
-    assert scatter.axes.get_title() == "train, epoch 1: accuracy 9.99 %"
+    assert names == ([*map(str, range(classes)), "center"] if classes <= 40 else [])
+
+
+def seen_by(kind: str, color: str) -> np.ndarray:
+    """CIELAB of a colour "#rrggbb" as a reader sees it who lacks a cone (matrices of Machado et al., 2009)."""
+    matrix = dict(
+        normal=np.eye(3),
+        deuteranopia=[[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.01182, 0.04294, 0.968881]],
+        protanopia=[[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]],
+    )[kind]
+    rgb = np.array([int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)])
+    linear = np.clip(matrix @ np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4), 0, 1)
+    xyz = np.array([[0.4124564, 0.3575761, 0.1804375], [0.2126729, 0.7151522, 0.072175],
+                    [0.0193339, 0.119192, 0.9503041]]) @ linear / (0.95047, 1, 1.08883)  # fmt: skip
+    x, y, z = np.where(xyz > 216 / 24389, np.cbrt(xyz), (24389 / 27 * xyz + 16) / 116)
+    return np.array([116 * y - 16, 500 * (x - y), 200 * (y - z)])
+
+
+@pytest.mark.parametrize("kind", ["normal", "deuteranopia", "protanopia"])
+def test_readers_who_are_red_green_blind_can_tell_ten_classes_apart(kind):
+    seen = [seen_by(kind, color) for color in plots.palette(10)]
+    assert min(np.linalg.norm(one - other) for one, other in itertools.combinations(seen, 2)) > 17
+
+
+def test_names_are_cut_in_the_middle_but_never_alike():
+    assert plots.shorten(["short", "a_very_long_class_name"], 12) == ["short", "a_ver…s_name"]
+    for names in ([f"image_set_{i}_of_the_third_kind" for i in range(40)], [f"the_same_start_of_{i}" for i in range(9)],
+                  [f"{i} and the same end as all" for i in range(12)]):  # fmt: skip
+        short = plots.shorten(names, 14)
+        assert len(set(short)) == len(names) and max(map(len, short)) < max(map(len, names))
+    assert len(set(plots.shorten(["x" * 30 + str(i) + "y" * 30 for i in range(3)], 14))) == 3
+
+
+def inside(figure, texts) -> list:
+    """The boxes of these texts, in pixels, all of them within the figure."""
+    figure.draw_without_rendering()
+    boxes = [text.get_window_extent() for text in texts]
+    width, height = figure.canvas.get_width_height()
+    assert all(box.x0 >= 0 and box.y0 >= 0 and box.x1 <= width and box.y1 <= height for box in boxes)
+    return boxes
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """The figures that are drawn, to look at."""
+    figures, original = [], plots.new_figure
+    monkeypatch.setattr(plots, "new_figure", lambda *args, **options: figures.append(original(*args, **options)) or
+                        figures[-1])  # fmt: skip
+    return figures
+
+
+def test_nothing_is_cut_at_the_edges_of_a_film(drawn, tmp_path):
+    features, labels, centers = cloud(per_class=5)
+    points = features * 1e4 - 9e4, labels, centers * 1e4 - 9e4
+    write_epoch(tmp_path / "epoch_1.npz", *points, classes=["a" * 60, "b", "c"])
+    plots.draw_film(tmp_path / "film.gif", tmp_path)
+    figure, ((axes,),) = drawn[0]
+    texts = [*axes.get_yticklabels(), axes.yaxis.label, axes.xaxis.label, *axes.get_legend().get_texts()]
+    inside(figure, [text for text in texts if text.get_text()])
+
+
+@pytest.mark.parametrize("scale", [150, 6e4])
+def test_tick_labels_never_overlap(scale, drawn, tmp_path):
+    features, labels, centers = cloud()
+    path = write_epoch(tmp_path / "epoch_1.npz", features * scale, labels, centers * scale)
+    plots.draw_points(tmp_path / "p.png", path)
+    shown = report.read_arrays(path, report.ARRAYS)
+    plots.draw_panels(tmp_path / "f.png", [("one", shown), ("two", shown), ("three", shown)], 3, "png")
+    for figure, grid in drawn:
+        for axes in grid.flat:
+            low, high = axes.get_xlim()
+            texts = [text for text in axes.get_xticklabels() if low <= text.get_position()[0] <= high]
+            assert len(texts) >= 3
+            figure.draw_without_rendering()
+            boxes = sorted((text.get_window_extent().x0, text.get_window_extent().x1) for text in texts)
+            assert all(end < start for (_, end), (start, _) in itertools.pairwise(boxes))
+
+
+def test_the_legend_of_forty_classes_is_not_cut(drawn, tmp_path):
+    names = [f"class number {i} of many" for i in range(40)]
+    plots.draw_points(tmp_path / "p.png", write_epoch(tmp_path / "epoch_1.npz", *cloud(40), classes=names))
+    figure, ((axes,),) = drawn[0]
+    texts = axes.get_legend().get_texts()
+    assert len(texts) == 41
+    boxes = inside(figure, texts)
+    assert all(above.y0 >= below.y1 - 0.5 for above, below in itertools.pairwise(boxes))
+
+
+@pytest.mark.parametrize("print_format", ["", "pdf"])
+def test_all_of_forty_names_stand_at_a_confusion_matrix_without_overlap(print_format, drawn, tmp_path):
+    names = [f"class number {i} of many" for i in range(40)]
+    plots.draw_confusion(tmp_path / "c.png", np.eye(40, dtype=int), names, format=print_format)
+    figure, ((axes,),) = drawn[0]
+    for axis, side in ((axes.xaxis, "x"), (axes.yaxis, "y")):
+        labels = axis.get_ticklabels()
+        assert [text.get_text() for text in labels] == plots.shorten(names, 20)
+        edges = sorted((getattr(box, f"{side}0"), getattr(box, f"{side}1")) for box in inside(figure, labels))
+        assert all(end <= start + 0.5 for (_, end), (start, _) in itertools.pairwise(edges))
+
+
+def test_figures_for_print_have_no_title_embedded_fonts_and_points_as_pixels(drawn, tmp_path):
+    features, labels, centers = cloud(per_class=4000)
+    shown = report.read_arrays(write_epoch(tmp_path / "epoch_1.npz", features, labels, centers), report.ARRAYS)
+    plots.draw_panels(tmp_path / "f.pdf", [("", shown)], 1, "pdf")
+    figure, ((axes,),) = drawn[0]
+    assert axes.get_title() == "" and figure.get_figwidth() == pytest.approx(8 / 2.54, abs=0.02)
+    assert min(text.get_fontsize() for text in (*axes.texts, *axes.get_xticklabels(), axes.xaxis.label)) >= 6
+    written = (tmp_path / "f.pdf").read_bytes()
+    assert b"/FontFile2" in written and b"/Image" in written and len(written) < 300_000  # 12,000 paths are more
+    plots.draw_panels(tmp_path / "again.pdf", [("", shown)], 1, "pdf")
+    assert (tmp_path / "again.pdf").read_bytes() == written
+
+
+def test_panels_have_the_same_axes(drawn, tmp_path):
+    shown = []
+    for scale in (1, 20):
+        features, labels, centers = cloud()
+        path = write_epoch(tmp_path / f"epoch_{scale}.npz", features * scale, labels, centers * scale)
+        shown.append((f"{scale}", report.read_arrays(path, report.ARRAYS)))
+    plots.draw_panels(tmp_path / "f.png", shown, 2, "png")
+    first, second = drawn[0][1].flat
+    assert first.get_xlim() == second.get_xlim() and first.get_ylim() == second.get_ylim()
+    assert (first.get_title(), second.get_title()) == ("1", "20")
+    plots.draw_panels(tmp_path / "f.png", shown, 2, "png", own_axes=True)
+    first, second = drawn[1][1].flat
+    assert np.ptp(second.get_xlim()) == pytest.approx(20 * np.ptp(first.get_xlim()))
 
 
 def test_unknown_classes_are_hollow_and_grey(tmp_path):
     features, labels, centers = cloud(4)
     write_epoch(tmp_path / "epoch_1.npz", features, labels, centers[:3])
     shown = dict(np.load(tmp_path / "epoch_1.npz"))
-    scatter = plots.Scatter(shown, plots.limits(features), dpi=50)
+    _, ((axes,),) = plots.new_figure(6, 5)
+    plots.add_legend(axes, shown)
+    scatter = plots.Scatter(axes, shown, plots.limits(features))
     scatter.show(shown)
     assert np.column_stack(scatter.unknown.get_data()) == pytest.approx(features[labels == 3], abs=1e-5)
     assert (scatter.unknown.get_markerfacecolor(), scatter.unknown.get_markeredgecolor()) == ("none", "0.5")
     assert sum(len(line.get_data()[0]) for line in scatter.points) == 60
-    assert [text.get_text() for text in scatter.axes.get_legend().get_texts()] == ["0", "1", "2", "center", "unknown"]
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["0", "1", "2", "center", "unknown"]
 
 
 def test_picture_of_an_epoch(tmp_path):
@@ -99,8 +231,8 @@ def test_picture_of_an_epoch(tmp_path):
     with Image.open(tmp_path / "epoch_1.png") as image:
         pixels = np.asarray(image.convert("RGB")).reshape(-1, 3)
         assert image.size == (960, 780)
-    for color in ((31, 119, 180), (255, 127, 14), (44, 160, 44)):  # the first of matplotlib's ten colours
-        assert (pixels == color).all(1).sum() > 50
+    for color in plots.COLORS[:3]:
+        assert (pixels == [int(color[i : i + 2], 16) for i in (1, 3, 5)]).all(1).sum() > 50
 
 
 def test_film_has_a_frame_an_epoch_in_their_order_with_the_same_axes(tmp_path):
@@ -127,12 +259,25 @@ def test_film_of_a_single_epoch(tmp_path):
         assert film.n_frames == 1
 
 
-def test_curves_leave_out_what_was_not_measured(tmp_path):
+def test_curves_leave_out_what_was_not_measured_and_show_error_rates(drawn, tmp_path):
     row = dict(epoch=1, train_loss=2.0, train_xent=2.0, train_center=0.0, train_accuracy=10.0, test_xent=None,
                test_accuracy=None, nearest_center_accuracy=None)  # fmt: skip
-    plots.draw_curves(tmp_path / "curves.png", [row, row | dict(epoch=2, test_accuracy=50.0, test_xent=1.0)])
-    with Image.open(tmp_path / "curves.png") as image:
-        assert image.size == (1350, 540)
+    plots.draw_curves(tmp_path / "curves.png", [row, row | dict(epoch=2, test_accuracy=99.5, test_xent=1.0)])
+    figure, ((losses, errors),) = drawn[0]
+    assert {line.get_label(): np.column_stack(line.get_data()).tolist() for line in errors.lines} == {
+        "training: softmax": [[1, 90], [2, 90]], "test: softmax": [[2, 0.5]]}  # fmt: skip
+    assert "training: λ · center loss" not in [line.get_label() for line in losses.lines]
+    assert errors.get_yscale() == "log"
+    for axes in (losses, errors):
+        figure.draw_without_rendering()
+        assert not axes.get_legend().get_window_extent().overlaps(axes.get_window_extent())
+
+
+def test_curves_without_any_error_are_drawn(tmp_path):
+    row = dict(epoch=1, train_loss=0.0, train_xent=0.0, train_center=0.0, train_accuracy=100.0, test_xent=0.0,
+               test_accuracy=100.0, nearest_center_accuracy=100.0)  # fmt: skip
+    plots.draw_curves(tmp_path / "curves.png", [row])
+    assert (tmp_path / "curves.png").stat().st_size > 2000
 
 
 def test_class_names_are_no_formulas(tmp_path):
@@ -147,19 +292,19 @@ def system_fonts(monkeypatch):
 
     def have(*paths):
         monkeypatch.setattr(font_manager, "findSystemFonts", lambda: list(paths))
-        plots._letters_without_font.cache_clear()
+        plots._fonts_for.cache_clear()
 
     monkeypatch.setitem(matplotlib.rcParams, "font.family", ["sans-serif"])
     yield have
-    plots._letters_without_font.cache_clear()
+    plots._fonts_for.cache_clear()
 
 
 def test_names_are_shown_letter_by_letter_and_escaped_where_that_cannot_be(system_fonts):
     system_fonts()
     not_utf8 = os.fsdecode(b"caf\xe9")
     with pytest.warns(UserWarning, match="No font of this system has 中 文: "):
-        names = plots.drawable(["naïve", "a$x_$b", not_utf8, "two\nlines", "中文", "a" * 15], length=14)
-    assert names == ["naïve", r"a\$x_\$b", r"caf\xe9", r"two\nlines", r"\u4e2d\u6587", "a" * 13 + "…"]
+        names = plots.drawable(["naïve", "a$x_$b", not_utf8, "two\nlines", "中文"])
+    assert names == ["naïve", r"a\$x_\$b", r"caf\xe9", r"two\nlines", r"\u4e2d\u6587"]
 
 
 def test_a_font_of_the_system_is_chosen_for_letters_that_the_default_lacks(system_fonts, tmp_path):
@@ -176,10 +321,105 @@ def test_a_font_of_the_system_is_chosen_for_letters_that_the_default_lacks(syste
 
 
 @pytest.mark.parametrize("classes", [3, 60])
-def test_confusion_matrix(classes, tmp_path):
+def test_confusion_matrix(classes, drawn, tmp_path):
     plots.draw_confusion(tmp_path / "c.png", np.eye(classes, dtype=int), [f"class {i}" for i in range(classes)], "test")
-    with Image.open(tmp_path / "c.png") as image:
-        assert image.size == (960, 840)
+    _, ((axes,),) = drawn[0]
+    assert len(axes.texts) == (3 if classes == 3 else 0) and axes.get_title() == "test"
+
+
+# ------------------------------------------------------------------------------------------------------ command line
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    """The files of a run with --plot: two epochs of five dimensions, of which the second alone was tested."""
+    root = tmp_path_factory.mktemp("runs") / "one"
+    for split in ("train", "test"):
+        (root / split).mkdir(parents=True)
+    for epoch, split in ((1, "train"), (2, "train"), (2, "test")):
+        write_epoch(root / split / f"epoch_{epoch}.npz", *cloud(seed=epoch))
+    utils.write_json(root / "args.json", dict(dataset="folder", feat_dim=5))
+    row = dict(epoch=1, train_loss=2.0, train_xent=1.9, train_center=0.1, train_accuracy=90.0, test_xent=None,
+               test_accuracy=None, nearest_center_accuracy=None, intra_distance=None, inter_distance=None)  # fmt: skip
+    utils.write_metrics(root / "metrics.csv", [row, row | dict(epoch=2, test_accuracy=80.0)])
+    features, labels, centers = cloud(dim=5)
+    utils.save_arrays(root / "test" / "features.npz", dict(
+        features=features[::2], labels=labels[::2], centers=centers, classes=["0", "1", "2"], epoch=2))  # fmt: skip
+    return root
+
+
+@pytest.fixture
+def command(directory, tmp_path, capsys):
+    """command(*flags) runs plots.py on a copy of the run; gives exit status, the files printed, standard error."""
+    copy = Path(shutil.copytree(directory, tmp_path / "one"))
+
+    def call(*flags):
+        try:
+            status = plots.main([*map(str, [copy, *flags])])
+        except SystemExit as exit:
+            status = exit.code
+        out, err = capsys.readouterr()
+        return status, [str(Path(line).relative_to(tmp_path)) for line in out.splitlines() if line.startswith("/")], err
+
+    return call
+
+
+def test_command_draws_a_run_again(command, tmp_path):
+    assert command() == (0, [], "")
+    written = {str(path.relative_to(tmp_path / "one")) for path in (tmp_path / "one").rglob("*.*")}
+    assert written >= {"report.html", "curves.png", "train.gif", "test.gif", "train/epoch_1.png", "test/epoch_2.png"}
+
+
+def test_command_draws_chosen_epochs_for_print(command, tmp_path):
+    status, files, err = command("--format", "svg", "--epochs", "1", "2")
+    assert (status, err) == (0, "")
+    assert files == [f"one/figures/{name}.svg" for name in ("train_epoch_1_2", "test_epoch_2", "curves", "confusion")]
+    assert all((tmp_path / file).read_text().startswith("<?xml") for file in files)
+
+
+def test_command_compares_runs(command, directory, tmp_path):
+    shutil.copytree(directory, tmp_path / "two")
+    status, files, err = command(tmp_path / "two", "--compare", "--own-axes")
+    assert (status, err) == (0, "") and files == ["one/compare.html", "one/figures/compare.png"]
+    assert '"name":"two"' in (tmp_path / "one" / "compare.html").read_text(encoding="utf-8")
+
+
+def test_tsne_keeps_clusters_together_is_seeded_and_says_what_it_is(directory, drawn, tmp_path):
+    for name in ("one", "two"):
+        plots.draw_tsne(tmp_path / name, directory / "test" / "features.npz", "png")
+    assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
+    (axes,) = drawn[0][1].flat
+    assert "distances between clusters mean little" in axes.get_xlabel()
+    points = [np.column_stack(line.get_data()) for line in axes.lines[:3]]
+    assert [len(each) for each in points] == [10, 10, 10]
+    for own, center in zip(points, axes.texts, strict=True):
+        assert np.linalg.norm(own - center.get_position(), axis=1).max() < min(
+            np.linalg.norm(other - center.get_position(), axis=1).min() for other in points if other is not own)
+
+
+@pytest.mark.parametrize("flags, rule", [
+    (["missing"], "missing is no run: "),
+    (["--format", "pdf", "--epochs", "7"], "--epochs must be among those of "),
+    (["--epochs", "1"], "--epochs goes with --format or --compare"),
+    (["--own-axes", "--format", "pdf"], "--own-axes goes with --compare"),
+    (["--compare"], "--compare needs two runs or more"),
+    (["--projection", "tsne", "--compare"], "--projection tsne shows a run's last tested epoch"),
+    (["--format", "gif"], "invalid choice: 'gif'"),
+    (["--unknown"], "unrecognized arguments: --unknown"),
+])  # fmt: skip
+def test_mistakes_are_one_line(flags, rule, command, tmp_path):
+    status, files, err = command(*flags)
+    assert (status, files) == (2, []) and err.count("\n") == 1 and err.startswith("plots.py: error: ") and rule in err
+    assert not (tmp_path / "one" / "figures").exists()
+
+
+def test_tsne_of_two_dimensions_is_refused(command, tmp_path):
+    utils.write_json(tmp_path / "one" / "args.json", dict(dataset="folder", feat_dim=2))
+    status, _, err = command("--projection", "tsne")
+    assert status == 2 and err.count("\n") == 1 and "needs more than two dimensions, got 2" in err
+
+
+# ---------------------------------------------------------------------------------------------- background processes
 
 
 def test_plotter_draws_in_the_background_and_reports_what_failed(tmp_path):

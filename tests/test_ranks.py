@@ -138,6 +138,7 @@ def test_features_of_all_ranks_are_gathered(both):
         ours, theirs = (each[f"{split}_features"] for each in (one, two))
         assert len(ours) == len(theirs) == count
         assert ours[np.lexsort(ours.T)] == pytest.approx(theirs[np.lexsort(theirs.T)], abs=1e-8)
+    assert one["test_features"] == pytest.approx(two["test_features"], abs=1e-8)  # in the data set's order
 
 
 def test_one_process_goes_on_from_two_ranks_checkpoint(both, images, tmp_path):

@@ -777,6 +777,24 @@ def test_tensorboard_has_the_records_and_each_epoch_once(run, monkeypatch):
     assert run("--max-epoch", "1")[0] == 0 and not os.listdir("log/tensorboard")
 
 
+def test_tensorboard_has_the_settings_and_the_pictures_of_each_epoch_once(run):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+
+    run("--tensorboard", "--plot", "--max-epoch", "1", "--eval-freq", "2", "--lr-model", "0.125")
+    assert run("--resume", "--max-epoch", "2", base=False)[0] == 0
+    events = EventAccumulator("log/tensorboard", size_guidance=dict(images=0))
+    events.Reload()
+    for tag, epochs in (("train features", [1, 2]), ("test features", [1, 2])):
+        assert [event.step for event in events.Images(tag)] == epochs
+        assert [event.encoded_image_string for event in events.Images(tag)] == [
+            Path("log", tag.split()[0], f"epoch_{epoch}.png").read_bytes() for epoch in epochs]  # fmt: skip
+    started = events.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
+    settings = HParamsPluginData.FromString(started).session_start_info.hparams
+    assert settings["lr_model"].number_value == 0.125 and settings["dataset"].string_value == "folder"
+
+
 def test_tensorboard_has_the_earlier_epochs_of_a_run_that_goes_on_elsewhere_or_asks_for_it_late(run):
     pytest.importorskip("tensorboard")
     run("--tensorboard", "--max-epoch", "2", "--save-dir", "whole")

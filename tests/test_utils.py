@@ -63,10 +63,15 @@ def test_a_directory_has_one_run_at_a_time(tmp_path):
 def test_clear_takes_a_runs_files_and_no_others(tmp_path):
     mine = ["log_digits.txt", "log_mnist.txt", "metrics.csv", "args.json", "checkpoint.pt", "train/epoch_12.png",
             "train/epoch_12.npz", "features/epoch_3.npz", "test.gif", "tensorboard/events.out.tfevents.17.host.3.0",
-            ".checkpoint.pt.17.part", "train/.epoch_3.png.4.part", ".log_mnist.txt.5.part"]  # fmt: skip
+            "report.html", "compare.html", "run.json", "test/images.npz", "val/features.npz", "figures/curves.pdf",
+            "figures/train_epoch_1_20.svg", "figures/test_tsne_epoch_3.png", "figures/compare.png",
+            "figures/.val_epoch_7.pdf.8.part", ".checkpoint.pt.17.part", "train/.epoch_3.png.4.part",
+            ".log_mnist.txt.5.part"]  # fmt: skip
     others = ["notes.txt", "reference/mnist/metrics.csv", "train/notes.png", "my.gif", "log_notes.txt", "my.part",
               "train/epoch_notes.txt", "train/epoch_12.txt", "train/epoch_012.png", "features/epoch_best.npz",
-              ".my.part", ".my.12.part", "train/.mine.3.part", "tensorboard/events.txt", "log_cifar10.txt"]  # fmt: skip
+              ".my.part", ".my.12.part", "train/.mine.3.part", "tensorboard/events.txt", "log_cifar10.txt",
+              "figures/notes.txt", "figures/train_epoch_best.png", "figures/train_epoch_1_.png", "figures/curves.jpg",
+              "figures/.mine.pdf.3.part", "train/images.npz"]  # fmt: skip
     for name in mine + others:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
@@ -117,4 +122,3 @@ def test_the_lock_ends_with_its_run_though_forked_workers_live_on(tmp_path):
     finally:
         os.kill(worker, signal.SIGKILL)
         os.waitpid(worker, 0)
-
