@@ -162,7 +162,10 @@ def draw_curve(directories: list[Path], path: Path) -> None:
     from matplotlib.ticker import LogLocator
 
     series = {}  # by title, by the other flags
-    for run in map(read, directories):
+    runs = [run for run in map(read, directories) if run["evaluation"]]
+    if not runs:
+        raise RunError("--curve needs runs with --verify, got none")
+    for run in runs:
         others = re.sub(r" --feat-dim \S+", "", without_weight(run))
         series.setdefault(run["title"], {}).setdefault(others, []).append(run)
     series = {title: max(by_flags.values(), key=len) for title, by_flags in sorted(series.items(), reverse=True)}
