@@ -86,6 +86,7 @@ def _read(directory: Path) -> dict:
     evaluation = json.loads(path.read_text()) if path.exists() else {}
     return dict(
         args=args,
+        title=directory.name.partition("-d")[0],
         evaluation=evaluation if evaluation.get("epoch") == last["epoch"] else {},
         flags=flags(args),
         device="GPU" if "Currently using GPU" in log else "CPU",
@@ -154,21 +155,25 @@ def table(directories: list[Path]) -> str:
 def draw_curve(directories: list[Path], path: Path) -> None:
     """Draws what --verify has measured over λ · D: mean and standard deviation over the seeds, a row a data set.
 
-    Of a data set's runs those are drawn that differ from each other in λ, D and seed alone.
+    A run's directory is named <title of its row>-d<D>-…; of a row's runs those are drawn that differ from each other in
+    λ, D and seed alone.
     """
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator
 
-    series = {}  # by data set, by the other flags
-    for run in map(read, directories):
+    series = {}  # by title, by the other flags
+    runs = [run for run in map(read, directories) if run["evaluation"]]
+    if not runs:
+        raise RunError("--curve needs runs with --verify, got none")
+    for run in runs:
         others = re.sub(r" --feat-dim \S+", "", without_weight(run))
-        series.setdefault(run["args"]["dataset"], {}).setdefault(others, []).append(run)
-    series = {dataset: max(by_flags.values(), key=len) for dataset, by_flags in sorted(series.items(), reverse=True)}
+        series.setdefault(run["title"], {}).setdefault(others, []).append(run)
+    series = {title: max(by_flags.values(), key=len) for title, by_flags in sorted(series.items(), reverse=True)}
     dims = sorted({run["args"]["feat_dim"] for runs in series.values() for run in runs})
     figure = Figure(figsize=(12, 0.6 + 2.6 * len(series)), dpi=110, layout="constrained")
     grid, legend = figure.subplots(len(series), len(PANELS), squeeze=False, sharex=True), {}
-    for (dataset, runs), row in zip(series.items(), grid, strict=True):
-        for axes, (title, column) in zip(row, PANELS.items(), strict=True):
+    for (title, runs), row in zip(series.items(), grid, strict=True):
+        for axes, (name, column) in zip(row, PANELS.items(), strict=True):
             for number, dim in enumerate(dims):
                 by_weight = {}
                 for run in runs:
@@ -176,7 +181,7 @@ def draw_curve(directories: list[Path], path: Path) -> None:
                     if run["args"]["feat_dim"] == dim and math.isfinite(value):
                         by_weight.setdefault(run["args"]["weight_cent"] * dim, []).append(value)
                 draw_line(axes, by_weight, f"D = {dim}", f"C{number}", "os^v"[number % 4])
-            axes.set(xscale="log", ylabel=title)
+            axes.set(xscale="log", ylabel=name)
             axes.grid(color="0.92")
             axes.xaxis.set_major_formatter("{x:g}")
             if column == "EER, %":
@@ -185,7 +190,7 @@ def draw_curve(directories: list[Path], path: Path) -> None:
                 axes.yaxis.set_major_formatter("{x:g}")
                 axes.yaxis.set_minor_formatter("")
             legend |= {label: mark for mark, label in zip(*axes.get_legend_handles_labels(), strict=True)}
-        row[0].set_title(dataset, loc="left", fontsize=11)
+        row[0].set_title(title, loc="left", fontsize=11)
     for axes in grid[-1]:
         axes.set_xlabel("λ · D")
     figure.legend(legend.values(), legend.keys(), loc="outside lower center", ncols=6, fontsize=9, frameon=False)

@@ -101,6 +101,8 @@ def test_the_curve_shows_means_and_deviations_over_lambda_times_d(verified_runs,
     assert list(alone.get_ydata()) == [8, 8] and line.get_xydata().tolist() == [[0.1, 4], [1, 2]]
     shade = axes.collections[0].get_paths()[0].vertices
     assert (shade[:, 1].min(), shade[:, 1].max()) == pytest.approx((2, 4 + 2**0.5))
+    with pytest.raises(results.RunError, match="--verify"):
+        results.draw_curve([make_run(tmp_path / "other", 1, [99], "0:01:00")], tmp_path / "curve.png")
     results.draw_curve(verified_runs, tmp_path / "curve.png")
     assert (tmp_path / "curve.png").stat().st_size > 10_000
 
