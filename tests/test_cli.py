@@ -145,7 +145,7 @@ def test_a_save_dir_that_may_not_be_written_is_one_line(run, monkeypatch):
 
 @pytest.mark.parametrize("allocate", [lambda *_: torch.empty(10**15), lambda *_: bytearray(10**17)])
 def test_running_out_of_memory_is_told_in_a_line(allocate, run, monkeypatch):
-    monkeypatch.setattr(main, "build", allocate)
+    monkeypatch.setattr(main, "Experiment", allocate)
     status, _, err = run()
     assert status == 1 and err.startswith("main.py: error: out of memory") and err.count("\n") == 1
 
