@@ -74,7 +74,7 @@ RECIPES["images"] = dict(
     schedule="onecycle",
     max_epoch=16,
     eval_freq=1,
-    amp=True,
+    amp="auto",
 )
 
 # From parameter groups and the flags' values.
