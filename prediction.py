@@ -18,10 +18,11 @@ from torch import Tensor
 import datasets
 import models
 import utils
+from center_loss import pairwise
 
 
 class Trained:
-    """A trained network in evaluation mode; called with image files, gives their features and logits."""
+    """A trained network in evaluation mode; called with image files, it returns their features and logits."""
 
     def __init__(self, checkpoint: dict, device: str | torch.device = "cpu"):
         args, data = checkpoint["args"], checkpoint["data"]
@@ -36,7 +37,7 @@ class Trained:
         self.normalise = datasets.Normalise(*datasets.moments(spec, scaling, data["in_channels"]), self.device)
 
     def read(self, paths: Sequence[str | Path]) -> Tensor:
-        """The images as the network takes them, (N, C, H, W): in its channels, and resized and cropped to its size."""
+        """The network's input (N, C, H, W): images in its channels, resized and cropped to its size, normalised."""
         load, square = datasets.ReadImage(self.mode), datasets.square(self.size)
         with ThreadPoolExecutor() as pool:
             images = torch.stack(list(pool.map(lambda path: square(load(str(path))), paths)))
@@ -50,7 +51,7 @@ class Trained:
 
 
 def load(path: str | Path, device: str | torch.device = "cpu") -> Trained:
-    """The network of a checkpoint, which needs no data set. Raises RunError where it is not a whole one of ours."""
+    """The network of a checkpoint, which needs no data set. Raises RunError if it is damaged or not one of main.py."""
     checkpoint = utils.load_checkpoint(path)
     if not {"in_channels", "image_size"} <= checkpoint["data"].keys():
         raise utils.RunError(f"the checkpoint {path} lacks the shape of its images, which a resumed run adds")
@@ -101,9 +102,8 @@ def predictions(network: Trained, paths: Sequence[str], batch_size: int) -> Iter
         batch = paths[start : start + batch_size]
         features, logits = network(batch)
         probabilities, classes = logits.softmax(1).max(1)
-        distances, nearest = torch.cdist(features, network.centers).min(1)
-        for path, *values in zip(batch, *(each.tolist() for each in (classes, probabilities, nearest, distances)),
-                                 strict=True):  # fmt: skip
-            label, probability, center, distance = values
+        distances, nearest = pairwise(features, network.centers, "euclidean").min(1)
+        values = (each.tolist() for each in (classes, probabilities, nearest, distances))
+        for path, label, probability, center, distance in zip(batch, *values, strict=True):
             yield {"path": path, "class": network.classes[label], "probability": round(probability, 6),
                    "nearest_center": network.classes[center], "distance": round(distance, 6)}  # fmt: skip

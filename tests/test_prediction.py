@@ -127,6 +127,20 @@ def test_predictions_are_those_of_each_image_by_itself(trained, pictures, tmp_pa
     assert f"Probability below 0.5: {sum(float(row['probability']) < 0.5 for row in found)}" in out
 
 
+def test_the_distance_is_exact_in_a_large_batch():
+    """Where |x|² + |c|² - 2xc, to which torch.cdist goes over at 26 rows, would lose a small distance."""
+
+    class Network:
+        centers, classes = torch.tensor([[60.0, 80.0], [-50.0, 0.0]]), ["ant", "bee"]
+
+        def __call__(self, paths):
+            offsets = 0.01 * torch.tensor([[float(path)] * 2 for path in paths])
+            return self.centers[:1] + offsets, torch.zeros(len(paths), 2)
+
+    found = [row["distance"] for row in prediction.predictions(Network(), list(map(str, range(64))), 64)]
+    assert found == pytest.approx([0.01 * 2**0.5 * number for number in range(64)], abs=1e-4)
+
+
 def test_what_cannot_be_predicted_is_one_line(trained, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     (tmp_path / "broken.png").write_bytes(b"no image")
