@@ -22,7 +22,7 @@ def _squared(offsets: Tensor) -> Tensor:
 
 def _euclidean(offsets: Tensor) -> Tensor:
     squares = _squared(offsets)
-    # The slope of the root is infinite at 0; 1 stands in there to keep all derivatives 0.
+    # The slope of the root is infinite at 0; 1 in its place keeps all derivatives 0.
     on_center = squares == 0
     return squares.masked_fill(on_center, 1).sqrt().masked_fill(on_center, 0)
 
@@ -166,7 +166,7 @@ class CenterLoss(nn.Module):
         self.centers.grad.mul_(lr_ratio / alpha)
 
     def _prepare(self, features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Return the checked batch of all ranks and what of it is kept (B,); a label that is ignored becomes 0."""
+        """Return the checked batch of all ranks and which samples are kept (B,); ignored labels become 0."""
         features = self._check_features(features)
         labels = self._check_labels(labels, features)
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
@@ -194,7 +194,7 @@ class CenterLoss(nn.Module):
         return loss
 
     def _offsets(self, features: Tensor, centers: Tensor, kept: Tensor | None) -> Tensor:
-        """Return what of x - c (B, D) is beyond the radius, 0 for samples that are not kept."""
+        """Return the part of x - c (B, D) beyond the radius; 0 for samples that are not kept."""
         # Subtract, then square: |x|^2 + |c|^2 - 2xc would cancel where features are near their centers.
         offsets = features - centers
         if kept is not None:
@@ -232,7 +232,7 @@ class CenterLoss(nn.Module):
             try:
                 known = labels if self.ignore_index is None else labels[labels != self.ignore_index]
                 low, high = map(int, known.aminmax()) if known.numel() else (0, 0)
-            except RuntimeError:  # under vmap labels show no values; the lookup refuses wrong ones
+            except RuntimeError:  # vmap hides the labels' values; the lookup refuses wrong ones
                 low = high = 0
             if low < 0 or high >= self.num_classes:
                 raise ValueError(f"labels must be in [0, {self.num_classes}), got {low if low < 0 else high}")
@@ -249,7 +249,7 @@ def pairwise(features: Tensor, centers: Tensor, distance: str = "squared", block
     parts = centers.split(max(1, block // max(1, features.numel())))
     if len(parts) == 1:
         return distances(features, centers)
-    # A checkpoint computes the offsets (B, C, D) again in backward() in place of keeping them.
+    # A checkpoint computes the offsets (B, C, D) again in backward() instead of keeping them.
     return torch.cat([checkpoint(distances, features, part, use_reentrant=False) for part in parts], 1)
 
 

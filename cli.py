@@ -1,4 +1,4 @@
-"""The command line: its flags, their checks, and what ends a run with which exit status."""
+"""The command line: flags, their checks, and exit statuses."""
 
 import argparse
 import contextlib
@@ -24,7 +24,7 @@ TINY = 1e-30  # with smaller factors, 1/λ or the gradients would leave the rang
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose errors are one line, without the usage.
 
-    `free` names the flags that a resumed run may have otherwise than its checkpoint.
+    `free`: names of the flags that a resumed run may change.
     """
 
     def __init__(self, **options):
@@ -32,7 +32,7 @@ class Parser(argparse.ArgumentParser):
         self.free = set()
 
     def group(self, title: str) -> Callable[..., None]:
-        """A group of flags; the function that is returned adds one, with its default in its help."""
+        """A new group of flags: returns a function that adds a flag, with its default in the help."""
         section = self.add_argument_group(title)
 
         def add(*names: str, help: str, free: bool = False, **options) -> None:
@@ -102,17 +102,17 @@ def build_parser(description: str = "") -> Parser:
 
     add = parser.group("data")
     add("-d", "--dataset", choices=sorted(datasets.SPECS), default="mnist", help="data set; for folder, "
-        "cifar10 and cifar100 take --recipe images")
+        "cifar10 and cifar100 use --recipe images")
     add("--data-root", default="data", free=True, help="directory of the data sets, downloaded to it on first use; for "
         "--dataset folder the directory that holds train/<class>/* and test/<class>/*")
-    add("--val-share", type=number(float, 0, 1), default=0.0, help="share of each class's training images to choose "
-        "the best epoch by, which alone is tested then; 0: each test is of the latest epoch")
-    add("--augment", **switch, help="mirror (but for digits) and shift the training images at random")
+    add("--val-share", type=number(float, 0, 1), default=0.0, help="share of each class's training images that "
+        "chooses the best epoch, the only one that is tested then; 0: none")
+    add("--augment", **switch, help="shift the training images at random and, except for digits, mirror them")
     add("--image-size", type=number(int, 8, 1024), default=32, help="pixels per side, for --dataset folder")
     add("--scaling", choices=sorted(datasets.SCALINGS), default="standard", help="of pixels p: standard, by mean and "
         "deviation of the data set (0.5 and 0.5 for folder); symmetric, (p - 127.5) / 128; unit, p / 255")
     add("--unseen", nargs="+", default=[], metavar="CLASS", help="names or numbers of classes to leave out of the "
-        "training; tests are then of the others, and an evaluation tells how well the network finds these unknown")
+        "training and the test; --verify and --evaluate measure how well the network recognises them as unknown")
     add("--batch-size", type=number(int, 1, 10**9), default=128, help="images per step, over all ranks")
     add("-j", "--workers", type=number(int, 0), default=0, free=True, help="worker processes that read images; 0: "
         "none, all images are kept on the device")
@@ -136,9 +136,9 @@ def build_parser(description: str = "") -> Parser:
         help="what the centers follow: the gradient of the loss, the paper's Eq. 4, or the means of their classes")
 
     add = parser.group("optimization")
-    add("--optimizer", choices=sorted(OPTIMIZERS), default="sgd", help="of the network; the centers have SGD")
-    add("--lr-model", type=number(float, TINY), default=0.001, help="learning rate of the network; for onecycle its "
-        "peak")
+    add("--optimizer", choices=sorted(OPTIMIZERS), default="sgd", help="of the network; the centers use SGD")
+    add("--lr-model", type=number(float, TINY), default=0.001, help="learning rate of the network; its peak for "
+        "onecycle")
     add("--lr-cent", type=number(float, 0), default=0.5, help="α, learning rate of the centers")
     add("--momentum", type=number(float, 0, 1), default=0.9, help="of the network's SGD")
     add("--momentum-cent", type=number(float, 0, 1), default=0.0, help="of the centers' SGD")
@@ -162,17 +162,17 @@ def build_parser(description: str = "") -> Parser:
     add("--save-features", **switch, free=True, help="write the features of each epoch to features/epoch_<N>.npz")
     add("--tensorboard", **switch, free=True, help="write settings, metrics and --plot's pictures for TensorBoard")
     add("--resume", nargs="?", const="", metavar="CHECKPOINT", free=True,
-        help="go on from a checkpoint, or from the one in --save-dir, with that run's flags")
+        help="continue from a checkpoint, by default the one in --save-dir, with the flags of its run")
     add("--evaluate", metavar="CHECKPOINT", free=True, help="test the network of a checkpoint, without training, and "
         "write evaluation.json; with --plot also confusion.png and roc.png, with --save-features features/test.npz")
-    add("--predict", nargs="+", metavar="PATH", free=True, help="with --evaluate, in place of the test: write "
+    add("--predict", nargs="+", metavar="PATH", free=True, help="with --evaluate, instead of the test: write "
         "predictions.csv for these images and all images in these directories")
 
     add = parser.group("machine")
     add("--gpu", type=gpu_index, default="0", free=True, help="index of the GPU; without a GPU, the CPU is used")
     add("--use-cpu", **switch, free=True, help="use the CPU")
-    add("--amp", **switch, help="run the convolutions in bfloat16; auto: where the hardware multiplies it")
-    add("--cuda-graph", **switch | dict(default=True), free=True, help="launch a training step on the GPU in one go")
+    add("--amp", **switch, help="run the convolutions in bfloat16; auto: if the hardware supports it")
+    add("--cuda-graph", **switch | dict(default=True), free=True, help="run steps on a single GPU as a CUDA graph")
     add("--compile", **switch, help="compile the network")
     add("--deterministic", action="store_true", help="the same metrics each time on the same GPU; slower")
     return parser
@@ -184,7 +184,7 @@ def parse_args(argv: list[str] | None = None, description: str = "") -> argparse
     parser, local = build_parser(description), Ranks.of_environment().local
     if local is not None:
         parser.set_defaults(gpu=None)
-    parser.set_defaults(**RECIPES.get(_recipe(argv), {}))  # before -h is met, which shows them
+    parser.set_defaults(**RECIPES.get(_recipe(argv), {}))  # before argparse handles -h, which shows them
     args = parser.parse_args(argv, argparse.Namespace(max_epoch=None))  # None where it is not given
     if args.evaluate == "":
         parser.error("--evaluate must be the path of a checkpoint, got an empty one")
@@ -231,7 +231,7 @@ def _recipe(argv: list[str] | None) -> str | None:
 
 
 def _with_checkpoint(parser: Parser, argv: list[str] | None, given: argparse.Namespace) -> argparse.Namespace:
-    """The flags of a run to resume or evaluate: those of its checkpoint, of which only some may be given otherwise."""
+    """The flags of a run to resume or evaluate: those of its checkpoint, of which only `free` ones may differ."""
     path = given.evaluate or given.resume or os.path.join(given.save_dir, "checkpoint.pt")
     saved = utils.load_checkpoint(path)["args"]
     if missing := {"recipe", "dataset", "model", "feat_dim"} - saved.keys():
@@ -252,7 +252,7 @@ def _with_checkpoint(parser: Parser, argv: list[str] | None, given: argparse.Nam
 
 
 def check_finite(values: dict[str, float], epoch: int, args: argparse.Namespace) -> None:
-    """Raises Diverged, with the flags to change, where one of the values is no longer finite."""
+    """Raises Diverged, with the flags to change, if one of the values is no longer finite."""
     if broken := [name for name, value in values.items() if not math.isfinite(value)]:
         advice = "lower --lr-model"
         if args.weight_cent:
@@ -265,7 +265,7 @@ def check_finite(values: dict[str, float], epoch: int, args: argparse.Namespace)
 
 
 def run(main: Callable[[argparse.Namespace], None], argv: list[str] | None = None, description: str = "") -> int:
-    """Parses the flags, runs `main` with them, and says in one line what ended it; returns the exit status."""
+    """Parses the flags and runs `main`; prints one line on what ended it early; returns the exit status."""
     kept = "the files in --save-dir are those of the last whole epoch"
     ranks = Ranks.of_environment()
     _open_closed_streams()
@@ -277,7 +277,7 @@ def run(main: Callable[[argparse.Namespace], None], argv: list[str] | None = Non
             main(args)
         return 0
     except utils.Stopped as stop:
-        status, message = stop.status, str(stop)  # with the exception, frames and so workers would live on
+        status, message = stop.status, str(stop)  # keeping the exception would keep the workers alive
     except KeyboardInterrupt:
         status, message = 130, f"interrupted; {kept}"
     except utils.RunError as error:

@@ -1,4 +1,4 @@
-"""Data sets: `create(...)` gives the batches of both splits, the class names and the image shape.
+"""Data sets: `create(...)` returns the batches of each split, the class names and the image shape.
 
 With `workers=0` a whole data set is kept on the device as uint8, and a batch is an index into it; with `workers=N` the
 torchvision data set is read by N processes, which live as long as the run. Either way a batch is normalised on the
@@ -36,10 +36,10 @@ class DatasetError(Exception):
 class Spec:
     """How a data set is opened, and the mean and std of its pixels in [0, 1].
 
-    `open` takes the root and an image size, which only sets without a size of their own heed, and returns the training
-    and the test split: data sets of (uint8 image (C, H, W), label), with `targets` (all labels) and `classes` (names).
-    `flip`: a mirrored image is of the same class. `open_test` takes a trained network's classes and channels as well,
-    and returns the test split of a root without training images.
+    `open` takes the root and an image size, for data sets that have none of their own, and returns the training and the
+    test split: data sets of (uint8 image (C, H, W), label), with `targets` (all labels) and `classes` (names).
+    `flip`: a mirrored image is of the same class. `open_test` also takes a trained network's classes and channels, and
+    returns the test split of a root without training images.
     """
 
     open: Callable[[Path, int], tuple[Dataset, Dataset]]
@@ -68,7 +68,7 @@ class Data(NamedTuple):
     val: "Batches | None" = None
 
     def facts(self) -> dict:
-        """What a checkpoint keeps of the data, for those who go on with it."""
+        """What a checkpoint keeps of the data."""
         return dict(classes=self.classes, images=self.train.rows.size, in_channels=self.in_channels,
                     image_size=self.image_size)  # fmt: skip
 
@@ -190,18 +190,16 @@ SPECS = {
 }
 
 # How pixels p in [0, 255] become network input: the mean to subtract from p / 255 and the std to divide by.
-SCALINGS: dict[str, Callable[[Spec], tuple[tuple[float, ...], tuple[float, ...]]]] = {
+Moments = tuple[tuple[float, ...], tuple[float, ...]]
+SCALINGS: dict[str, Callable[[Spec], Moments]] = {
     "standard": lambda spec: (spec.mean, spec.std),
     "symmetric": lambda spec: ((127.5 / 255,), (128 / 255,)),  # (p - 127.5) / 128
     "unit": lambda spec: ((0.0,), (1.0,)),  # p / 255
 }
 
 
-Moments = tuple[tuple[float, ...], tuple[float, ...]]
-
-
 def moments(spec: Spec, scaling: str | Moments, in_channels: int) -> Moments:
-    """The mean and the std of a scaling, which may be given as these; of grey images the average over the channels."""
+    """The mean and std of a scaling, given by name or as they are; for grey images averaged over the channels."""
     values = SCALINGS[scaling](spec) if isinstance(scaling, str) else scaling
     return tuple((sum(each) / len(each),) if in_channels == 1 else each for each in values)
 
@@ -218,10 +216,10 @@ class Normalise:
 
 
 class Augment:
-    """Mirrors and shifts the images of a batch, each of them by random: uint8 (B, C, H, W) to the same, channels last.
+    """Mirrors and shifts each image of a batch at random: uint8 (B, C, H, W) to the same, channels last.
 
-    A shift is of up to an eighth of the side in either direction; what it uncovers mirrors what is beside it. The draws
-    are those of the whole batch, from a CPU generator of their own: equal on every device, over ranks, and resumed.
+    A shift is of up to an eighth of the side in either direction, with reflection at the border. The numbers are drawn
+    for the whole batch from a CPU generator of their own: the same on any device, over ranks, and after a resume.
     """
 
     def __init__(self, seed: int, flip: bool, ranks: Ranks = Ranks()):  # noqa: B008  (immutable)
@@ -250,7 +248,7 @@ class Augment:
 
 
 class BatchRows:
-    """The row numbers of each batch, if shuffled in a DataLoader's order; of each batch this rank's share."""
+    """This rank's row numbers of each batch; shuffled ones are in a DataLoader's order."""
 
     def __init__(self, size: int, batch_size: int, shuffle: bool, device: str | torch.device, ranks: Ranks):
         self.size, self.batch_size, self.shuffle, self.device, self.ranks = size, batch_size, shuffle, device, ranks
@@ -262,9 +260,9 @@ class BatchRows:
         return self.after(0)
 
     def after(self, done: int, last: int | None = None) -> Iterator[torch.Tensor]:
-        """A pass until batch `last` without its first `done`."""
+        """The batches of a pass from `done` up to `last`."""
         rows = torch.arange(self.size)
-        if self.shuffle:  # testing draws nothing: how often one tests changes nothing in the training
+        if self.shuffle:  # tests draw nothing, so that --eval-freq does not change the training
             torch.empty((), dtype=torch.int64).random_()  # a DataLoader's seed for its workers
             seed = torch.empty((), dtype=torch.int64).random_().item()
             rows = torch.randperm(self.size, generator=torch.Generator().manual_seed(seed))
@@ -290,8 +288,10 @@ class Batches:
         return self.after(0)
 
     def after(self, done: int, last: int | None = None) -> Iterator[Batch]:
-        """A pass until batch `last` without its first `done`: the rest of an interrupted one, from the same random
-        state. Where nothing is left of it, that state still moves on as in a whole one."""
+        """The batches of a pass from `done` up to `last`: the rest of an interrupted pass, from its random state.
+
+        That state moves on as in a whole pass, even if no batch is left.
+        """
         size, batch_size = self.rows.size, self.rows.batch_size
         for number, (images, labels) in enumerate(self.load(self.rows.after(done, last)), done):
             images, labels = images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
@@ -319,9 +319,9 @@ def in_memory(split: Dataset, shape: tuple[int, int, int], device: str | torch.d
 def by_workers(splits: Sequence[Dataset], workers: int, shape: tuple[int, int, int], pin: bool) -> list[Load]:
     """Load batches of each split, by worker processes that live as long as the run and read all.
 
-    They are forked here, where the main process has no threads yet, beside which a fork may hang.
+    They are forked here, before the main process has threads, with which a fork may hang.
     """
-    batches = []  # of the pass that begins next
+    batches = []  # of the next pass
     loader = DataLoader(
         ConcatDataset(splits), batch_sampler=batches, num_workers=workers, persistent_workers=True, pin_memory=pin,
         collate_fn=Collate(shape), worker_init_fn=_start_worker, generator=torch.Generator(),
@@ -332,7 +332,7 @@ def by_workers(splits: Sequence[Dataset], workers: int, shape: tuple[int, int, i
         batches[:] = [(first + each).tolist() for each in rows]  # sending a tensor would start a thread
         try:
             yield from loader
-        except DatasetError as error:  # a frame in torch refers to it, and its traceback to that one and the workers
+        except DatasetError as error:  # its traceback refers to torch's frames and so keeps the workers
             raise error.with_traceback(None) from None
 
     firsts = itertools.accumulate(map(len, splits[:-1]), initial=0)
@@ -358,10 +358,9 @@ def create(
     """Opens data set `name` below `root`, downloading it where torchvision can.
 
     `image_size` is for data sets without a size of their own: "folder". `scaling` is in SCALINGS, or the mean and std.
-    `unseen` are the names or numbers of classes to leave out of `train` and `test`; the test images of these are
-    `unknown`. `augment` changes the training images at random. `val_share` of each class's training images, drawn by
-    `seed`, become `val`. `trained` are the facts() of a network to be tested, for which the training images may be
-    missing.
+    `unseen` are the names or numbers of classes to leave out of `train` and `test`; their test images are `unknown`.
+    `augment` changes the training images at random. `val_share` of each class's training images, drawn by `seed`,
+    become `val`. `trained` are the facts() of a network to be tested, whose training images may be missing.
     Raises DatasetError where the data are missing, broken or too large for the device, or too few classes are left.
     """
     spec, root = SPECS[name], Path(root)
@@ -394,13 +393,17 @@ def create(
         batches[name].paths = [path for path, _ in getattr(split, "samples", [])]
     if augment:
         batches["train"].augment = Augment(seed, spec.flip, ranks)
-    names = [list(splits[name].classes) if name in splits else [] for name in ("train", "unknown")]
-    return Data(batches["train"], batches["test"], batches.get("unknown"), *names, shape[0], shape[1],
-                batches.get("val"))  # fmt: skip
+    return Data(
+        **{name: batches.get(name) for name in ("train", "test", "unknown", "val")},
+        classes=list(splits["train"].classes),
+        unseen=list(splits["unknown"].classes) if unseen else [],
+        in_channels=shape[0],
+        image_size=shape[1],
+    )
 
 
 class Rows(Dataset):
-    """Some rows of a data set, with the targets and classes given, and all else that `create` reads of one."""
+    """Some rows of a data set, with other targets and classes, and with all else that `create` reads."""
 
     def __init__(self, split: Dataset, rows: torch.Tensor, targets: torch.Tensor, classes: Sequence[str]):
         self.split, self.rows, self.targets, self.classes = split, rows.tolist(), targets, classes
@@ -426,7 +429,7 @@ def of_classes(split: Dataset, numbers: list[int], first_label: int = 0) -> Rows
 
 
 def split_off(split: Dataset, share: float, seed: int) -> tuple[Rows, Rows]:
-    """The data set without a share of each class, at least one image, drawn by `seed`; and that share."""
+    """Splits off a share of each class, at least one image, drawn by `seed`; returns the rest and the share."""
     labels, generator = torch.as_tensor(split.targets), torch.Generator().manual_seed(seed)
     drawn = torch.zeros(len(labels), dtype=torch.bool)
     for label, name in enumerate(split.classes):
@@ -454,7 +457,7 @@ def _divide(classes: Sequence[str], unseen: Sequence[str]) -> tuple[list[int], l
 
 
 class Collate:
-    """Items to a batch, which may be empty for some rank; a class, so that spawned workers can load it."""
+    """Joins items to a batch, which is empty for some ranks; a class, so that spawned workers can load it."""
 
     def __init__(self, shape: tuple[int, ...]):
         self.empty = torch.empty(0, *shape, dtype=torch.uint8), torch.empty(0, dtype=torch.int64)
@@ -534,7 +537,7 @@ def _opened(path: str):
 
 
 def _remove_empty(download: Path, created: list[Path]) -> None:
-    """Takes away the directories that a failed download has made."""
+    """Removes the empty directories of a failed download."""
     for path in (download / "raw", download, *created):
         with contextlib.suppress(OSError):
             path.rmdir()
@@ -591,7 +594,7 @@ def _check_memory(needed: int, device: torch.device) -> None:
 
 
 def _free_memory(device: torch.device) -> float:
-    """Bytes, as far as the system tells."""
+    """In bytes; infinite if the system does not tell."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     with contextlib.suppress(OSError, KeyError):

@@ -1,7 +1,7 @@
-"""What is measured of a trained network beyond its accuracy, and the files that hold it.
+"""Metrics of a trained network beyond its accuracy, and their files; the best epoch by validation.
 
-Verification: do two images show the same class? The distance of their features decides. And how well do distances and
-probabilities tell images of unknown classes from those of the trained ones?
+Verification: does the distance of two images' features tell whether they are of the same class? Unknown classes: how
+well do distances and probabilities tell images of classes that were left out of the training from the others?
 """
 
 import copy
@@ -17,35 +17,36 @@ from torch import Tensor, nn
 
 import plots
 import utils
+from center_loss import pairwise
 from datasets import Data
 
 MAX_IMAGES = 20_000  # whose pairs, 200 million, take 0.8 GB
-BLOCK = 4_000_000  # distances that are computed at once
-FARS = [10 ** (exponent / 50) for exponent in range(-300, 1)]  # of a curve
+BLOCK = 4_000_000  # distances computed at once
+FARS = [10 ** (exponent / 50) for exponent in range(-300, 1)]  # false accept rates of a curve
 
-# What is done to features before their Euclidean distance is taken: that of normalised ones ranks as the cosine does.
+# Applied to features before Euclidean distances are taken; those of normalised features rank as the cosine does.
 DISTANCES = {"l2": lambda features: features - features.mean(0), "cosine": F.normalize}
 LONG_NAMES = {"l2": "L2 distance", "cosine": "cosine"}
 
 
 class Roc:
-    """Two sorted arrays of distances, told apart by a threshold: what is at most as far is accepted.
+    """ROC metrics of two sorted arrays of distances: a threshold accepts the distances up to it.
 
-    Exact, ties included, and without the arrays of a whole ROC curve.
+    Exact, ties included, and without the arrays of a whole curve.
     """
 
     def __init__(self, genuine: np.ndarray, impostor: np.ndarray):
         self.genuine, self.impostor = genuine, impostor
 
     def auc(self) -> float:
-        """Area under the curve: the share of (genuine, impostor) in which the genuine one is nearer; equal: half."""
+        """Area under the curve: the share of (genuine, impostor) whose genuine distance is smaller; ties count half."""
         below = 0
         for some in np.array_split(self.genuine, max(len(self.genuine) // BLOCK, 1)):
             below += sum(int(np.searchsorted(self.impostor, some, side).sum()) for side in ("left", "right"))
         return 1 - below / (2 * len(self.genuine) * len(self.impostor))
 
     def tpr(self, far: float) -> float:
-        """The largest share of genuine ones accepted while at most the share `far` of impostors is."""
+        """True positive rate: the largest share of genuine distances accepted with at most `far` of the impostors."""
         accepted = math.floor(far * len(self.impostor) + 1e-9)
         if accepted >= len(self.impostor):
             return 1.0
@@ -68,7 +69,7 @@ class Roc:
 
 
 def compare(features: Tensor, labels: Tensor) -> tuple[Roc, float]:
-    """The distances of all pairs of features (N, D), and recall@1: the share whose nearest other has their label."""
+    """The distances of all pairs of features (N, D), and recall@1: the share whose nearest neighbor has their label."""
     count, each = len(labels), labels.bincount()
     same = int((each * (each - 1) // 2).sum())
     distances = np.empty(same, np.float32), np.empty(math.comb(count, 2) - same, np.float32)
@@ -76,8 +77,8 @@ def compare(features: Tensor, labels: Tensor) -> tuple[Roc, float]:
     for start in range(0, count, step := max(BLOCK // count, 1)):
         rows = slice(start, start + step)
         sums = norms[rows, None] + norms
-        squares = torch.addmm(sums, features[rows], features.T, alpha=-2)  # in float64, which has digits enough
-        squares[squares < 1e-14 * sums] = 0  # closer than the network's float32 resolves
+        squares = torch.addmm(sums, features[rows], features.T, alpha=-2)  # accurate enough in float64
+        squares[squares < 1e-14 * sums] = 0  # closer than the float32 of the network resolves
         squares[:, rows].fill_diagonal_(torch.inf)
         equal = labels[rows, None] == labels
         hits += int(equal.gather(1, squares.argmin(1, keepdim=True)).sum())
@@ -95,8 +96,8 @@ def verification(features: Tensor, labels: Tensor) -> tuple[dict, dict[str, list
     """How well distances tell pairs of one class from pairs of two, over all pairs of features (N, D).
 
     Returns, for each of DISTANCES, eer, tpr_at_far_1e-3 and recall_at_1 in % and auc in [0, 1]; and the curves, the TPR
-    at each of FARS. Of more than MAX_IMAGES as many are drawn, always the same. Where there are no pairs to tell apart,
-    it returns the reason, as "missing", and no curves.
+    at each of FARS. Of more than MAX_IMAGES images a fixed sample is taken. Without pairs to compare, it returns the
+    reason, as "missing", and no curves.
     """
     total = len(labels)
     if total > MAX_IMAGES:
@@ -125,8 +126,7 @@ def open_set(known: dict, unknown: dict, centers: Tensor) -> dict[str, float]:
     """
 
     def distance(split: dict) -> Tensor:
-        exact = "donot_use_mm_for_euclid_dist"
-        return torch.cat([torch.cdist(x, centers, compute_mode=exact).amin(1) for x in split["features"].split(4096)])
+        return torch.cat([pairwise(some, centers).amin(1) for some in split["features"].split(4096)])
 
     def doubt(split: dict) -> Tensor:  # in float64, as float32 would round probabilities near 1 to 1
         return -split["logits"].double().log_softmax(1).amax(1)
@@ -142,8 +142,33 @@ def confusion(labels: Tensor, predictions: Tensor, num_classes: int) -> list[lis
     return torch.bincount(labels * num_classes + predictions, minlength=num_classes**2).view(num_classes, -1).tolist()
 
 
+def confusion_lines(counts: list[list[int]], classes: Sequence[str], width: int = 100) -> list[str]:
+    """The accuracy (%) of each class, and its counts of predictions as each class.
+
+    If these do not fit into `width`, only the three most frequent mistakes of each class.
+    """
+    accuracies = [100 * row[label] / max(sum(row), 1) for label, row in enumerate(counts)]
+    first = max(len("true class"), *map(len, classes))
+    columns = [max(len(name), *(len(str(row[label])) for row in counts)) for label, name in enumerate(classes)]
+    if first + 12 + sum(columns) + 2 * len(columns) <= width:
+        cells = [(name, f"{right:.2f}", row) for name, right, row in zip(classes, accuracies, counts, strict=True)]
+        return [
+            f"{name:{first}}  {right:>10}" + "".join(f"  {cell:>{n}}" for cell, n in zip(row, columns, strict=True))
+            for name, right, row in (("true class", "accuracy %", classes), *cells)
+        ]
+    lines = [f"{'true class':{first}}  {'accuracy %':>10}  most frequent mistakes"]
+    for label, (name, right, row) in enumerate(zip(classes, accuracies, counts, strict=True)):
+        wrong = [(number, other) for other, number in enumerate(row) if number and other != label]
+        wrong.sort(key=lambda each: -each[0])
+        shown = [f"{classes[other]} {number}" for number, other in wrong[:3]]
+        if rest := sum(number for number, _ in wrong[3:]):
+            shown.append(f"others {rest}")
+        lines.append(f"{name:{first}}  {right:10.2f}  {', '.join(shown)}".rstrip())
+    return lines
+
+
 def report(splits: dict[str, dict], centers: Tensor, epoch: int, data: Data, args, log: utils.Log) -> None:
-    """Logs verification, how unknown classes are found and, for --evaluate, the confusion matrix.
+    """Logs verification, detection of unknown classes and, for --evaluate, the confusion matrix.
 
     Writes evaluation.json and, for --plot, roc.png and confusion.png to --save-dir.
     """
@@ -167,7 +192,7 @@ def report(splits: dict[str, dict], centers: Tensor, epoch: int, data: Data, arg
     pictures = {"roc.png": (plots.draw_roc, FARS, curves)} if curves else {}
     if args.evaluate:
         counts = measured["confusion"] = confusion(tested["labels"], tested["predictions"], len(data.classes))
-        log("\n".join(utils.confusion_lines(counts, data.classes)))
+        log("\n".join(confusion_lines(counts, data.classes)))
         title = f"test: accuracy {tested['accuracy']:.2f} %"
         pictures["confusion.png"] = (plots.draw_confusion, np.array(counts), data.classes, title)
     directory.mkdir(parents=True, exist_ok=True)
@@ -181,21 +206,21 @@ def log_verification(what: str, measured: dict, log: utils.Log) -> None:
     drawn = f" of {measured['drawn_from']:,}, drawn with seed 0" if measured["images"] < measured["drawn_from"] else ""
     over = f"({measured['images']:,} images{drawn}; {measured['pairs']:,} pairs)"
     if "missing" in measured:
-        log(f"{what} {over}: not measured, since {measured['missing']}")
-    for name in [name for name in DISTANCES if name in measured]:
+        return log(f"{what} {over}: not measured, since {measured['missing']}")
+    for name in DISTANCES:
         metrics = measured[name]
         log(f"{what} by {LONG_NAMES[name]} {over}: EER (%): {metrics['eer']:.2f}\t AUC: {metrics['auc']:.5f}\t "
             f"TPR (%) at FAR 0.001: {metrics['tpr_at_far_1e-3']:.2f}\t Recall@1 (%): {metrics['recall_at_1']:.2f}")
 
 
 def is_best(validated: dict, history: Sequence[dict], save_dir: str) -> bool:
-    """Whether no earlier epoch has a higher validation accuracy, or the same with a lower cross-entropy.
+    """Whether the validation accuracy is above that of all earlier epochs, or equal with a lower cross-entropy.
 
-    Earlier epochs do not count where their best.pt has not come along with the checkpoint.
+    Earlier epochs do not count if best.pt is missing, as where a checkpoint was moved without it.
     """
-    earlier = [(row["val_accuracy"], -row["val_xent"]) for row in history if row["val_accuracy"] is not None]
     if not Path(save_dir, "best.pt").exists():
         return True
+    earlier = [(row["val_accuracy"], -row["val_xent"]) for row in history if row["val_accuracy"] is not None]
     return (validated["accuracy"], -validated["xent"]) > max(earlier, default=(-1.0, 0.0))
 
 
@@ -207,7 +232,7 @@ def load_best(model: nn.Module, save_dir: str) -> tuple[nn.Module, Tensor, int]:
 
 
 def save_features(save_dir: Path, tested: dict, centers: Tensor, data: Data) -> None:
-    """Writes features/test.npz: what --save-features writes in training, the class names and the images' paths."""
+    """Writes features/test.npz: the test arrays of --save-features, class names and the images' paths."""
     names = dict(classes=np.array(data.classes))
     if data.test.paths:
         names["test_paths"] = np.array(data.test.paths)

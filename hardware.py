@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 
 def choose_device(args: argparse.Namespace, log: Callable[[str], None]) -> torch.device:
-    """The GPU that --gpu names, or the CPU; says which, and sets what --deterministic asks for."""
+    """The GPU that --gpu names, or the CPU; logs which, and applies --deterministic."""
     if args.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
@@ -31,7 +31,7 @@ def choose_device(args: argparse.Namespace, log: Callable[[str], None]) -> torch
 
 
 def multiplies_bfloat16(gpu: int | None) -> bool:
-    """Whether that GPU, or for None the CPU, has instructions that do; without them bfloat16 is slower than float32."""
+    """Whether that GPU, or the CPU for None, has instructions for it; without them bfloat16 is slower than float32."""
     if gpu is not None:
         with torch.cuda.device(gpu):
             return torch.cuda.is_bf16_supported(including_emulation=False)
@@ -47,6 +47,6 @@ def multiplies_bfloat16(gpu: int | None) -> bool:
 
 
 def load_libraries(device: torch.device) -> None:
-    """Has CUDA load its convolutions, which takes a second but no Python: for a thread beside imports."""
-    with contextlib.suppress(RuntimeError), torch.no_grad():  # an error is the main thread's to meet
+    """Loads CUDA's convolutions, which takes a second but not Python's lock: for a thread during imports."""
+    with contextlib.suppress(RuntimeError), torch.no_grad():  # the main thread will meet the same error
         F.conv2d(torch.zeros(8, 1, 8, 8, device=device), torch.zeros(1, 1, 5, 5, device=device))

@@ -1,8 +1,8 @@
 """Trains a small network with softmax and center loss and plots its features (Wen et al., ECCV 2016).
 
 python main.py --gpu 0 --plot                 MNIST, on the GPU where there is one
-python main.py --recipe digits --plot         without a download and a GPU, in a minute or two
-python main.py --resume                       go on where the run in --save-dir stopped
+python main.py --recipe digits --plot         no download, no GPU, a minute or two
+python main.py --resume                       continue the run in --save-dir
 python main.py --evaluate log/checkpoint.pt   test metrics of a trained network
 """
 
@@ -32,7 +32,7 @@ from hardware import choose_device
 from processes import Interrupted, Ranks, StopRequest
 from recipes import SCHEDULES, create_optimizers
 
-# The columns of metrics.csv: of which split they are, and which metric.
+# The columns of metrics.csv: the split and the metric of each.
 TRAIN_COLUMNS = {f"train_{name}": ("train", name) for name in ("loss", "xent", "center", "accuracy")}
 VAL_COLUMNS = {f"val_{name}": ("val", name) for name in ("xent", "accuracy", "nearest_center_accuracy")}
 TEST_COLUMNS = {f"test_{name}": ("test", name) for name in ("xent", "accuracy")}
@@ -73,13 +73,13 @@ def main(args: argparse.Namespace) -> None:
     files = utils.RunFiles(args, run, log, start) if ranks.rank == 0 else utils.NoFiles()
     pictures = plots.Plotter(log) if args.plot and ranks.rank == 0 else None
     with files, pictures or contextlib.nullcontext(), experiment.stop as stop:
-        files.save(run, experiment.modules)  # so that a run that is killed in its first epoch can be resumed as well
+        files.save(run, experiment.modules)  # a run killed in its first epoch can be resumed, too
         while run["epoch"] < epochs and not ranks.any(stop.signal):
             number = run["epoch"] + 1
             log(f"==> Epoch {number}/{epochs}")
             epoch = experiment.train(number, training.Epoch(**run["partial"] or {}))
             centers = experiment.centers(epoch)
-            run |= dict(partial=vars(epoch), centers=centers)  # unless the epoch and its test are completed
+            run |= dict(partial=vars(epoch), centers=centers)  # replaced once epoch and test are complete
             if epoch.batches == experiment.last_batch(number):
                 with contextlib.suppress(Interrupted):
                     splits = dict(train=epoch.results())
@@ -143,7 +143,7 @@ class Experiment:
             self.step = training.captured(self.step, args.batch_size, log)
         schedule = SCHEDULES[args.schedule]
         self.scheduler = schedule.create(optimizers["optimizer_model"], args, len(data.train), self.steps)
-        # What a checkpoint holds the states of.
+        # Their state dicts go into checkpoints.
         self.modules = dict(model=self.model, center_loss=center_loss, scheduler=self.scheduler, **optimizers)
         if data.train.augment:
             self.modules["augment"] = data.train.augment
@@ -157,11 +157,11 @@ class Experiment:
         return min(len(self.data.train), self.steps - (number - 1) * len(self.data.train))
 
     def is_tested(self, number: int) -> bool:
-        """Whether a test follows an epoch: by --eval-freq, or else each tenth, and the last.
+        """Whether a test follows an epoch: the last, and every --eval-freq-th or, without that flag, every tenth.
 
-        Without --eval-freq each, where that chooses the best epoch, or where --plot makes films of it and it takes less
-        than a tenth of the epoch. Images are counted, a training image as three, and not seconds, so that a resumed run
-        tests after the same epochs.
+        Without that flag every epoch is tested if the test chooses the best one, or if --plot makes films and a test
+        takes less than a tenth of an epoch. Images are counted, training images threefold, rather than seconds, so
+        that a resumed run tests after the same epochs.
         """
         every, data = self.args.eval_freq, self.data
         if every is None:
@@ -187,7 +187,7 @@ class Experiment:
         return epoch
 
     def report_step(self, number: int, progress: training.Progress) -> bool:
-        """Logs every --print-freq steps; tells whether a signal asks to stop."""
+        """Logs every --print-freq steps; returns whether a signal asks to stop."""
         batch = progress.epoch.batches
         if batch % self.args.print_freq == 0:
             xent, center, mean_xent, mean_center = progress.losses()
@@ -197,7 +197,7 @@ class Experiment:
         return bool(self.ranks.any(self.stop.signal))
 
     def notice_chance(self, number: int, accuracy: float) -> None:
-        """Says once, after 200 steps but not in epoch 1, that the training has not left chance."""
+        """Logs once, after 200 steps but not in epoch 1, if the training accuracy is still at chance."""
         chance = 100 / len(self.data.classes)
         first = max(2, math.ceil(200 / len(self.data.train)))
         if number == first and accuracy < chance + min(2, chance / 5):
@@ -205,7 +205,7 @@ class Experiment:
                      "images), --init xavier, another --lr-model or a lower --weight-cent may help")  # fmt: skip
 
     def centers(self, epoch: training.Epoch | None = None) -> Tensor:
-        """The centers (C, D) of metrics and pictures: at λ = 0, where they are not trained, an epoch's class means."""
+        """The centers (C, D) for metrics and pictures; at λ = 0, where they are not trained, the class means."""
         centers = self.step.center_loss.centers.detach()
         if epoch and not self.args.weight_cent:
             centers = training.class_means(epoch.kept[0], epoch.kept[1], len(self.data.classes))
@@ -213,10 +213,10 @@ class Experiment:
         return centers
 
     def test(self, model: nn.Module, centers: Tensor, number: int, on: str) -> dict[str, dict]:
-        """Tests a network, as it is after epoch `number`, on the images of "val" or "test", and logs the metrics.
+        """Tests the network of epoch `number` on the images of "val" or "test", and logs the metrics.
 
-        Returns these with features, labels and predictions and, beside "test", those of "unknown" classes, which were
-        left out of the training. Raises Interrupted where a signal asks to stop.
+        Returns them by split, with features, labels and predictions. With "test" come the outputs for "unknown", the
+        test images of classes left out of the training. Raises Interrupted if a signal asks to stop.
         """
         self.log("==> Validation" if on == "val" else "==> Test")
 
@@ -259,7 +259,7 @@ class Experiment:
 
 
 def columns(splits: dict[str, dict], names: dict[str, tuple[str, str]]) -> dict:
-    """Of each column of metrics.csv the value, None where it was not measured."""
+    """The value of each column of metrics.csv, None where it was not measured."""
     return {column: splits.get(split, {}).get(metric) for column, (split, metric) in names.items()}
 
 

@@ -1,6 +1,6 @@
-"""Drawing in background processes: the points of each epoch, films of them, curves, confusion matrices, the page.
+"""Plots, drawn in background processes: features of each epoch, films, curves, confusion matrices, and the page.
 
-python plots.py log/a                     draw what is missing of a run with --plot, and its page, log/a/report.html
+python plots.py log/a                     draw missing pictures of a run with --plot, and log/a/report.html
 python plots.py log/a --format pdf        figures for print, in log/a/figures; --epochs 1 5 30: panels in a row
 python plots.py log/a log/b --compare     runs side by side with the same axes: log/a/compare.html, figures/compare.png
 python plots.py log/a --projection tsne   t-SNE of the test features, where they have more than two dimensions
@@ -16,6 +16,8 @@ import threading
 import unicodedata
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import active_children, get_context, parent_process
 from pathlib import Path
 from types import ModuleType
@@ -25,8 +27,10 @@ import numpy as np
 import report
 import utils
 
+# matplotlib is imported where it is used: main.py imports this file, but leaves drawing to other processes.
+
 COLUMN = 3.15  # inches, 8 cm: the width of a paper's column
-# Petroff's ten colours: at least 17 CIELAB units apart for red-green blind readers as well (matplotlib's own: 4.6).
+# Petroff's ten colours: at least 17 CIELAB units apart for red-green blind readers, too (matplotlib's own: 4.6).
 COLORS = ("#3f90da", "#ffa90e", "#bd1f01", "#94a4a2", "#832db6", "#a96b59", "#e76300", "#b9ac70", "#717581", "#92dadd")
 HOLLOW = dict(color="0.5", markerfacecolor="none", markeredgewidth=0.5)  # points of unknown classes
 TSNE_AXES = ("t-SNE 1\n(distances between clusters mean little)", "t-SNE 2")
@@ -41,11 +45,11 @@ PRINT_STYLE = {
 
 
 def plot_epoch(plotter: "Plotter", save_dir: Path, epoch: int, splits: dict[str, dict], centers, data) -> None:
-    """Saves and draws <split>/epoch_<N> of each split; the plane that they show is fitted on the training features.
+    """Saves and draws <split>/epoch_<N> of each split, projected to a plane fitted on the training features.
 
     Images of unknown classes, labelled from len(data.classes) on, follow those of the test.
     """
-    if "features" not in splits["train"]:  # of an epoch that was begun without them
+    if "features" not in splits["train"]:  # of an epoch that was begun without --plot
         return
     project, axes = plane(splits["train"]["features"].cpu().numpy())
     centers = centers.cpu().numpy()
@@ -82,8 +86,10 @@ def thumbnails(splits: Sequence, rows: np.ndarray) -> np.ndarray:
 def plot_run(
     plotter: "Plotter", save_dir: Path, history: Sequence[dict], stop: Callable[[], bool] = lambda: False
 ) -> list[str]:
-    """Draws curves, films, the page, and pictures that a killed run has left undrawn, until all is drawn or `stop` says
-    to leave it; returns what is missing."""
+    """Draws curves, films, the page, and pictures that a killed run left undrawn, until `stop` returns True.
+
+    Returns the errors of missing pictures.
+    """
     for _, points in utils.epoch_files(save_dir, [f"{split}/epoch_*.npz" for split in report.SPLITS]):
         if points.with_suffix(".png") not in plotter.paths and not points.with_suffix(".png").exists():
             plotter(points.with_suffix(".png"), draw_points, points)
@@ -119,7 +125,7 @@ def plane(features: np.ndarray) -> tuple[Callable[[np.ndarray], np.ndarray], tup
     variances, components = np.linalg.eigh(np.cov((features - mean).T))  # ascending
     shares, components = 100 * variances[:-3:-1] / max(variances.sum(), 1e-30), components[:, :-3:-1]  # (D, 2)
     largest = np.abs(components).argmax(0)
-    components = components * np.sign(components[largest, [0, 1]])  # else their sign, which means nothing, may flip
+    components = components * np.sign(components[largest, [0, 1]])  # else their arbitrary sign may flip
     names = tuple(f"principal component {i} ({share:.0f} % of the variance)" for i, share in enumerate(shares, 1))
     return (lambda x: (x - mean) @ components), names
 
@@ -134,13 +140,13 @@ def limits(*clouds: np.ndarray) -> np.ndarray:
 
 
 def palette(count: int) -> list[str]:
-    """A colour for each class: the ten of COLORS, for more classes also darker and lighter ones of them."""
+    """A colour for each class: the ten of COLORS, then darker and lighter shades of them."""
     base = np.array([[int(color[i : i + 2], 16) for i in (1, 3, 5)] for color in COLORS]) / 255
     shades = -(-count // len(base))
     colors = []
     for label in range(count):
         color, shade = base[label % len(base)], label // len(base)
-        if shade % 2:  # darker, then lighter, ever further from the colour itself
+        if shade % 2:  # darker and lighter in turn, ever further from the colour itself
             color = color * (1 - 0.7 * (shade + 1) / (shades + 1))
         else:
             color = 1 - (1 - color) * (1 - 0.7 * shade / (shades + 1))
@@ -149,14 +155,14 @@ def palette(count: int) -> list[str]:
 
 
 def marks(classes: Sequence[str]) -> list[str]:
-    """What stands at each center: the classes' names where all are short, else their numbers."""
+    """The text at each center: the classes' names if all are short, else their numbers."""
     return list(classes) if max(map(len, classes)) <= 3 else [str(label) for label in range(len(classes))]
 
 
 def shorten(names: Sequence[str], width: int) -> list[str]:
-    """The names with at most `width` characters: cut in the middle, and where it tells them apart, elsewhere.
+    """Cuts the names to at most `width` characters, near the middle, so that different names stay different.
 
-    Names that nothing tells apart in so few characters keep as many as they need.
+    If no cut does that, all get as many more characters as it takes.
     """
     for room in range(width, max(map(len, names), default=0)):
         for tail in sorted(range(room), key=lambda tail: abs(tail - room // 2)):
@@ -170,10 +176,10 @@ def shorten(names: Sequence[str], width: int) -> list[str]:
 
 
 def drawable(names: Sequence[str]) -> list[str]:
-    r"""The names as text for matplotlib, which takes none of it for a formula and has a font for every letter.
+    r"""The names as text for matplotlib: without formulas, and with a font for every letter.
 
-    Letters that no font of the system has become \u4e2d, with a warning; bytes that are not UTF-8 become \xe9. Texts
-    have the fonts of when they were created, those of axes with the axes: call this before.
+    Letters that no font of the system has become \u4e2d, with a warning; bytes that are not UTF-8 become \xe9. Call
+    this before axes and texts are created, since that is when they get their fonts.
     """
     from matplotlib import rcParams
 
@@ -193,11 +199,11 @@ def drawable(names: Sequence[str]) -> list[str]:
 
 @functools.cache
 def _fonts_for(letters: frozenset[str], families: tuple[str, ...]) -> tuple[tuple[str, ...], frozenset[str]]:
-    """The families and, for letters that these lack, further ones of the system; the letters that none has."""
+    """The font families, plus those of the system that have further letters; and the letters that none has."""
     from matplotlib import font_manager
 
     def letters_of(path: str) -> set[str]:
-        with contextlib.suppress(OSError, RuntimeError):  # a font that FreeType cannot draw with
+        with contextlib.suppress(OSError, RuntimeError):  # FreeType cannot use the font
             font = font_manager.get_font(path)
             return {letter for letter in missing if font.scalable and ord(letter) in font.get_charmap()}
         return set()
@@ -220,7 +226,7 @@ def _fonts_for(letters: frozenset[str], families: tuple[str, ...]) -> tuple[tupl
 
 
 def new_figure(width: float, height: float, rows: int = 1, columns: int = 1, **options):
-    """A figure of so many inches, without pyplot and its global state, and its axes (rows, columns)."""
+    """A figure, in inches, and its axes (rows, columns); without pyplot and its global state."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -229,21 +235,23 @@ def new_figure(width: float, height: float, rows: int = 1, columns: int = 1, **o
     return figure, figure.subplots(rows, columns, squeeze=False, **options)
 
 
-def save_print(figure, part: Path, format: str) -> None:
-    """Cut to what is drawn, at 600 dots an inch; without the time of day, so that the same data give the same file."""
+def save(figure, part: Path, format: str = "") -> None:
+    """Saves a figure as PNG or, in a `format` for print, cropped, at 600 dpi, and without a date that would change it."""
+    if not format:
+        return figure.savefig(part, format="png")
     undated = dict(pdf=dict(CreationDate=None), svg=dict(Date=None)).get(format)
     figure.savefig(part, format=format, dpi=600, bbox_inches="tight", pad_inches=0.01, metadata=undated)
 
 
 class Scatter:
-    """Points coloured by class in `axes`, each center with its class's mark; `show` draws again, for a film."""
+    """Points coloured by class, and a mark at each center, in `axes`; `show` sets them, for each frame of a film."""
 
     def __init__(self, axes, shown: dict, axis_limits: np.ndarray, small: bool = False):
         classes, self.axes = [str(name) for name in shown["classes"]], axes
         self.colors = palette(len(classes))
         axes.set(xlabel=shown["axes"][0], ylabel=shown["axes"][1], xlim=axis_limits[0], ylim=axis_limits[1])
         axes.set(aspect="equal", axisbelow=True)
-        axes.ticklabel_format(scilimits=(-2, 4))  # with few ticks, no label is long enough to meet the next
+        axes.ticklabel_format(scilimits=(-2, 4))  # with few ticks, so that labels do not overlap
         axes.locator_params("x", nbins=4 if small else 7)
         axes.grid(color="0.92")
         size = float(np.clip(250 / max(len(shown["points"]), 1) ** 0.5, 1.0, 5.0)) * (0.6 if small else 1)
@@ -273,7 +281,7 @@ def has_unknown(shown: dict) -> bool:
 
 
 def add_legend(axes, shown: dict, small: bool = False) -> None:
-    """Names every class outside of `axes`, up to 40 of them: beside a few, in print below many."""
+    """Names up to 40 classes outside of `axes`: on the right or, for more than 12 in print (`small`), below."""
     classes = [str(name) for name in shown["classes"]]
     if len(classes) > 40:
         return
@@ -291,7 +299,7 @@ def add_legend(axes, shown: dict, small: bool = False) -> None:
     else:
         options |= dict(loc="center left", bbox_to_anchor=(1.02, 0.5))
         if not small:
-            options |= dict(fontsize=min(9, 260 / (len(classes) + 1)))  # points, of which a picture is 374 high
+            options |= dict(fontsize=min(9, 260 / (len(classes) + 1)))  # points; a picture is 374 points high
     names = [*drawable(names), "center"]
     if has_unknown(shown):
         handles += axes.plot([], [], "o", markersize=3 if small else 5, **HOLLOW)
@@ -301,7 +309,7 @@ def add_legend(axes, shown: dict, small: bool = False) -> None:
 
 
 def limits_of(clouds: Sequence[dict]) -> np.ndarray:
-    """Axis limits that hold all of these epochs."""
+    """Axis limits around all points and centers of these epochs."""
     return limits(*(shown[name] for shown in clouds for name in ("points", "centers")))
 
 
@@ -309,13 +317,13 @@ def limits_of(clouds: Sequence[dict]) -> np.ndarray:
 
 
 def draw_points(part: Path, source: Path) -> None:
-    """Draws an epoch's points, every one of them, as PNG."""
+    """Draws all points of an epoch, as PNG."""
     shown = report.read_arrays(source, report.ARRAYS)
     figure, ((axes,),) = new_figure(6.4, 5.2, layout="compressed")
     add_legend(axes, shown)
     Scatter(axes, shown, limits_of([shown])).show(shown)
     axes.set_title(str(shown["title"]), fontsize=11)
-    figure.savefig(part, format="png")
+    save(figure, part)
 
 
 def draw_film(part: Path, directory: Path) -> None:
@@ -333,7 +341,7 @@ def draw_film(part: Path, directory: Path) -> None:
     add_legend(axes, shown)
     scatter = Scatter(axes, shown, axis_limits)
     axes.set_title(str(shown["title"]), fontsize=11)
-    figure.draw_without_rendering()  # finds the layout, which all frames then have
+    figure.draw_without_rendering()  # computes the layout, which is then frozen for all frames
     figure.set_layout_engine("none")
     film = Image.new("P", (1, 1))
     film.putpalette(film_palette(scatter.colors).tobytes())
@@ -383,11 +391,11 @@ def draw_panels(
         for axes in grid.flat[len(panels) :]:
             axes.set_axis_off()
         add_legend(grid[0, -1], max((shown for _, shown in panels), key=has_unknown), small=True)
-        save_print(figure, part, format)
+        save(figure, part, format)
 
 
 def draw_curves(part: Path, history: Sequence[dict], format: str = "") -> None:
-    """Draws losses and error rates over the epochs, from the rows of metrics.csv: as PNG, or for print in a format."""
+    """Draws losses and error rates over the epochs, from the rows of metrics.csv: as PNG, or for print in `format`."""
     from matplotlib import rc_context
 
     with rc_context(PRINT_STYLE if format else {}):
@@ -420,7 +428,7 @@ def draw_curves(part: Path, history: Sequence[dict], format: str = "") -> None:
             axes.grid(color="0.92")
             axes.xaxis.get_major_locator().set_params(integer=True)
             axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2, frameon=False, fontsize="small")
-        save_print(figure, part, format) if format else figure.savefig(part, format="png")
+        save(figure, part, format)
 
 
 def log_axis(axes) -> None:
@@ -442,14 +450,14 @@ def log_axis(axes) -> None:
 
 
 def draw_confusion(part: Path, counts: np.ndarray, classes: Sequence[str], title: str = "", format: str = "") -> None:
-    """Draws a confusion matrix, counts (true class, predicted class): as PNG, or for print in a format."""
+    """Draws a confusion matrix, counts (true class, predicted class): as PNG, or for print in `format`."""
     from matplotlib import rc_context
 
-    count, style = len(classes), PRINT_STYLE if format else {}
+    count = len(classes)
     side = 5.2 if count <= 20 or count > 40 else 0.26 * count
     if format:
         side = COLUMN if count <= 12 else 2 * COLUMN
-    with rc_context(style):
+    with rc_context(PRINT_STYLE if format else {}):
         names = drawable(shorten(classes, 20)) if count <= 40 else []
         figure, ((axes,),) = new_figure(side * 1.15, side, layout="compressed")
         shares = 100 * counts / np.maximum(counts.sum(1, keepdims=True), 1)
@@ -465,7 +473,7 @@ def draw_confusion(part: Path, counts: np.ndarray, classes: Sequence[str], title
                 color, number = "white" if shares[row, column] > 50 else "black", str(counts[row, column])
                 room = min(size, 72 * 0.6 * side / count / (0.62 * len(number)))
                 axes.text(column, row, number, ha="center", va="center", color=color, fontsize=room)
-        save_print(figure, part, format) if format else figure.savefig(part, format="png")
+        save(figure, part, format)
 
 
 def draw_roc(part: Path, fars: Sequence[float], curves: dict[str, Sequence[float]]) -> None:
@@ -478,11 +486,11 @@ def draw_roc(part: Path, fars: Sequence[float], curves: dict[str, Sequence[float
     axes.set(xlabel="false accept rate (pairs of two classes)", ylabel="true accept rate (pairs of one class)")
     axes.grid(color="0.92")
     axes.legend(fontsize="small", frameon=False)
-    figure.savefig(part, format="png")
+    save(figure, part)
 
 
 def draw_tsne(part: Path, source: Path, format: str) -> None:
-    """Draws t-SNE of the test features, the centers among them, for print; seeded, so that it is always the same."""
+    """Draws t-SNE of test features and centers, for print; seeded, so that it is always the same."""
     from sklearn.manifold import TSNE
 
     saved = report.read_arrays(source, ("features", "labels", "centers", "classes"))
@@ -498,7 +506,7 @@ def draw_tsne(part: Path, source: Path, format: str) -> None:
 def figures(run: report.Run, epochs: Sequence[int] | None, format: str) -> list[tuple]:
     """The figures for print of a run: points of the epochs, by default of the last, curves and confusion matrix.
 
-    A tuple each, as for the other functions here: the path, the function that draws it, this one's further arguments.
+    Each is a tuple, as in the functions below: the path, the function that draws it, and its further arguments.
     """
     directory, drawings = run.directory / "figures", []
     for split, files in run.files.items():
@@ -547,7 +555,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--compare", action="store_true", help="one page and one figure of all the runs, with the same axes")
     add("--own-axes", action="store_true", help="give each panel of the figure of --compare its own axes")
     add("--format", choices=("pdf", "svg", "png"), help="draw figures for print, in DIR/figures")
-    add("--epochs", nargs="+", type=int, metavar="N", help="of these figures; several become panels (default: last)")
+    add("--epochs", nargs="+", type=int, metavar="N", help="epochs to draw; several become panels (default: last)")
     add("--projection", choices=("pca", "tsne"), default="pca", help="of features with more than two dimensions in the "
         "figures; pca is that of the pictures (default: %(default)s)")  # fmt: skip
     return parser
@@ -602,9 +610,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 class Plotter:
-    """Draws in background processes, off the training's way; `finish` waits for them, logs and returns their errors.
+    """Draws in background processes while the training goes on; `finish` waits for them, logs and returns their errors.
 
-    An interrupt in its context ends them, as does `finish` when asked to stop.
+    An interrupt in its context kills them, and so does `finish` if asked to stop.
     """
 
     def __init__(self, log: Callable[[str], None] = print):
@@ -623,9 +631,6 @@ class Plotter:
 
     def __call__(self, path: Path, draw: Callable, *arguments) -> None:
         """Lets draw(part, *arguments) write `path`."""
-        from concurrent.futures import Future, ProcessPoolExecutor
-        from concurrent.futures.process import BrokenProcessPool
-
         if self.pool is None:
             workers = max(1, min(4, (os.cpu_count() or 1) // 2))
             self.pool = ProcessPoolExecutor(workers, get_context("spawn"), _start_drawing)
@@ -633,16 +638,14 @@ class Plotter:
         try:
             with _without_main():
                 task = self.pool.submit(draw_to, path, draw, *arguments)
-        except BrokenProcessPool as error:  # a drawer has died: the training is worth more than its pictures
+        except BrokenProcessPool as error:  # a drawing process has died: the training goes on without pictures
             task = Future()
             task.set_exception(error)
         self.drawers |= set(active_children()) - before
         self.tasks.append((path, task))
 
     def finish(self, stop: Callable[[], bool] = lambda: False) -> list[str]:
-        """Waits until all is drawn or `stop` says to leave it; the error of each picture that is missing."""
-        from concurrent.futures import wait
-
+        """Waits until all is drawn or `stop` returns True; returns the error of each missing picture."""
         pending = {task for _, task in self.tasks}
         while pending and not stop():
             pending = wait(pending, timeout=0.1).not_done
@@ -666,7 +669,7 @@ class Plotter:
 
 @contextlib.contextmanager
 def _without_main() -> Iterator[None]:
-    """A process spawned in its context does not import the script that runs, main.py, and with it torch: seconds."""
+    """A process spawned in its context does not import the running script, main.py, and so not torch: seconds."""
     script, sys.modules["__main__"] = sys.modules["__main__"], ModuleType("__main__")
     try:
         yield
@@ -684,8 +687,10 @@ def draw_to(path: Path, draw: Callable, *arguments) -> set[str]:
 
 
 def _start_drawing() -> None:
-    """Ctrl-C and a cluster's SIGTERM reach all processes of a run, but the pictures in hand are finished; a killed
-    run is missed by nobody else, so that its drawers watch for its end themselves."""
+    """Ignores Ctrl-C and SIGTERM, which reach all processes of a run, to finish the current picture.
+
+    The process watches for the end of a killed run itself, since nothing else would end it.
+    """
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     if hasattr(os, "nice"):

@@ -18,7 +18,7 @@ class Interrupted(Exception):
 
 
 class StopRequest:
-    """In its context, the first SIGINT or SIGTERM only sets `signal`, which is looked at between batches.
+    """In its context, the first SIGINT or SIGTERM only sets `signal`, which is checked between batches.
 
     A second SIGINT interrupts at once.
     """
@@ -52,7 +52,7 @@ class StopRequest:
 
 
 class Ranks(NamedTuple):
-    """This process among those that torchrun has started; the only one without it."""
+    """This process among those that torchrun started; without torchrun it is the only one."""
 
     rank: int = 0
     size: int = 1
@@ -122,7 +122,7 @@ class Ranks(NamedTuple):
             return model
         if next(model.parameters()).is_cuda:
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-        else:  # where torch has no SyncBatchNorm
+        else:  # torch's SyncBatchNorm needs a GPU
             for module in model.modules():
                 if type(module) is nn.BatchNorm2d:
                     module.__class__ = BatchNormOverRanks
@@ -142,7 +142,7 @@ class SumOverRanks(torch.autograd.Function):
 
 
 class BatchNormOverRanks(nn.BatchNorm2d):
-    """BatchNorm2d over the joined batch of all ranks, on CPUs, for which torch's SyncBatchNorm is not made."""
+    """BatchNorm2d over the joined batch of all ranks, on CPUs, which torch's SyncBatchNorm does not support."""
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         if not self.training:

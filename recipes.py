@@ -1,6 +1,6 @@
-"""Values: the reference systems as defaults of the flags, optimizers and schedules.
+"""Recipes, optimizers and schedules.
 
-A recipe is an entry of RECIPES: defaults of flags, each of which still wins where it is given.
+A recipe is an entry of RECIPES: defaults of flags, which flags on the command line override.
 """
 
 import sys
@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch.optim import lr_scheduler
 
-# The reference systems and our own settings, as defaults of the flags. zhou2018 is what the parser itself has.
+# The reference systems and our own settings; zhou2018's are the parser's own defaults.
 RECIPES = {
     "zhou2018": {},
     "wen2016": dict(
@@ -110,7 +110,7 @@ SCHEDULES = {
 
 
 def create_optimizers(model, center_loss, args) -> dict[str, torch.optim.Optimizer]:
-    """The network's optimizer and, unless that one has both, the centers'; named as in a checkpoint."""
+    """The network's optimizer and, unless it has the centers as well, theirs; by their names in a checkpoint."""
     parameters = dict(model.named_parameters())
     biases = [parameters.pop(name) for name in list(parameters) if args.caffe_biases and name.endswith(".bias")]
     groups = [dict(params=list(parameters.values()))]

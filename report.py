@@ -1,6 +1,6 @@
 """The page of a run, report.html: one file that opens from the disk, without a server or a network.
 
-page/ has its HTML, CSS and script as files of their own; `write` puts them and the data of the runs into one.
+Its HTML, CSS and script are in page/; `write` puts them and the data of the runs into one file.
 Importing this loads neither torch nor matplotlib.
 """
 
@@ -20,11 +20,11 @@ import numpy as np
 import utils
 
 PAGE = Path(__file__).parent / "page"
-TEST_POINTS, TRAIN_POINTS, TSNE_POINTS = 10_000, 5_000, 5_000  # of more, a sample that is always the same
+TEST_POINTS, TRAIN_POINTS, TSNE_POINTS = 10_000, 5_000, 5_000  # of more, a fixed sample
 SPLITS = ("train", "val", "test")
-EPOCHS = 100  # of more, so many evenly spaced
-SPRITE_BYTES = 3_000_000  # of the test images: more are compressed with loss
-LOG_CHARACTERS = 200_000  # of a longer log, its end
+EPOCHS = 100  # of more, as many evenly spaced ones
+SPRITE_BYTES = 3_000_000  # of the test images; above it they become JPEG
+LOG_CHARACTERS = 200_000  # of a longer log, the end
 GRID = 65_534  # steps between the smallest and the largest coordinate of an epoch; one more means "not finite"
 ARRAYS = ("points", "labels", "predictions", "centers", "classes", "axes", "title")  # of <split>/epoch_<N>.npz
 
@@ -43,7 +43,7 @@ class Run:
 
     @property
     def tested(self) -> str:
-        """The split that the epochs were tested on: "val" of a run that chooses its best epoch by that, else "test"."""
+        """The split that the epochs were tested on: "val" for a run with validation images, else "test"."""
         return "test" if "test" in self.files else "val"
 
     def last(self) -> dict[str, np.ndarray]:
@@ -59,7 +59,7 @@ class Run:
 
 
 def read_run(directory: Path) -> Run:
-    """Reads the files of a run; RunError where the directory is no run, or one without --plot."""
+    """Reads the files of a run; RunError if the directory has no run, or one without --plot."""
     try:
         args = json.loads((directory / "args.json").read_text())
         with open(directory / "metrics.csv", newline="") as file:
@@ -86,7 +86,7 @@ def measured(cell: str) -> float | None:
 
 
 def read_arrays(path: Path, names: Sequence[str] = ()) -> dict[str, np.ndarray]:
-    """The arrays of an .npz file; RunError where it is missing, damaged or lacks one of the names."""
+    """The arrays of an .npz file; RunError if it is missing, damaged or lacks one of the names."""
     try:
         with np.load(path) as arrays:
             arrays = dict(arrays)
@@ -98,7 +98,7 @@ def read_arrays(path: Path, names: Sequence[str] = ()) -> dict[str, np.ndarray]:
 
 
 def names(runs: Sequence[Run]) -> list[str]:
-    """What the runs are called: their directories, with as much of the paths as tells them apart."""
+    """The names of the runs: their directories, with as much of the paths as makes them different."""
     parts = [run.directory.resolve().parts for run in runs]
     for length in range(1, max(map(len, parts))):
         short = ["/".join(each[-length:]) for each in parts]
@@ -120,12 +120,12 @@ def check_comparable(runs: Sequence[Run]) -> None:
 
 
 def sample(count: int, limit: int) -> np.ndarray:
-    """Ascending row numbers: all `count` of them, or `limit` of these by chance, always the same."""
+    """Ascending row numbers: all `count` of them, or a fixed random sample of `limit`."""
     return np.arange(count) if count <= limit else np.sort(np.random.default_rng(0).permutation(count)[:limit])
 
 
 def pack(values: np.ndarray) -> str:
-    """Integers below 65,536 for the page: all low bytes, then all high bytes, deflated, in base 64."""
+    """Integers below 65,536, for the page: all low bytes, then all high bytes, compressed by zlib, in base64."""
     pairs = np.ascontiguousarray(values, dtype="<u2").view(np.uint8).reshape(-1, 2)
     return base64.b64encode(zlib.compress(pairs.T.tobytes(), 9)).decode()
 
@@ -144,9 +144,9 @@ def quantise(points: np.ndarray) -> tuple[np.ndarray, list[float]]:
 
 
 def pack_split(run: Run, split: str) -> dict:
-    """The points of a split over the epochs, and the centers; of a test also the rows, fixed, to find their images.
+    """The points and centers of a split over the epochs; for test images also their rows, to find the images.
 
-    The label len(run.classes) is that of all unknown classes.
+    All unknown classes get the label len(run.classes).
     """
     numbers = list(run.files[split])
     epochs = [numbers[index] for index in spaced(len(numbers))]
@@ -178,7 +178,7 @@ def spaced(count: int) -> list[int]:
 
 
 def pack_images(run: Run, rows: Sequence[int]) -> dict | None:
-    """The test images of these rows, side by side in one image; None where the run has kept others, or none."""
+    """The test images of these rows, side by side in one image; None if the run has kept others, or none."""
     from PIL import Image
 
     path = run.directory / run.tested / "images.npz"
@@ -194,7 +194,7 @@ def pack_images(run: Run, rows: Sequence[int]) -> dict | None:
     tiles = padded.reshape(-1, columns, channels, height, width).transpose(0, 3, 1, 4, 2)
     pixels = tiles.reshape(-1, columns * width, channels)
     sprite = Image.fromarray(pixels[:, :, 0] if channels == 1 else pixels[:, :, :3])
-    lossless = [("PNG", dict(optimize=True))] if pixels.size < 4 * SPRITE_BYTES else []  # it could not become small
+    lossless = [("PNG", dict(optimize=True))] if pixels.size < 4 * SPRITE_BYTES else []  # else too large
     for format, options in (*lossless, *(("JPEG", dict(quality=quality)) for quality in (90, 75, 50, 30))):
         file = io.BytesIO()
         sprite.save(file, format, **options)
@@ -221,12 +221,12 @@ def pack_run(run: Run) -> dict:
 def write(part: Path, runs: Sequence[Run], **looks: Sequence[str]) -> None:
     """Writes the page of a run, or of several of the same data.
 
-    `looks`: of each class its color, its mark at the center and its short name, as in the pictures.
+    `looks`: the color, the mark at the center and the short name of each class, as in the pictures.
     """
     packed = [pack_run(run) | dict(name=name) for run, name in zip(runs, names(runs), strict=True)]
     for run in packed[1:]:
         if run["images"] == packed[0]["images"]:
-            run["images"] = "as the first run"  # once is enough
+            run["images"] = "as the first run"  # they are stored once
     data = dict(classes=runs[0].classes, runs=packed, **looks)
     # A class may be called </script>: within the page's <script>, JSON has no "<".
     parts = dict(json=json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c"))

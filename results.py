@@ -27,7 +27,7 @@ COLUMNS = (
     "`python main.py` with", "device", "seeds", "epochs", "test accuracy, %", "nearest center, %", "intra", "inter",
     "intra/inter", "98 % at epoch",
 )  # fmt: skip
-# What --verify has measured: where it stands in evaluation.json, and its decimals.
+# The columns of --verification: path in evaluation.json, and decimals.
 VERIFICATION = {
     "accuracy, %": (("accuracy",), 2),
     "nearest center, %": (("nearest_center_accuracy",), 2),
@@ -39,13 +39,13 @@ VERIFICATION = {
     "by softmax": (("unknown", "auroc_softmax"), 3),
     "EER among them, %": (("unknown", "verification", "l2", "eer"), 1),
 }
-# What is drawn over λ.
+# The panels of --curve, by their y label: columns of --verification.
 PANELS = {"accuracy (%)": "accuracy, %", "EER (%)": "EER, %", "AUROC of the unknown": "unknown: AUROC by distance",
           "EER among the unknown (%)": "EER among them, %"}  # fmt: skip
 
 
 def flags(args: dict) -> str:
-    """The recipe and the flags that are not its defaults; without the seed and what changes no metric."""
+    """The recipe and the flags that are not its defaults, without the seed and flags that change no metric."""
     parser = build_parser()
     parser.set_defaults(**RECIPES[args["recipe"]])
     defaults = vars(parser.parse_args([]))
@@ -113,7 +113,7 @@ def grouped(directories: list[Path]) -> dict[tuple[str, str, int], list[dict]]:
 
 
 def measured(run: dict, path: tuple[str, ...]) -> float:
-    """What the run's evaluation.json has at a path; NaN where it was not measured."""
+    """The value at a path of the run's evaluation.json; NaN if it was not measured."""
     value = functools.reduce(lambda values, key: values.get(key, {}), path, run["evaluation"])
     return math.nan if value == {} else value
 
@@ -155,8 +155,8 @@ def table(directories: list[Path]) -> str:
 def draw_curve(directories: list[Path], path: Path) -> None:
     """Draws what --verify has measured over λ · D: mean and standard deviation over the seeds, a row a data set.
 
-    A run's directory is named <title of its row>-d<D>-…; of a row's runs those are drawn that differ from each other in
-    λ, D and seed alone.
+    A run's directory is named <title of its row>-d<D>-…; a row shows the largest group of its runs that differ in
+    nothing but λ, D and seed.
     """
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator

@@ -22,7 +22,7 @@ from processes import Ranks
 
 
 class Output(NamedTuple):
-    """What a step has computed before it updated the weights, on the device; a captured step overwrites its last."""
+    """What a step computed before its update of the weights, on the device. A captured step overwrites its last."""
 
     xent: Tensor  # scalar; over several ranks, this rank's share of the mean cross-entropy of the joined batch
     center: Tensor  # scalar, λ · center loss of the joined batch
@@ -84,13 +84,13 @@ class Step:
 
 
 class CudaGraph:
-    """A function of tensors on the GPU, to be run, then recorded, then replayed on what the tensors hold by then."""
+    """A CUDA graph of a function of tensors: run the function, record it, then replay it on the tensors' new values."""
 
     def __init__(self):
         self.graph, self.stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
 
     def run(self, function: Callable, *tensors: Tensor) -> Output:
-        """Calls it on the stream of the recording, where torch's libraries then have what they need."""
+        """Calls it on the recording's stream, where torch's libraries then set up what they need."""
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):
             output = function(*tensors)
@@ -98,7 +98,7 @@ class CudaGraph:
         return output
 
     def record(self, function: Callable, *tensors: Tensor) -> None:
-        """Computes nothing yet; raises an error where the function does what a graph cannot."""
+        """Computes nothing yet; raises an error if the function cannot be captured."""
         # The outer context leaves the stream after a failure too. Loaders' threads may allocate in the meantime.
         with torch.cuda.stream(self.stream), torch.cuda.graph(
             self.graph, stream=self.stream, capture_error_mode="thread_local"
@@ -113,8 +113,9 @@ class CudaGraph:
 class CapturedStep(Step):
     """A step that replays a CUDA graph of itself: some 150 kernels in one launch, for batches of one size.
 
-    The first few of these, and all others, are computed by the Step itself. Learning rates act as they do there. A
-    change of another number in a parameter group, or a failed capture, ends the replays, of which `notice` is told.
+    The first few of these, and batches of any other size, run as in Step. Learning rates may change between steps. If
+    another number of a parameter group changes, or the capture fails, all further steps run as in Step, and `notice` is
+    told why.
     """
 
     EAGER = 3  # steps before the capture, in which libraries and compilers choose their kernels
@@ -124,7 +125,7 @@ class CapturedStep(Step):
                          amp=step.amp, ranks=step.ranks)  # fmt: skip
         self.batch_size, self.notice, self.graph = batch_size, notice, graph
         self.eager, self.batch = self.EAGER, None
-        # A graph has numbers as they were in the capture, so that learning rates stand in tensors, filled on a change.
+        # A graph keeps numbers as they were at its capture, so learning rates are in tensors, filled when they change.
         self.rates = [torch.full((), math.nan, device=self.device) for _ in self.groups()]
         self.filled = [math.nan] * len(self.rates)
 
@@ -157,7 +158,7 @@ class CapturedStep(Step):
         try:
             with self._rates_in_tensors(capturable=True):
                 self.graph.record(super().__call__, *self.batch)
-        except Exception as error:  # whatever it is, the step itself works; at the end of a capture a consequence
+        except Exception as error:  # its context is the cause, where a capture fails at its end
             self._give_up(str(error.__context__ or error).strip().partition("\n")[0])
 
     def _give_up(self, reason: str) -> None:
@@ -175,7 +176,7 @@ class CapturedStep(Step):
 
     @contextlib.contextmanager
     def _rates_in_tensors(self, **options: bool) -> Iterator[None]:
-        """In its context the groups have tensors as learning rates, and those of the options that are theirs."""
+        """In its context the parameter groups have tensors as learning rates, and those of `options` that they know."""
         before = [dict(group) for group in self.groups()]
         for group, rate in zip(self.groups(), self.rates, strict=True):
             group.update(lr=rate, **{name: value for name, value in options.items() if name in group})
@@ -187,7 +188,7 @@ class CapturedStep(Step):
 
 
 def captured(step: Step, batch_size: int, notice: Callable[[str], object] = print) -> Step:
-    """The step as a CUDA graph for batches of that size, where a graph can be: on one GPU."""
+    """The step as a CUDA graph for batches of that size if it runs on one GPU; else the step itself."""
     if step.device.type != "cuda" or step.ranks.size > 1:
         return step
     return CapturedStep(step, batch_size, notice, CudaGraph())
@@ -195,7 +196,7 @@ def captured(step: Step, batch_size: int, notice: Callable[[str], object] = prin
 
 @dataclass
 class Epoch:
-    """What a pass over the training data has summed up so far; a checkpoint holds these fields of a stopped one."""
+    """Running sums of a pass over the training data; a checkpoint holds these fields of an interrupted one."""
 
     batches: int = 0
     samples: int = 0
@@ -214,7 +215,7 @@ class Epoch:
 
 
 class Progress(NamedTuple):
-    """What `train_epoch` tells after each step."""
+    """What `train_epoch` passes to `stop` after each step."""
 
     epoch: Epoch  # whose sums are this rank's
     latest: Tensor  # (3,), `means` of the step's Output
@@ -234,7 +235,7 @@ def train_epoch(
     keep: bool = False,
     stop: Callable[[Progress], bool] = lambda progress: False,
 ) -> Epoch:
-    """One pass over the batches, until `stop`, which is asked after each step.
+    """One pass over the batches, or until `stop`, called after each step, returns True.
 
     Args:
         batches: images, labels and the size of the batch over all ranks.
@@ -242,7 +243,7 @@ def train_epoch(
         begun: an interrupted pass, of which `batches` is the rest.
         keep: gather features, labels and predictions as well, unless `begun` lacks those of its batches.
 
-    Returns what all ranks together have summed up.
+    Returns the sums over all ranks.
     """
     step.net.train()
     ranks, begun = step.ranks, begun or Epoch()
@@ -304,7 +305,7 @@ def predict(model: nn.Module, batches: Iterable[tuple], amp: bool = False, ranks
 
 @torch.no_grad()
 def test(model: nn.Module, batches: Iterable[tuple], amp: bool = False, ranks: Ranks = Ranks()) -> dict:  # noqa: B008
-    """What `predict` gives, with the cross-entropy and the accuracy (%)."""
+    """The outputs of `predict`, with the cross-entropy and the accuracy (%)."""
     tested = predict(model, batches, amp, ranks)
     return tested | dict(xent=F.cross_entropy(tested["logits"], tested["labels"]).item(),
                          accuracy=percentage(tested["predictions"] == tested["labels"]))  # fmt: skip

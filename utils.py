@@ -1,6 +1,6 @@
 """Everything outside the training itself: the log, the run directory and its files, checkpoints.
 
-torch is imported where it is used: the processes that draw import this file, and would wait seconds for it.
+torch is imported where it is used: the processes that draw import this file and would wait seconds for torch.
 """
 
 import argparse
@@ -11,6 +11,7 @@ import glob
 import io
 import json
 import os
+import platform
 import re
 import shlex
 import shutil
@@ -22,9 +23,10 @@ import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
 from tqdm import tqdm
 
-# What a run writes below its --save-dir; a new run there takes exactly these away first. {} is the data set, * in
+# What a run writes below its --save-dir; a new run there removes exactly these first. {} is the data set, * in
 # EPOCH_FILES the epoch; FIGURE is a pattern for names in figures/, which plots.py draws.
 EPOCH_FILES = ("train/epoch_*.png", "train/epoch_*.npz", "val/epoch_*.png", "val/epoch_*.npz", "test/epoch_*.png",
                "test/epoch_*.npz", "features/epoch_*.npz")  # fmt: skip
@@ -50,7 +52,7 @@ class Diverged(RunError):
 
 
 class WriteError(RunError):
-    """A file of the run could not be written: a full disk, a directory that has gone."""
+    """A file of the run could not be written: a full disk, a removed directory."""
 
     status = 1
 
@@ -69,7 +71,7 @@ class Stopped(RunError):
 
 
 class Log:
-    """Prints lines, above a progress bar where there is one, and from `open` on writes them, earlier ones too."""
+    """Prints lines, above a progress bar if there is one; `open` starts a file of them, with the earlier ones."""
 
     def __init__(self, quiet: bool = False):
         self.quiet, self.file, self.earlier = quiet, None, []
@@ -90,7 +92,7 @@ class Log:
             self._write(line)
 
     def open(self, path: Path, printed: bytes = b"") -> None:
-        """Starts the file with `printed`, what a resumed run has written until its checkpoint."""
+        """Starts the file with `printed`, the log of a resumed run up to its checkpoint."""
         if self.quiet:
             return
         start = printed + b"".join(map(_encoded, self.earlier))
@@ -107,7 +109,7 @@ class Log:
     def _write(self, line: str) -> None:
         rest = _encoded(line)
         try:
-            while rest:  # a disk that fills up takes a part of it
+            while rest:  # a disk that fills up takes only part of it
                 rest = rest[self.file.write(rest) :]
         except OSError as error:
             raise _unwritable(self.path, error) from error
@@ -118,9 +120,9 @@ def _encoded(line: str) -> bytes:
 
 
 def progress_bar(batches: Iterable, what: str, total: int, done: int = 0, *, shown: bool = True) -> Iterable:
-    """The batches, and on a terminal a bar that shows how far they are."""
-    tqdm.monitor_interval = 0  # no thread that watches the bar: workers are forked
-    hidden = None if shown else True  # None: where the output is no terminal
+    """The batches, with a progress bar on a terminal."""
+    tqdm.monitor_interval = 0  # else it starts a thread, and workers are forked
+    hidden = None if shown else True  # None: hidden unless the output is a terminal
     return tqdm(batches, disable=hidden, leave=False, desc=what, initial=done, total=total, unit="batch")
 
 
@@ -128,10 +130,10 @@ def progress_bar(batches: Iterable, what: str, total: int, done: int = 0, *, sho
 
 
 def replace_file(path: Path, write: Callable[[Path], object]) -> None:
-    """Lets `write` fill a file beside `path`, then renames it: `path` is the old file or the new one, never a half.
+    """Lets `write` fill a temporary file and renames it to `path`, which is at any time the old file or the new one.
 
-    It makes no directory, so that one that has gone is an error. The file beside `path` is this process's own, for
-    a killed run's drawers may outlive it for a moment.
+    It creates no directory, so that a removed one is an error. The temporary file is this process's own, since drawing
+    processes may outlive a killed run for a moment.
     """
     part = part_of(path, os.getpid())
     try:
@@ -147,7 +149,7 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def part_of(path: Path, process: int | str) -> Path:
-    """What the process writes before it becomes `path`."""
+    """The temporary file of a process that writes `path`."""
     return path.with_name(f".{path.name}.{process}.part")
 
 
@@ -164,7 +166,7 @@ def read_start(path: Path, size: int) -> bytes:
 
 
 def check_save_dir(path: str) -> None:
-    """Raises RunError where `path` is no writable directory and cannot become one; creates nothing."""
+    """Raises RunError if `path` is not a writable directory and cannot become one; creates nothing."""
     nearest = Path(path).absolute()
     while not nearest.exists() and nearest != nearest.parent:
         nearest = nearest.parent
@@ -176,9 +178,9 @@ def check_save_dir(path: str) -> None:
 
 @contextlib.contextmanager
 def claim(save_dir: Path) -> Iterator[Callable[[], None]]:
-    """Creates the directory and, in its context, keeps other runs out of it; RunError where one is in it.
+    """Creates the directory and locks it against other runs; RunError if one is using it.
 
-    Gives a function that raises WriteError where the directory has been removed, or replaced by another.
+    Yields a function that raises WriteError if the directory has been removed or replaced by another.
     """
     try:
         save_dir.mkdir(parents=True, exist_ok=True)
@@ -196,7 +198,7 @@ def claim(save_dir: Path) -> Iterator[Callable[[], None]]:
     except BlockingIOError:
         os.close(directory)
         raise RunError(f"--save-dir {save_dir} is in use by another run; give this one its own") from None
-    # Forked workers outlive a killed run for seconds; with the lock they would keep its resumption out.
+    # Forked workers outlive a killed run for seconds; they must not hold the lock against its --resume.
     held = [directory]
     os.register_at_fork(after_in_child=lambda: [os.close(held.pop()) for _ in list(held)])
 
@@ -211,9 +213,9 @@ def claim(save_dir: Path) -> Iterator[Callable[[], None]]:
 
 
 def clear(save_dir: Path, dataset: str, after: int | None = None) -> bool:
-    """Takes away an earlier run's files, or only those of epochs after `after`; tells whether there were any.
+    """Removes an earlier run's files, or only those of epochs after `after`; returns whether there were any.
 
-    What a killed run has left half-written goes as well. `dataset` is that of the run that begins.
+    Also removes half-written files of a killed run. `dataset` is that of the new run.
     """
     datasets = {dataset}
     with contextlib.suppress(OSError, ValueError, TypeError, KeyError):  # no args.json, or not one of ours
@@ -234,14 +236,14 @@ def clear(save_dir: Path, dataset: str, after: int | None = None) -> bool:
 
 
 def epoch_files(directory: Path, patterns: Sequence[str] = EPOCH_FILES) -> list[tuple[int, Path]]:
-    """The files of single epochs, with their epochs and in the order of these."""
+    """The files of single epochs, with their epochs, in ascending order."""
     paths = (path for pattern in patterns for path in directory.glob(pattern))
     numbers = ((path.stem.removeprefix("epoch_"), path) for path in paths)
     return sorted((int(number), path) for number, path in numbers if number.isdecimal() and number[0] != "0")
 
 
 def copy_epochs(source: Path, target: Path, last: int) -> None:
-    """Copies best.pt, what --plot and --save-features have written of the epochs up to `last`, all of --tensorboard."""
+    """Copies best.pt, the files of --plot and --save-features up to epoch `last`, and those of --tensorboard."""
     paths = [path for epoch, path in epoch_files(source) if epoch <= last]
     for path in (*paths, *(path for name in ("best.pt", *TEST_FILES, EVENT_FILES) for path in source.glob(name))):
         copy = target / path.relative_to(source)
@@ -264,7 +266,7 @@ def write_metrics(path: Path, history: Sequence[dict]) -> None:
 
 def save_features(path: Path, splits: dict[str, dict], centers, **further) -> None:
     """features (N, D), labels and predictions (N,) of each split, as train_features and so on, and centers (C, D)."""
-    if "features" not in splits.get("train", splits.get("test")):  # of an epoch that was begun without them
+    if "features" not in splits.get("train", splits.get("test")):  # of an epoch that was begun without --save-features
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     arrays = {"centers": centers.cpu().numpy(), **further}
@@ -274,8 +276,7 @@ def save_features(path: Path, splits: dict[str, dict], centers, **further) -> No
 
 
 def save_arrays(path: Path, arrays: dict) -> None:
-    """The arrays by name, as .npz."""
-    import numpy as np
+    """Writes arrays by name, as .npz."""
 
     def write(part: Path) -> None:
         with open(part, "wb") as file:  # numpy adds .npz to a name, but not to a file
@@ -285,9 +286,7 @@ def save_arrays(path: Path, arrays: dict) -> None:
 
 
 def describe(args: argparse.Namespace, commands: list[str]) -> dict:
-    """What run.json says of a run apart from its settings: commands, versions and device."""
-    import platform
-
+    """What run.json has of a run in addition to its settings: commands, versions and device."""
     import torch
 
     on_gpu = torch.cuda.is_available() and not args.use_cpu
@@ -298,7 +297,7 @@ def describe(args: argparse.Namespace, commands: list[str]) -> dict:
 
 
 def read_facts(directory: Path) -> dict:
-    """run.json; nothing where there is none, or a damaged one."""
+    """run.json; empty if it is missing or damaged."""
     with contextlib.suppress(ValueError):
         return json.loads(read_start(directory / "run.json", 2**20))
     return {}
@@ -307,13 +306,13 @@ def read_facts(directory: Path) -> dict:
 def save_checkpoint(path: Path, checkpoint: dict) -> None:
     import torch
 
-    buffer = io.BytesIO()  # so that a full disk is Python's own OSError, not an error within torch
+    buffer = io.BytesIO()  # so that a full disk is an OSError, not an error within torch
     torch.save(checkpoint, buffer)
     replace_file(path, lambda part: part.write_bytes(buffer.getbuffer()))
 
 
 def load_checkpoint(path: str | Path) -> dict:
-    """Reads a checkpoint onto the CPU; RunError where it is missing, damaged or not one of ours."""
+    """Reads a checkpoint onto the CPU; RunError if it is missing, damaged or not one of main.py."""
     import torch
 
     types = dict(args=dict, data=dict, epoch=int, partial=dict | None, history=list, centers=torch.Tensor,
@@ -338,10 +337,12 @@ def load_checkpoint(path: str | Path) -> dict:
 
 
 def restore(path: str, run: dict, modules: dict, to_train: bool) -> dict:
-    """Loads the checkpoint `path` into the modules; returns what it has in place of each entry of `run`.
+    """Loads the checkpoint `path` into the modules; returns its values of the entries of `run`.
 
-    Raises RunError where it is of other data, of another network or of another optimizer.
+    Raises RunError if it is of other data, of another network or of another optimizer.
     """
+    import torch
+
     checkpoint = load_checkpoint(path)
     for name, needed in (("classes", True), ("images", to_train)):
         saved, present = checkpoint["data"].get(name), run["data"][name]
@@ -351,8 +352,6 @@ def restore(path: str, run: dict, modules: dict, to_train: bool) -> dict:
     try:
         for name, module in modules.items():
             module.load_state_dict(checkpoint[name])
-        import torch
-
         torch.set_rng_state(checkpoint["rng"])
         return {name: checkpoint[name] for name in run} | dict(data=run["data"])
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
@@ -360,7 +359,7 @@ def restore(path: str, run: dict, modules: dict, to_train: bool) -> dict:
 
 
 def _check_run(path: str, saved: dict, centers) -> None:
-    """Raises RunError, naming the entry, where a checkpoint holds what no run writes, such as after an edit by hand."""
+    """Raises RunError, naming the entry, if a checkpoint holds what no run writes, such as after an edit by hand."""
 
     def is_partial(batches: int, samples: int, sums, kept: list | None, rng=None) -> bool:
         return batches > 0 and sums.shape == (3,) and (kept is None or [len(each) for each in kept] == 3 * [samples])
@@ -379,34 +378,11 @@ def _check_run(path: str, saved: dict, centers) -> None:
         raise RunError(f"the checkpoint {path} is not as a run wrote it: wrong {name}")
 
 
-def confusion_lines(counts: list[list[int]], classes: Sequence[str], width: int = 100) -> list[str]:
-    """The accuracy (%) of each class and how many of its images were taken for which class.
-
-    All these numbers where they fit into `width`, else the three most frequent mistakes of each class.
-    """
-    accuracies = [100 * row[label] / max(sum(row), 1) for label, row in enumerate(counts)]
-    first = max(len("true class"), *map(len, classes))
-    columns = [max(len(name), *(len(str(row[label])) for row in counts)) for label, name in enumerate(classes)]
-    if first + 12 + sum(columns) + 2 * len(columns) <= width:
-        cells = [(name, f"{right:.2f}", row) for name, right, row in zip(classes, accuracies, counts, strict=True)]
-        return [
-            f"{name:{first}}  {right:>10}" + "".join(f"  {cell:>{n}}" for cell, n in zip(row, columns, strict=True))
-            for name, right, row in (("true class", "accuracy %", classes), *cells)
-        ]
-    lines = [f"{'true class':{first}}  {'accuracy %':>10}  most frequent mistakes"]
-    for label, (name, right, row) in enumerate(zip(classes, accuracies, counts, strict=True)):
-        wrong = [(number, other) for other, number in enumerate(row) if number and other != label]
-        shown = [f"{classes[other]} {number}" for number, other in sorted(wrong, key=lambda each: -each[0])[:3]]
-        rest = sum(number for number, _ in wrong) - sum(sorted((number for number, _ in wrong), reverse=True)[:3])
-        lines.append(f"{name:{first}}  {right:10.2f}  {', '.join(shown + [f'others {rest}'] * (rest > 0))}".rstrip())
-    return lines
-
-
 # ------------------------------------------------------------------------------------------------------------- a run
 
 
 class NoFiles(contextlib.nullcontext):
-    """What the ranks other than 0 write: nothing."""
+    """RunFiles of the ranks other than 0, which write nothing."""
 
     def save(self, run: dict, modules: dict, name: str = "checkpoint.pt") -> None:
         pass
@@ -416,9 +392,9 @@ class NoFiles(contextlib.nullcontext):
 
 
 class RunFiles:
-    """The files of a run in --save-dir, which is its own within the context.
+    """The files of a run in --save-dir, which is locked within the context.
 
-    Entering it clears away an earlier run's files or, to resume, what comes after the checkpoint, and starts the log.
+    Entering it removes an earlier run's files or, to resume, those of epochs after the checkpoint, and starts the log.
     """
 
     def __init__(self, args: argparse.Namespace, run: dict, log: Log, start: float):
@@ -449,14 +425,14 @@ class RunFiles:
                 self.facts = describe(args, [*earlier, shlex.join(["python", *sys.argv])])
             if args.tensorboard:
                 self.board = self.context.enter_context(Board(self.directory, args, self.run))
-            self.context = self.context.pop_all()  # all went well: the directory stays claimed
+            self.context = self.context.pop_all()  # all went well: the directory stays locked
         return self
 
     def __exit__(self, *error) -> None:
         self.context.close()
 
     def save(self, run: dict, modules: dict, name: str = "checkpoint.pt") -> None:
-        """Writes metrics.csv and a checkpoint: `run` as it is, the `modules` by their state dicts."""
+        """Writes metrics.csv and a checkpoint of `run` and the state dicts of `modules`."""
         self.check()
         run.update(elapsed=time.monotonic() - self.start, log_bytes=self.log.position())
         if run["history"]:
@@ -467,7 +443,7 @@ class RunFiles:
         save_checkpoint(self.directory / name, dict(args=vars(self.args), **run, **states))
 
     def save_epoch(self, row: dict, splits: dict[str, dict], centers) -> None:
-        """Writes what --save-features and --tensorboard ask for."""
+        """Writes the files of --save-features and --tensorboard."""
         self.check()
         if self.args.save_features:
             save_features(self.directory / "features" / f"epoch_{row['epoch']}.npz", splits, centers)
@@ -478,8 +454,8 @@ class RunFiles:
 class Board:
     """What --tensorboard writes: the settings as hparams, the metrics of each epoch and the pictures of --plot.
 
-    These are drawn in the background, so that they are added when the next epoch ends or, the last ones, on leaving
-    the context. The records of a resumed run's earlier epochs are added where there are none.
+    Pictures are drawn in the background, so they are added when the next epoch ends or, the last ones, on leaving the
+    context. The metrics of a resumed run's earlier epochs are added if they have not been recorded.
     """
 
     def __init__(self, directory: Path, args: argparse.Namespace, run: dict):

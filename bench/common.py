@@ -1,4 +1,4 @@
-"""What the benchmarks share: where a number comes from, medians, and the baseline's loss."""
+"""Shared by the benchmarks: the hardware's description, medians, and the baseline's loss."""
 
 import argparse
 import os

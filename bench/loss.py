@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def measure_apart(form: str, num_classes: int, args: argparse.Namespace) -> tuple[float, float]:
-    """Milliseconds and MiB of one form; NaN where the memory did not suffice."""
+    """Milliseconds and MiB of one form; NaN if the memory did not suffice."""
     if args.device == "cuda":  # its allocator counts for itself, and CUDA does not survive a fork
         return measure(form, num_classes, args)
     # A forked child starts at once, because it has torch already; elsewhere a child has to import it again.
@@ -69,7 +69,7 @@ def measure_apart(form: str, num_classes: int, args: argparse.Namespace) -> tupl
 
 
 def measure(form: str, num_classes: int, args: argparse.Namespace) -> tuple[float, float]:
-    FORMS[form](10, args)()  # threads, libraries and their memory are there before anything is measured
+    FORMS[form](10, args)()  # so that threads, libraries and their memory do not count
     step = FORMS[form](num_classes, args)
     before = peak_memory(args.device, reset=True)
     step()

@@ -1,9 +1,9 @@
 """Training steps and epochs of zhou2018's recipe, on random images in MNIST's files, against a plain script.
 
-plain is how one would write it at first: four workers that transform image by image, float32, nn.PReLU, the matrix
-form of the loss, three .item() per batch, cuDNN's benchmarking. The other forms are main.py's settings, through the
-Step, epoch and test that it uses. An epoch is reckoned as 469 steps and the test of 10,000 images. The clock runs from
-when the workers' first batches are used up until the last one is; compilation is not counted. The forms take turns,
+plain is a straightforward script: four workers that transform image by image, float32, nn.PReLU, the matrix form of
+the loss, three .item() per batch, cuDNN's benchmarking. The other forms are main.py's settings, through the
+Step, epoch and test that it uses. An epoch is counted as 469 steps and the test of 10,000 images. The clock runs from
+the end of the warm-up to the end of the last batch; compilation is not counted. The forms take turns,
 and each ratio is the median of the turns' ratios. The peak is that of a large matrix product in the form's precision,
 in the same turns. Memory is what a form's first pass allocates on the GPU. Last comes a process of --recipe fast, on as
 many images as MNIST has, each step of which is printed.
@@ -153,7 +153,7 @@ def write_mnist(root: Path, train: int, test: int) -> None:
 
 
 class Clock:
-    """Passes batches through; takes the seconds of an image, from the end of the warm-up until the last is used up."""
+    """Passes batches through; measures the seconds per image, from the end of the warm-up to that of the last batch."""
 
     def __init__(self, batches, args: argparse.Namespace):
         self.batches, self.device, self.warm_up = batches, args.device, WARM_UP * args.batch_size
@@ -166,7 +166,7 @@ class Clock:
                 start, skipped = time.perf_counter(), seen
             yield batch
             seen += len(batch[0])
-            if number == len(self.batches):  # before workers end, whose time is an epoch's, not a few steps'
+            if number == len(self.batches):  # before workers end: that happens once an epoch, and is not a step's time
                 synchronize(self.device)
                 self.seconds = (time.perf_counter() - start) / (seen - skipped)
 

@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import datasets
+import evaluation
 import models
 import utils
 
@@ -71,7 +72,7 @@ def test_classes_have_their_accuracy_and_predictions_as_counted_one_by_one(run, 
 @given(st.lists(st.lists(st.integers(0, 9999), min_size=4, max_size=4), min_size=4, max_size=4), st.integers(0, 120))
 def test_no_image_is_lost_in_the_table(counts, width):
     classes = ["a", "bb", "a longer name", "d"]
-    lines = utils.confusion_lines(counts, classes, width)
+    lines = evaluation.confusion_lines(counts, classes, width)
     assert len(lines) == 5
     for label, line in enumerate(lines[1:]):
         right, total = counts[label][label], sum(counts[label])
@@ -88,7 +89,7 @@ def test_no_image_is_lost_in_the_table(counts, width):
 def test_a_hundred_classes_stay_readable():
     random = np.random.default_rng(0)
     counts = random.integers(0, 3, (100, 100)) + 60 * np.eye(100, dtype=int)
-    lines = utils.confusion_lines(counts.tolist(), [f"class number {label}" for label in range(100)])
+    lines = evaluation.confusion_lines(counts.tolist(), [f"class number {label}" for label in range(100)])
     assert len(lines) == 101 and max(map(len, lines)) <= 100
     for row, line in zip(counts, lines[1:], strict=True):
         assert int(line.rpartition("others ")[2]) == row.sum() - row.max() - 6  # 6: the three most frequent ones

@@ -20,7 +20,7 @@ MARKED = re.compile(r"<!-- tested: ([\w-]+) -->\n+```python\n(.*?)^```$", re.DOT
 SNIPPETS = {name: code for text in PAGES.values() for name, code in MARKED.findall(text)}
 # Flags of torchrun, pytest and tests/kill_runs.py.
 FOREIGN = {"--standalone", "--nproc_per_node", "--nnodes", "--node-rank", "--rdzv-backend", "--rdzv-endpoint", "--dist",
-           "--kills"}  # fmt: skip
+           "--signal", "--only"}  # fmt: skip
 
 
 def links(page: str) -> list[tuple[Path, str]]:
