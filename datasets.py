@@ -69,8 +69,8 @@ class Data(NamedTuple):
 
     def facts(self) -> dict:
         """What a checkpoint keeps of the data."""
-        return dict(classes=self.classes, images=self.train.rows.size, in_channels=self.in_channels,
-                    image_size=self.image_size)  # fmt: skip
+        return dict(classes=self.classes, unseen=self.unseen, images=self.train.rows.size,
+                    in_channels=self.in_channels, image_size=self.image_size)  # fmt: skip
 
 
 def from_torchvision(
@@ -108,7 +108,7 @@ def from_torchvision(
 
 
 def _complete(split: Dataset, num_classes: int, shape: tuple[int, int, int], what: str) -> None:
-    """Gives a torchvision data set `targets` and `classes` where it lacks them; DatasetError where it is broken."""
+    """Gives a torchvision data set `targets` and `classes` where it lacks them; DatasetError if it is broken."""
     split.targets = split.targets if hasattr(split, "targets") else split.labels
     split.classes = getattr(split, "classes", [str(label) for label in range(num_classes)])
     labels, images = torch.as_tensor(split.targets), tuple(split.data.shape)
@@ -361,11 +361,12 @@ def create(
     `unseen` are the names or numbers of classes to leave out of `train` and `test`; their test images are `unknown`.
     `augment` changes the training images at random. `val_share` of each class's training images, drawn by `seed`,
     become `val`. `trained` are the facts() of a network to be tested, whose training images may be missing.
-    Raises DatasetError where the data are missing, broken or too large for the device, or too few classes are left.
+    Raises DatasetError if the data are missing, broken or too large for the device, or too few classes are left.
     """
     spec, root = SPECS[name], Path(root)
     if root.exists() and not root.is_dir():
         raise DatasetError(f"--data-root must be a directory, got the file {root}")
+    unseen = (trained or {}).get("unseen", unseen)  # names: a number may be another class's where some are missing
     if spec.open_test and "in_channels" in (trained or {}) and not (root / "train").exists():
         train = test = spec.open_test(root, image_size, [*trained["classes"], *unseen], trained["in_channels"])
     else:
@@ -375,6 +376,10 @@ def create(
         seen, unseen = _divide(train.classes, unseen)
         splits = dict(train=of_classes(train, seen), test=of_classes(test, seen),
                       unknown=of_classes(test, unseen, first_label=len(seen)))  # fmt: skip
+    if not len(splits["test"]):
+        raise DatasetError("--data-root must have test images of the trained classes, got none")
+    if unseen and not len(splits["unknown"]):
+        del splits["unknown"]
     if val_share and not trained:
         splits["train"], splits["val"] = split_off(splits["train"], val_share, seed)
     shape, cuda = tuple(train[0][0].shape), torch.device(device).type == "cuda"
@@ -396,7 +401,7 @@ def create(
     return Data(
         **{name: batches.get(name) for name in ("train", "test", "unknown", "val")},
         classes=list(splits["train"].classes),
-        unseen=list(splits["unknown"].classes) if unseen else [],
+        unseen=list(splits["unknown"].classes) if "unknown" in splits else [],
         in_channels=shape[0],
         image_size=shape[1],
     )
@@ -522,7 +527,7 @@ class ReadImage:
 
 @contextlib.contextmanager
 def _opened(path: str):
-    """The image, opened; DatasetError where it or what is done with it in the context fails."""
+    """The image, opened; DatasetError if it or what is done with it in the context fails."""
     from PIL import Image
 
     try:
@@ -558,7 +563,7 @@ def _scan_folder(root: Path) -> str:
 def _image_paths(split: Path) -> Iterator[str]:
     """The images below the class directories of a split, as ImageFolder finds them: through symbolic links.
 
-    Raises DatasetError where links form a circle, in which ImageFolder would find the same images again and again.
+    Raises DatasetError if links form a circle, in which ImageFolder would find the same images again and again.
     """
     from torchvision.datasets.folder import IMG_EXTENSIONS
 

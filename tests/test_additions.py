@@ -32,7 +32,7 @@ def test_a_data_set_is_an_entry_of_specs_even_with_split_in_place_of_train(worke
     status, out, _ = run("--dataset", "svhn", "--data-root", tmp_path, "--max-epoch", "1", "-j", workers)
     assert status == 0 and "Batch 2/2" in out
     assert torch.load("log/checkpoint.pt", weights_only=True)["data"] == dict(
-        classes=list("0123456789"), images=20, in_channels=3, image_size=32)  # fmt: skip
+        classes=list("0123456789"), unseen=[], images=20, in_channels=3, image_size=32)  # fmt: skip
 
 
 class Linear(nn.Module):

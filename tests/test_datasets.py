@@ -490,6 +490,21 @@ def test_a_trained_networks_test_images_need_no_training_images(tmp_path):
     assert "must hold test/<class>/*" in refusal("folder", tmp_path / "test", 4, image_size=8, trained=known)
 
 
+def test_unseen_classes_keep_their_names_where_some_have_no_test_images(tmp_path):
+    make_folder(tmp_path, classes=("ant", "bee", "cow"))
+    known = datasets.create("folder", tmp_path, 99, image_size=8, unseen=["0"]).facts()
+    assert (known["classes"], known["unseen"]) == (["bee", "cow"], ["ant"])
+    (tmp_path / "train").rename(tmp_path / "elsewhere")
+    (tmp_path / "test" / "bee").rename(tmp_path / "test-bee")
+    data = datasets.create("folder", tmp_path, 99, image_size=8, unseen=["0"], trained=known)
+    assert next(iter(data.test)).labels.tolist() == [1] * 4 and next(iter(data.unknown)).labels.tolist() == [2] * 4
+    (tmp_path / "test" / "ant").rename(tmp_path / "test-ant")
+    assert datasets.create("folder", tmp_path, 99, image_size=8, unseen=["0"], trained=known).unknown is None
+    (tmp_path / "test" / "cow").rename(tmp_path / "test-cow")
+    (tmp_path / "test-ant").rename(tmp_path / "test" / "ant")
+    assert "got none" in refusal("folder", tmp_path, 99, image_size=8, trained=known)
+
+
 def test_a_pretrained_networks_scaling_is_averaged_for_grey_images():
     colour = (0.2, 0.4, 0.9), (0.1, 0.2, 0.6)
     spec = datasets.SPECS["folder"]
