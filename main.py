@@ -259,7 +259,7 @@ class Experiment:
 
 
 def columns(splits: dict[str, dict], names: dict[str, tuple[str, str]]) -> dict:
-    """The value of each column of metrics.csv, None where it was not measured."""
+    """The value of each column of metrics.csv, None if it was not measured."""
     return {column: splits.get(split, {}).get(metric) for column, (split, metric) in names.items()}
 
 

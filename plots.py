@@ -236,7 +236,7 @@ def new_figure(width: float, height: float, rows: int = 1, columns: int = 1, **o
 
 
 def save(figure, part: Path, format: str = "") -> None:
-    """Saves a figure as PNG or, in a `format` for print, cropped, at 600 dpi, and without a date that would change it."""
+    """Saves a figure as PNG or, for print, in `format`: cropped, at 600 dpi, the same file for the same data."""
     if not format:
         return figure.savefig(part, format="png")
     undated = dict(pdf=dict(CreationDate=None), svg=dict(Date=None)).get(format)

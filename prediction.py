@@ -81,7 +81,7 @@ def predict(args: argparse.Namespace, device: torch.device, log: utils.Log) -> N
 
 
 def image_paths(roots: Sequence[str]) -> list[str]:
-    """The files among `roots`, and all images below the directories among them. RunError where there are none."""
+    """The files among `roots`, and all images below the directories among them. RunError if there are none."""
     from torchvision.datasets.folder import IMG_EXTENSIONS
 
     paths = []

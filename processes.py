@@ -111,7 +111,7 @@ class Ranks(NamedTuple):
         return torch.cat(parts).to(rows.device)
 
     def check_equal(self, name: str, values: torch.Tensor) -> None:
-        """Raises RunError where the ranks' values differ, as far as their sums show."""
+        """Raises RunError if the ranks' values differ, as far as their sums show."""
         sums = torch.stack([values.double().sum(), values.double().square().sum()]).cpu()
         if len(self.gather(sums.unsqueeze(0)).unique(dim=0)) > 1:
             raise RunError(f"the ranks' {name} are no longer the same")

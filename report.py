@@ -51,7 +51,7 @@ class Run:
         return self.epoch(self.tested, max(self.files[self.tested]))
 
     def epoch(self, split: str, number: int) -> dict[str, np.ndarray]:
-        """The arrays of an epoch; RunError where it has none, or a damaged file."""
+        """The arrays of an epoch; RunError if it has none, or a damaged file."""
         if number not in self.files[split]:
             known = ", ".join(map(str, self.files[split]))
             raise utils.RunError(f"--epochs must be among those of {self.directory / split}, {known}, got {number}")

@@ -67,7 +67,7 @@ def short(value) -> str:
 
 
 def read(directory: Path) -> dict:
-    """A run's flags, device and metrics, from its args.json, metrics.csv and log; RunError where one cannot be read."""
+    """A run's flags, device and metrics, from its args.json, metrics.csv and log; RunError if one cannot be read."""
     try:
         return _read(directory)
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:  # cut or edited by hand

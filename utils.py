@@ -155,11 +155,11 @@ def part_of(path: Path, process: int | str) -> Path:
 
 def _unwritable(path: Path, error: OSError) -> WriteError:
     reason = f"{error.strerror or error}; the earlier files are whole, --resume goes on from the last checkpoint"
-    return WriteError(f"cannot write {path}: {reason if path.parent.exists() else 'its directory has gone'}")
+    return WriteError(f"cannot write {path}: {reason if path.parent.exists() else 'its directory was removed'}")
 
 
 def read_start(path: Path, size: int) -> bytes:
-    """The first bytes of a file, at most `size`; none where there is no such file."""
+    """The first bytes of a file, at most `size`; none if there is no such file."""
     with contextlib.suppress(FileNotFoundError), open(path, "rb") as file:
         return file.read(size)
     return b""
