@@ -90,11 +90,11 @@ def plot_run(
 
     Returns the errors of missing pictures.
     """
-    for _, points in utils.epoch_files(save_dir, [f"{split}/epoch_*.npz" for split in report.SPLITS]):
+    for _, points in utils.epoch_files(save_dir, [f"{split}/epoch_*.npz" for split in utils.SPLITS]):
         if points.with_suffix(".png") not in plotter.paths and not points.with_suffix(".png").exists():
             plotter(points.with_suffix(".png"), draw_points, points)
     plotter(save_dir / "curves.png", draw_curves, history)
-    for split in report.SPLITS:
+    for split in utils.SPLITS:
         if utils.epoch_files(save_dir / split, ["epoch_*.npz"]):
             plotter(save_dir / f"{split}.gif", draw_film, save_dir / split)
             if split != "train":  # a run that was stopped before its first test has no page yet

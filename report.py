@@ -21,7 +21,6 @@ import utils
 
 PAGE = Path(__file__).parent / "page"
 TEST_POINTS, TRAIN_POINTS, TSNE_POINTS = 10_000, 5_000, 5_000  # of more, a fixed sample
-SPLITS = ("train", "val", "test")
 EPOCHS = 100  # of more, as many evenly spaced ones
 SPRITE_BYTES = 3_000_000  # of the test images; above it they become JPEG
 LOG_CHARACTERS = 200_000  # of a longer log, the end
@@ -71,7 +70,7 @@ def read_run(directory: Path) -> Run:
         raise utils.RunError(f"{directory} is no run: {error.strerror}: {error.filename}") from error
     except (KeyError, TypeError, ValueError) as error:
         raise utils.RunError(f"{directory} is no run: args.json, metrics.csv or run.json is damaged") from error
-    files = {split: dict(utils.epoch_files(directory / split, ["epoch_*.npz"])) for split in SPLITS}
+    files = {split: dict(utils.epoch_files(directory / split, ["epoch_*.npz"])) for split in utils.SPLITS}
     files = {split: numbers for split, numbers in files.items() if numbers}
     if "train" not in files or len(files) < 2:
         raise utils.RunError(f"{directory} has no points of a tested epoch: train with --plot")

@@ -26,16 +26,16 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+SPLITS = ("train", "val", "test")
 # What a run writes below its --save-dir; a new run there removes exactly these first. {} is the data set, * in
 # EPOCH_FILES the epoch; FIGURE is a pattern for names in figures/, which plots.py draws.
-EPOCH_FILES = ("train/epoch_*.png", "train/epoch_*.npz", "val/epoch_*.png", "val/epoch_*.npz", "test/epoch_*.png",
-               "test/epoch_*.npz", "features/epoch_*.npz")  # fmt: skip
+EPOCH_FILES = (*(f"{split}/epoch_*.{kind}" for split in SPLITS for kind in ("png", "npz")), "features/epoch_*.npz")
 EVENT_FILES = "tensorboard/events.out.tfevents.*"
 TEST_FILES = ("val/images.npz", "val/features.npz", "test/images.npz", "test/features.npz")  # of all epochs
 LOG = "log_{}.txt"
-RUN_FILES = ("metrics.csv", "args.json", "run.json", "checkpoint.pt", "best.pt", "train.gif", "val.gif", "test.gif",
-             "curves.png", "confusion.png", "roc.png", "evaluation.json", "features/test.npz", "predictions.csv",
-             "report.html", "compare.html", *TEST_FILES, EVENT_FILES)  # fmt: skip
+RUN_FILES = ("metrics.csv", "args.json", "run.json", "checkpoint.pt", "best.pt", "curves.png", "confusion.png",
+             "roc.png", "evaluation.json", "features/test.npz", "predictions.csv", "report.html", "compare.html",
+             *(f"{split}.gif" for split in SPLITS), *TEST_FILES, EVENT_FILES)  # fmt: skip
 FIGURE = r"(curves|confusion|compare|(train|val|test|val_tsne|test_tsne)_epoch(_[1-9]\d*)+)\.(pdf|svg|png)"
 
 
@@ -492,7 +492,7 @@ class Board:
                 self.writer.add_scalar(name, value, row["epoch"])
 
     def _pictures(self) -> list[tuple[int, Path]]:
-        return epoch_files(self.directory, [f"{split}/epoch_*.png" for split in ("train", "val", "test")])
+        return epoch_files(self.directory, [f"{split}/epoch_*.png" for split in SPLITS])
 
     def _add_pictures(self) -> None:
         from tensorboard.compat.proto.summary_pb2 import Summary
