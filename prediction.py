@@ -88,7 +88,7 @@ def image_paths(roots: Sequence[str]) -> list[str]:
     for root in roots:
         if not os.path.exists(root):
             raise utils.RunError(f"--predict must name images and directories, but there is no {root}")
-        found = sorted(os.path.join(base, file) for base, _, files in os.walk(root, followlinks=True) for file in files)
+        found = sorted(os.path.join(base, file) for base, _, files in os.walk(root) for file in files)
         found = [path for path in found if path.lower().endswith(IMG_EXTENSIONS)] if os.path.isdir(root) else [root]
         if not found:
             raise utils.RunError(f"--predict must name images and directories of images, but {root} holds none")

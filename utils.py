@@ -243,9 +243,10 @@ def epoch_files(directory: Path, patterns: Sequence[str] = EPOCH_FILES) -> list[
 
 
 def copy_epochs(source: Path, target: Path, last: int) -> None:
-    """Copies best.pt, the files of --plot and --save-features up to epoch `last`, and those of --tensorboard."""
+    """Copies what goes along with a run: the files of epochs up to `last`, best.pt, the test's and --tensorboard's."""
     paths = [path for epoch, path in epoch_files(source) if epoch <= last]
-    for path in (*paths, *(path for name in ("best.pt", *TEST_FILES, EVENT_FILES) for path in source.glob(name))):
+    patterns = ("best.pt", "evaluation.json", "roc.png", *TEST_FILES, EVENT_FILES)
+    for path in (*paths, *(path for pattern in patterns for path in source.glob(pattern))):
         copy = target / path.relative_to(source)
         copy.parent.mkdir(exist_ok=True)
         replace_file(copy, functools.partial(shutil.copyfile, path))
