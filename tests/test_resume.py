@@ -282,7 +282,7 @@ def test_a_finished_run_says_so_and_changes_nothing(run):
 
 
 def test_a_finished_run_is_resumed_elsewhere_with_all_it_has(run):
-    run("--save-dir", "old", "--plot", "--max-epoch", "1", "--feat-dim", "3")
+    run("--save-dir", "old", "--plot", "--verify", "--max-epoch", "1", "--feat-dim", "3")
     before = {path: path.read_bytes() for path in Path("old").rglob("*.*")}
     for flags in ([], ["--no-plot"]):
         status, out, _ = run("--resume", "old/checkpoint.pt", "--save-dir", "new", *flags, base=False)
