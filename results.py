@@ -63,7 +63,7 @@ def flags(args: dict) -> str:
 
 
 def short(value) -> str:
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    return f"{value:.10g}" if isinstance(value, float) else str(value)
 
 
 def read(directory: Path) -> dict:
