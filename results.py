@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from cli import build_parser
+import cli
 from recipes import RECIPES
 from utils import RunError
 
@@ -46,7 +46,7 @@ PANELS = {"accuracy (%)": "accuracy, %", "EER (%)": "EER, %", "AUROC of the unkn
 
 def flags(args: dict) -> str:
     """The recipe and the flags that are not its defaults, without the seed and flags that change no metric."""
-    parser = build_parser()
+    parser = cli.build_parser()
     parser.set_defaults(**RECIPES[args["recipe"]])
     defaults = vars(parser.parse_args([]))
     silent = parser.free - {"max_epoch"} | {"recipe", "seed"} | ({"max_epoch"} if args["max_iter"] else set())
@@ -214,11 +214,16 @@ def deviation(values: list[float]) -> float:
     return float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
 
 
-if __name__ == "__main__":
+def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("directories", nargs="*", type=Path, help="--save-dir of each run")
     parser.add_argument("--verification", action="store_true", help="the table of what --verify has measured")
     parser.add_argument("--curve", type=Path, metavar="FILE", help="draw what --verify has measured over λ")
+    return parser
+
+
+if __name__ == "__main__":
+    parser = build_parser()
     args = parser.parse_args()
     try:
         if args.curve:

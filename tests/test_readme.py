@@ -12,6 +12,7 @@ from PIL import Image
 import bench.__main__ as bench
 import cli
 import plots
+import results
 
 ROOT = Path(cli.__file__).resolve().parent
 PAGES = {str(path.relative_to(ROOT)): path.read_text(encoding="utf-8")
@@ -111,7 +112,7 @@ def test_every_flag_that_is_mentioned_exists():
     commands = argparse.ArgumentParser().add_subparsers()
     bench.loss.add_command(commands)
     bench.train.add_command(commands)
-    parsers = [cli.build_parser(), plots.build_parser(), *commands.choices.values()]
+    parsers = [cli.build_parser(), plots.build_parser(), results.build_parser(), *commands.choices.values()]
     known = FOREIGN | {name for parser in parsers for action in parser._actions for name in action.option_strings}
     mentioned = {flag for page in PAGES for each in code(page) for flag in re.findall(r"(?<![\w-])--[\w-]+", each)}
     assert mentioned and not mentioned - known
