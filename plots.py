@@ -624,6 +624,8 @@ class Plotter:
     def __exit__(self, kind: type | None, *error) -> None:
         if kind is KeyboardInterrupt:
             self._kill()
+        if self.pool:
+            self.pool.shutdown()  # at the interpreter's end its thread might close what Python then still writes to
 
     @property
     def paths(self) -> set[Path]:
@@ -682,6 +684,7 @@ def draw_to(path: Path, draw: Callable, *arguments) -> set[str]:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("ignore")
         warnings.simplefilter("always", UserWarning)
+        warnings.simplefilter("ignore", DeprecationWarning)  # pyparsing's are both
         utils.replace_file(path, lambda part: draw(part, *arguments))
     return {str(warning.message) for warning in caught}
 
