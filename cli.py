@@ -192,6 +192,9 @@ def parse_args(argv: list[str] | None = None, description: str = "") -> argparse
         parser.error("--evaluate tests and --resume trains on: give one of them")
     if args.predict and not args.evaluate:
         parser.error("--predict needs --evaluate CHECKPOINT, the network that predicts")
+    for name in ("plot", "save_features", "tensorboard", "verify"):
+        if args.predict and getattr(args, name):
+            parser.error(f"--predict replaces the test, got --{name.replace('_', '-')} too, which needs one")
     try:
         if args.evaluate or args.resume is not None:
             args = _with_checkpoint(parser, argv, args)

@@ -149,6 +149,8 @@ def test_what_cannot_be_predicted_is_one_line(trained, tmp_path, capsys):
         assert program(["--evaluate", trained[0] / "best.pt", "--predict", path, "--save-dir", tmp_path / "out"]) == 2
         err = capsys.readouterr().err
         assert message in err and err.count("\n") == 1 and not (tmp_path / "out").exists()
+    assert program(["--evaluate", trained[0] / "best.pt", "--predict", tmp_path, "--save-features"]) == 2
+    assert "--predict replaces the test, got --save-features too" in capsys.readouterr().err
 
 
 def test_a_network_is_loaded_with_its_centers_and_embeds_a_batch(trained, pictures):
