@@ -192,9 +192,9 @@ def parse_args(argv: list[str] | None = None, description: str = "") -> argparse
         parser.error("--evaluate tests and --resume trains on: give one of them")
     if args.predict and not args.evaluate:
         parser.error("--predict needs --evaluate CHECKPOINT, the network that predicts")
-    for name in ("plot", "save_features", "tensorboard", "verify"):
-        if args.predict and getattr(args, name):
-            parser.error(f"--predict replaces the test, got --{name.replace('_', '-')} too, which needs one")
+    for name in ("plot", "save_features", "tensorboard", "verify") if args.predict else ():
+        if getattr(args, name):
+            parser.error(f"--{name.replace('_', '-')} needs the test, which --predict replaces")
     try:
         if args.evaluate or args.resume is not None:
             args = _with_checkpoint(parser, argv, args)
@@ -244,7 +244,7 @@ def _with_checkpoint(parser: Parser, argv: list[str] | None, given: argparse.Nam
         parser.set_defaults(plot=False, save_features=False, tensorboard=False)
     args = parser.parse_args(argv)
     args.resume = None if given.evaluate else path
-    fixed = saved.keys() - parser.free
+    fixed = saved.keys() - parser.free - ({"batch_size"} if given.evaluate else set())
     if saved.get("max_iter") or (saved.get("schedule") in SCHEDULES and SCHEDULES[saved["schedule"]].fixed_length):
         fixed.add("max_epoch")
     for name in sorted(fixed):
@@ -286,7 +286,7 @@ def run(main: Callable[[argparse.Namespace], None], argv: list[str] | None = Non
     except utils.RunError as error:
         status, message = error.status, f"error: {error}"
     except (datasets.DatasetError, models.ModelError) as error:
-        status, message = 2, f"error: {str(error).strip().splitlines()[-1]}"  # a worker's comes after its traceback
+        status, message = 2, f"error: {str(error).strip()}"
     except (EOFError, MemoryError, OSError, RuntimeError) as error:
         reason = str(error).strip().partition("\n")[0].rstrip(".")
         if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in reason:

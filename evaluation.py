@@ -5,6 +5,7 @@ well do distances and probabilities tell images of classes that were left out of
 """
 
 import copy
+import gc
 import math
 from bisect import bisect_left
 from collections.abc import Sequence
@@ -143,19 +144,19 @@ def confusion(labels: Tensor, predictions: Tensor, num_classes: int) -> list[lis
 
 
 def confusion_lines(counts: list[list[int]], classes: Sequence[str], width: int = 100) -> list[str]:
-    """The accuracy (%) of each class, and its counts of predictions as each class.
+    """The accuracy (%) of each class, – without images, and its counts of predictions as each class.
 
     If these do not fit into `width`, only the three most frequent mistakes of each class.
     """
-    accuracies = [100 * row[label] / max(sum(row), 1) for label, row in enumerate(counts)]
+    accuracies = [f"{100 * row[label] / sum(row):.2f}" if any(row) else "–" for label, row in enumerate(counts)]
     first = max(len("true class"), *map(len, classes))
     columns = [max(len(name), *(len(str(row[label])) for row in counts)) for label, name in enumerate(classes)]
     if first + 12 + sum(columns) + 2 * len(columns) <= width:
-        cells = [(name, f"{right:.2f}", row) for name, right, row in zip(classes, accuracies, counts, strict=True)]
         return [
             f"{name:{first}}  {right:>10}" + "".join(f"  {cell:>{n}}" for cell, n in zip(row, columns, strict=True))
-            for name, right, row in (("true class", "accuracy %", classes), *cells)
-        ]
+            for name, right, row in zip(["true class", *classes], ["accuracy %", *accuracies], [classes, *counts],
+                                        strict=True)
+        ]  # fmt: skip
     lines = [f"{'true class':{first}}  {'accuracy %':>10}  most frequent mistakes"]
     for label, (name, right, row) in enumerate(zip(classes, accuracies, counts, strict=True)):
         wrong = [(number, other) for other, number in enumerate(row) if number and other != label]
@@ -163,7 +164,7 @@ def confusion_lines(counts: list[list[int]], classes: Sequence[str], width: int 
         shown = [f"{classes[other]} {number}" for number, other in wrong[:3]]
         if rest := sum(number for number, _ in wrong[3:]):
             shown.append(f"others {rest}")
-        lines.append(f"{name:{first}}  {right:10.2f}  {', '.join(shown)}".rstrip())
+        lines.append(f"{name:{first}}  {right:>10}  {', '.join(shown)}".rstrip())
     return lines
 
 
@@ -197,9 +198,11 @@ def report(splits: dict[str, dict], centers: Tensor, epoch: int, data: Data, arg
         pictures["confusion.png"] = (plots.draw_confusion, np.array(counts), data.classes, title)
     directory.mkdir(parents=True, exist_ok=True)
     utils.write_json(directory / "evaluation.json", measured)
-    for name, (draw, *arguments) in pictures.items() if args.plot else ():
-        for warning in plots.draw_to(directory / name, draw, *arguments):
-            log(warning)
+    if args.plot:
+        for name, (draw, *arguments) in pictures.items():
+            for warning in plots.draw_to(directory / name, draw, *arguments):
+                log(warning)
+        gc.collect()  # a figure's cycles keep exceptions, those the callers' frames, and those the loaders' workers
 
 
 def log_verification(what: str, measured: dict, log: utils.Log) -> None:

@@ -66,7 +66,7 @@ def predict(args: argparse.Namespace, device: torch.device, log: utils.Log) -> N
     target.parent.mkdir(parents=True, exist_ok=True)
 
     def write(part: Path) -> None:
-        with open(part, "w", newline="") as file:
+        with open(part, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
             writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
             writer.writeheader()
             writer.writerows(rows)
@@ -87,7 +87,7 @@ def image_paths(roots: Sequence[str]) -> list[str]:
     paths = []
     for root in roots:
         if not os.path.exists(root):
-            raise utils.RunError(f"--predict must name images and directories, but there is no {root}")
+            raise utils.RunError(f"--predict must name images and directories, but there is no {root or 'empty path'}")
         found = sorted(os.path.join(base, file) for base, _, files in os.walk(root) for file in files)
         found = [path for path in found if path.lower().endswith(IMG_EXTENSIONS)] if os.path.isdir(root) else [root]
         if not found:

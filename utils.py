@@ -345,10 +345,14 @@ def restore(path: str, run: dict, modules: dict, to_train: bool) -> dict:
     import torch
 
     checkpoint = load_checkpoint(path)
-    for name, needed in (("classes", True), ("images", to_train)):
-        saved, present = checkpoint["data"].get(name), run["data"][name]
-        if needed and saved != present:
-            raise RunError(f"the training {name} must be {saved}, as in {path}, got {present}")
+    data = checkpoint["data"]
+    for name, what, needed in (
+        ("classes", "training classes", True),
+        ("in_channels", "images' channels", "in_channels" in data),  # those of older runs lack it
+        ("images", "training images", to_train),
+    ):
+        if needed and data.get(name) != run["data"][name]:
+            raise RunError(f"the {what} must be {data.get(name)}, as in {path}, got {run['data'][name]}")
     _check_run(path, checkpoint, run["centers"])
     try:
         for name, module in modules.items():

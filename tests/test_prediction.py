@@ -1,6 +1,7 @@
 """What is done with a trained network: the best epoch is tested, other images are predicted, features have paths."""
 
 import csv
+import os
 import shutil
 from pathlib import Path
 
@@ -141,6 +142,15 @@ def test_the_distance_is_exact_in_a_large_batch():
     assert found == pytest.approx([0.01 * 2**0.5 * number for number in range(64)], abs=1e-4)
 
 
+def test_paths_are_written_as_they_are_in_the_file_system(trained, tmp_path):
+    odd = os.fsencode(tmp_path) + b"/\xff \xe6\x97\xa5.png"
+    with open(odd, "wb") as file:
+        Image.new("RGB", (8, 8)).save(file, "PNG")
+    flags = ["--evaluate", trained[0] / "best.pt", "--predict", tmp_path, "--save-dir", tmp_path / "out"]
+    assert program([*flags, "--use-cpu"]) == 0
+    assert odd in (tmp_path / "out" / "predictions.csv").read_bytes()
+
+
 def test_what_cannot_be_predicted_is_one_line(trained, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     (tmp_path / "broken.png").write_bytes(b"no image")
@@ -149,8 +159,9 @@ def test_what_cannot_be_predicted_is_one_line(trained, tmp_path, capsys):
         assert program(["--evaluate", trained[0] / "best.pt", "--predict", path, "--save-dir", tmp_path / "out"]) == 2
         err = capsys.readouterr().err
         assert message in err and err.count("\n") == 1 and not (tmp_path / "out").exists()
-    assert program(["--evaluate", trained[0] / "best.pt", "--predict", tmp_path, "--save-features"]) == 2
-    assert "--predict replaces the test, got --save-features too" in capsys.readouterr().err
+    for flag in ("--plot", "--save-features", "--tensorboard", "--verify"):
+        assert program(["--evaluate", trained[0] / "best.pt", "--predict", tmp_path, flag]) == 2
+        assert f"{flag} needs the test, which --predict replaces" in capsys.readouterr().err
 
 
 def test_a_network_is_loaded_with_its_centers_and_embeds_a_batch(trained, pictures):
