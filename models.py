@@ -70,6 +70,8 @@ class ConvNet(nn.Module):
         global_pool: the embedding sees the maximum of each channel, instead of all pixels.
         prelu_per_channel: a slope for each channel, instead of one for each layer.
         classifier_bias: without it the class centers spread on a circle, with it on rays to one side.
+        dirac: the first convolution begins as the cosine basis of its patches and the negative of it, the others as the
+            identity of their input's channels (Jordan, arXiv:2404.00498, whose first layer whitens the patches).
 
     Raises:
         ModelError: the images are too small for the pools, or feat_dim is 0.
@@ -88,6 +90,7 @@ class ConvNet(nn.Module):
         global_pool: bool = False,
         prelu_per_channel: bool = False,
         classifier_bias: bool = True,
+        dirac: bool = False,
     ):
         super().__init__()
         if not feat_dim:
@@ -111,6 +114,11 @@ class ConvNet(nn.Module):
         if global_pool:
             layers, size = [*layers, nn.AdaptiveMaxPool2d(1)], 1
         self.body = nn.Sequential(*layers)
+        if dirac:
+            first, *others = (layer.weight for layer in layers if isinstance(layer, nn.Conv2d))
+            _begin_as_patches(first)
+            for weight in others:
+                nn.init.dirac_(weight[: weight.shape[1]])
         embedding = nn.Linear(channels * size**2, feat_dim)
         self.embedding = embedding if batch_norm else nn.Sequential(embedding, *activation(feat_dim))
         self.classifier = nn.Linear(feat_dim, num_classes, bias=classifier_bias)
@@ -120,6 +128,23 @@ class ConvNet(nn.Module):
         with torch.autocast(images.device.type, enabled=False):  # bfloat16 would round the features to a visible grid
             features = self.embedding(inputs)
             return features, self.classifier(features)
+
+
+def _begin_as_patches(weight: torch.Tensor) -> None:
+    """Filters (N, C, H, W) as the C·H·W vectors of the discrete cosine transform, then as their negatives.
+
+    Of 2x2 pixels these are the mean and the edges, of RGB the brightness and the opponent colours.
+    """
+
+    def basis(size: int) -> torch.Tensor:  # orthonormal, a vector a row
+        index = torch.arange(size)
+        vectors = torch.cos(math.pi / size * index.unsqueeze(1) * (index + 0.5))
+        return vectors / vectors.norm(dim=1, keepdim=True)
+
+    patches = functools.reduce(torch.kron, map(basis, weight.shape[1:])).view(-1, *weight.shape[1:])
+    filters = torch.cat([patches, -patches])[: len(weight)]
+    with torch.no_grad():
+        weight[: len(filters)] = filters
 
 
 class Backbone(nn.Module):
@@ -223,7 +248,7 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "bn-deep": _conv_net(*DEEP, batch_norm=True),
     "bn-shallow": _conv_net(*SHALLOW, batch_norm=True),
     "bn-fast": _conv_net(*FAST, batch_norm=True, pool_first=True),
-    "bn-images": _conv_net(*IMAGES, batch_norm=True, pool_first=True, global_pool=True),
+    "bn-images": _conv_net(*IMAGES, batch_norm=True, pool_first=True, global_pool=True, dirac=True),
     "resnet18-small": _resnet18_small,
 }
 
@@ -255,7 +280,7 @@ class Compiled(nn.Module):
 
 
 def keep_(parameter: torch.Tensor) -> torch.Tensor:
-    """PyTorch's own initialisation, which its layers have drawn already."""
+    """The network's own initialisation, as a rule PyTorch's, which its layers have drawn already."""
     return parameter
 
 

@@ -72,7 +72,7 @@ RECIPES["images"] = dict(
     lr_model=0.005,
     weight_decay=0.1,
     schedule="onecycle",
-    max_epoch=16,
+    max_epoch=28,
     eval_freq=1,
     amp="auto",
 )

@@ -96,6 +96,21 @@ def test_xavier_is_uniform_within_its_bound_and_has_zero_biases():
             assert (layer.weight == 0.25).all()
 
 
+@pytest.mark.parametrize("channels", [1, 3, 5])
+def test_bn_images_begins_as_an_orthonormal_basis_of_patches_and_as_the_identity(channels):
+    convolutions = [each for each in models.create("bn-images", in_channels=channels).modules()
+                    if isinstance(each, nn.Conv2d)]  # fmt: skip
+    images, size = torch.rand(2, channels, 2, 2), 4 * channels
+    projected, negative, rest = convolutions[0](images)[:, :, 0, 0].tensor_split([size, 2 * size], dim=1)
+    assert torch.allclose(projected.square().sum(1), images.square().sum((1, 2, 3)))
+    assert torch.allclose(projected[:, 0], images.sum((1, 2, 3)) / size**0.5)  # the mean of a patch
+    assert torch.allclose(negative, -projected[:, : negative.shape[1]])
+    assert rest.shape[1] == max(24 - 2 * size, 0)
+    for layer in convolutions[1:]:
+        inputs = torch.rand(2, layer.in_channels, 5, 5)
+        assert torch.allclose(layer(inputs)[:, : layer.in_channels], inputs, atol=1e-6)
+
+
 @pytest.mark.parametrize(
     "name, smallest",
     [("cnn", 8), ("cnn-wen2016", 12), ("bn-deep", 16), ("bn-shallow", 8), ("bn-fast", 28), ("bn-images", 17)],
