@@ -148,10 +148,10 @@ def open_folder(root: Path, image_size: int) -> tuple[Dataset, Dataset]:
         if len(splits[-1].classes) < 2:
             raise DatasetError(f"{split} must hold at least two classes, got {splits[-1].classes[0]} alone")
     train, test = splits
-    for split, other in ((train, test), (test, train)):
-        if odd := sorted(set(split.classes) - set(other.classes)):
-            raise DatasetError(f"train and test in {root} must have the same classes, but only {Path(split.root).name} "
-                               f"has {', '.join(odd)}")  # fmt: skip
+    odd = [(Path(split.root).name, sorted(set(split.classes) - set(other.classes)))
+           for split, other in ((train, test), (test, train))]  # fmt: skip
+    if only := " and ".join(f"only {split} has {', '.join(names)}" for split, names in odd if names):
+        raise DatasetError(f"train and test in {root} must have the same classes, but {only}")
     return train, test
 
 
@@ -334,10 +334,9 @@ def by_workers(splits: Sequence[Dataset], workers: int, shape: tuple[int, int, i
         batches[:] = [(first + each).tolist() for each in rows]  # sending a tensor would start a thread
         try:
             yield from loader
-            return
-        except DatasetError as error:
-            reason = str(error).strip().rpartition("DatasetError: ")[2]  # after the worker's traceback
-        raise DatasetError(reason)  # out here, since the other one refers to torch's frames and so keeps the workers
+        except DatasetError as error:  # its traceback refers to torch's frames and so keeps the workers
+            error.args = (str(error).strip().rpartition("DatasetError: ")[2],)  # without the worker's traceback
+            raise error.with_traceback(None) from None
 
     firsts = itertools.accumulate(map(len, splits[:-1]), initial=0)
     return [functools.partial(load, first) for first in firsts]

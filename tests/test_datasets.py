@@ -221,7 +221,7 @@ def test_folders_that_cannot_be_used_are_refused(tmp_path):
     Image.new("L", (8, 8)).save(tmp_path / "train" / "bee" / "b.png")
     (tmp_path / "test" / "cow").mkdir()
     Image.new("L", (8, 8)).save(tmp_path / "test" / "cow" / "c.png")
-    assert "bee, cow" in refusal("folder", tmp_path, 4)
+    assert "only train has bee and only test has cow" in refusal("folder", tmp_path, 4)
     (tmp_path / "file").touch()
     assert "got the file" in refusal("folder", tmp_path / "file", 4)
 
@@ -336,7 +336,7 @@ def test_a_truncated_image_ends_workers_with_its_name(tmp_path):
     try:
         list(loader.train)
     except datasets.DatasetError as error:
-        assert "bee/3.png" in str(error)
+        assert str(error).startswith("cannot read the image ") and "bee/3.png" in str(error)
     del loader
     assert multiprocessing.active_children() == others  # one that is left would delay the interpreter's end
 
