@@ -155,6 +155,8 @@ def build_parser(description: str = "") -> Parser:
     add("--save-dir", default="log", free=True, help="directory of the run's files")
     add("--eval-freq", type=number(int, 0), free=True, help="epochs between two tests; 0: only after the last "
         "(default: 10; 1 with --val-share, and with --plot where a test takes less than a tenth of an epoch)")
+    add("--mirror", **switch, free=True, help="test with the mean features of each image and, except for "
+        "digits, of its mirror image")
     add("--verify", **switch, free=True, help="measure in each test how well distances tell which pairs "
         "of images are of one class, and write evaluation.json")
     add("--print-freq", type=number(int, 1), default=50, free=True, help="training steps between two lines of the log")
@@ -218,6 +220,7 @@ def parse_args(argv: list[str] | None = None, description: str = "") -> argparse
         parser.error("--tensorboard needs a package that is not installed: pip install tensorboard")
     if local is not None and args.gpu:
         parser.error(f"--gpu must be left out under torchrun, whose local ranks are the indices, got {args.gpu}")
+    args.mirror = args.mirror and datasets.SPECS[args.dataset].flip
     args.gpu = args.gpu or str(local)
     gpus = 0 if args.use_cpu else torch.cuda.device_count()
     if gpus and int(args.gpu) >= gpus:

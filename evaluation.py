@@ -175,7 +175,7 @@ def report(splits: dict[str, dict], centers: Tensor, epoch: int, data: Data, arg
     """
     directory, tested, unknown = Path(args.save_dir), splits["test"], splits.get("unknown")
     metrics = ("xent", "accuracy", "nearest_center_accuracy", "intra_distance", "inter_distance")
-    measured = dict(epoch=epoch, classes=data.classes, images=len(tested["labels"]))
+    measured = dict(epoch=epoch, classes=data.classes, images=len(tested["labels"]), mirror=args.mirror)
     measured |= {name: tested[name] for name in metrics}
     measured["verification"], curves = verification(tested["features"], tested["labels"])
     log_verification("Verification", measured["verification"], log)

@@ -219,6 +219,8 @@ class Experiment:
         test images of classes left out of the training. Raises Interrupted if a signal asks to stop.
         """
         self.log("==> Validation" if on == "val" else "==> Test")
+        if self.args.mirror:
+            model = models.Mirrored(model)
 
         def batches(name: str) -> Iterable:
             split = getattr(self.data, name)

@@ -197,6 +197,22 @@ class Backbone(nn.Module):
             return features, self.classifier(features)
 
 
+class Mirrored(nn.Module):
+    """The mean features and logits of images and of their mirror images.
+
+    Wen et al. (ECCV 2016, section 4.2) test faces so, with the two features side by side. As the classifiers here are
+    linear, the mean logits are those of the mean features.
+    """
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        views = self.model(images), self.model(images.flip(3))
+        return tuple((seen + mirrored) / 2 for seen, mirrored in zip(*views, strict=True))
+
+
 def _torchvision_network(name: str, pretrained: bool) -> nn.Module:
     import torchvision
 

@@ -24,12 +24,14 @@ from center_loss import pairwise
 class Trained:
     """A trained network in evaluation mode; called with image files, it returns their features and logits."""
 
-    def __init__(self, checkpoint: dict, device: str | torch.device = "cpu"):
+    def __init__(self, checkpoint: dict, device: str | torch.device = "cpu", mirror: bool | None = None):
         args, data = checkpoint["args"], checkpoint["data"]
         self.classes, self.size, self.mode = data["classes"], data["image_size"], datasets.MODES[data["in_channels"]]
         self.amp, self.device = args["amp"], torch.device(device)
         self.model = models.create(args["model"], len(self.classes), data["in_channels"], self.size, args["feat_dim"])
         self.model.load_state_dict(checkpoint["model"])
+        if args.get("mirror", False) if mirror is None else mirror:
+            self.model = models.Mirrored(self.model)
         self.model.to(self.device, memory_format=torch.channels_last).eval()
         self.centers = checkpoint["centers"].to(self.device)  # (C, D)
         spec = datasets.SPECS[args["dataset"]]
@@ -50,17 +52,20 @@ class Trained:
             return self.model(self.read(paths))
 
 
-def load(path: str | Path, device: str | torch.device = "cpu") -> Trained:
-    """The network of a checkpoint, which needs no data set. Raises RunError if it is damaged or not one of main.py."""
+def load(path: str | Path, device: str | torch.device = "cpu", mirror: bool | None = None) -> Trained:
+    """The network of a checkpoint, which needs no data set. Raises RunError if it is damaged or not one of main.py.
+
+    `mirror`: return the means over images and their mirror images; None: as the run did in its tests.
+    """
     checkpoint = utils.load_checkpoint(path)
     if not {"in_channels", "image_size"} <= checkpoint["data"].keys():
         raise utils.RunError(f"the checkpoint {path} lacks the shape of its images, which a resumed run adds")
-    return Trained(checkpoint, device)
+    return Trained(checkpoint, device, mirror)
 
 
 def predict(args: argparse.Namespace, device: torch.device, log: utils.Log) -> None:
     """Writes predictions.csv for the images of --predict, and logs how many are of which class."""
-    network, paths = load(args.evaluate, device), image_paths(args.predict)
+    network, paths = load(args.evaluate, device, args.mirror), image_paths(args.predict)
     rows = list(predictions(network, paths, args.batch_size))
     target = Path(args.save_dir, "predictions.csv")
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -74,6 +74,7 @@ RECIPES["images"] = dict(
     schedule="onecycle",
     max_epoch=28,
     eval_freq=1,
+    mirror=True,
     amp="auto",
 )
 

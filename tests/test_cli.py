@@ -75,6 +75,11 @@ def test_flags_have_zhou2018s_names_and_defaults():
     assert cli.parse_args(["-d", "digits", "-j", "3"]).workers == 3
 
 
+def test_digits_are_not_mirrored_in_the_test():
+    assert cli.parse_args(["--recipe", "images", "--dataset", "folder"]).mirror
+    assert not cli.parse_args(["--recipe", "images", "--dataset", "mnist"]).mirror
+
+
 def test_a_recipe_leaves_bfloat16_to_the_hardware_and_a_run_keeps_it(run, monkeypatch):
     for fast in (True, False):
         monkeypatch.setattr(hardware, "multiplies_bfloat16", lambda gpu, fast=fast: fast)

@@ -27,7 +27,7 @@ def files(directory="log"):
 
 @pytest.mark.parametrize("flags", [
     [], ["--weight-cent", "0"], ["--amp"], ["--recipe", "zahn2024-v1.1", "--model", "cnn"],
-    ["-j", "1", "--feat-dim", "3"],
+    ["-j", "1", "--feat-dim", "3"], ["--mirror"],
 ])  # fmt: skip
 def test_figures_are_those_of_the_runs_last_test(flags, run):
     _, trained, _ = run("--lr-model", "0.05", *flags)

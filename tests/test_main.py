@@ -80,15 +80,18 @@ def test_training_takes_the_steps_of_a_plain_loop(weight, run, folder):
     assert torch.allclose(checkpoint["center_loss"]["centers"], centers, atol=1e-5)
 
 
-def test_test_figures_are_those_of_slow_loops(run, folder):
-    assert run("--lr-model", "0.05")[0] == 0
+@pytest.mark.parametrize("flags", [[], ["--mirror"]])
+def test_test_figures_are_those_of_slow_loops(flags, run, folder):
+    assert run("--lr-model", "0.05", *flags)[0] == 0
     checkpoint, row = torch.load("log/checkpoint.pt", weights_only=True), metrics()[-1]
     model, centers = models.create("cnn", 3, 1, 8), checkpoint["center_loss"]["centers"]
     model.load_state_dict(checkpoint["model"])
     right = nearest = 0
     distances = []
     for images, labels, _ in datasets.create("folder", folder, 1, image_size=8).test:
-        features, logits = model(images)
+        views = [images, images.flip(-1)] if flags else [images]
+        features, logits = (sum(each) / len(views) for each in zip(*map(model, views), strict=True))
+        assert torch.allclose(logits, model.classifier(features), atol=1e-5)
         right += logits.argmax().item() == labels.item()
         to_centers = [(features[0] - center).norm().item() for center in centers]
         nearest += to_centers.index(min(to_centers)) == labels.item()

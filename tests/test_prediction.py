@@ -102,10 +102,11 @@ def pictures(tmp_path):
     return [directory, tmp_path / "alone.tif"]
 
 
-def test_predictions_are_those_of_each_image_by_itself(trained, pictures, tmp_path, capsys):
+@pytest.mark.parametrize("flags", [[], ["--mirror"]])
+def test_predictions_are_those_of_each_image_by_itself(flags, trained, pictures, tmp_path, capsys):
     run, _ = trained
     status = program(["--evaluate", run / "best.pt", "--predict", *pictures, "--use-cpu",
-                      "--save-dir", tmp_path / "out", "--data-root", "nowhere", "--batch-size", "10"])  # fmt: skip
+                      "--save-dir", tmp_path / "out", "--data-root", "nowhere", "--batch-size", "10", *flags])  # fmt: skip
     out, err = capsys.readouterr()
     found = rows(tmp_path / "out" / "predictions.csv")
     directory, alone = pictures
@@ -116,7 +117,8 @@ def test_predictions_are_those_of_each_image_by_itself(trained, pictures, tmp_pa
     for row in found:
         image = datasets.square(8)(datasets.ReadImage("RGB")(row["path"]))
         with torch.no_grad():
-            features, logits = model((image[None] / 255 - 0.5) / 0.5)
+            views = [(each[None] / 255 - 0.5) / 0.5 for each in (image, image.flip(-1))][: 1 + len(flags)]
+            features, logits = (sum(each) / len(views) for each in zip(*map(model, views), strict=True))
         label = logits[0].argmax().item()
         distances = (features - checkpoint["centers"]).norm(dim=1)
         assert row["class"] == ("ant", "bee", "cat")[label]
