@@ -108,6 +108,8 @@ def build_parser(description: str = "") -> Parser:
     add("--val-share", type=number(float, 0, 1), default=0.0, help="share of each class's training images that "
         "chooses the best epoch, the only one that is tested then; 0: none")
     add("--augment", **switch, help="shift the training images at random and, except for digits, mirror them")
+    add("--erase", type=number(float, 0, 1), default=0.0, help="side of a square of each training image that is made "
+        "grey, at a random place, as a share of the image's; 0: none")
     add("--image-size", type=number(int, 8, 1024), default=32, help="pixels per side, for --dataset folder")
     add("--scaling", choices=sorted(datasets.SCALINGS), default="standard", help="of pixels p: standard, by mean and "
         "deviation of the data set (0.5 and 0.5 for folder); symmetric, (p - 127.5) / 128; unit, p / 255")
@@ -128,6 +130,8 @@ def build_parser(description: str = "") -> Parser:
     add = parser.group("loss: cross-entropy + λ · center loss")
     add("--weight-cent", type=number(float, TINY, or_zero=True), default=1.0,
         help="λ, weight of the center loss; 0: softmax only")
+    add("--label-smoothing", type=number(float, 0, 1), default=0.0, help="of the cross-entropy: share of the target "
+        "that is spread evenly over all classes")
     add("--distance", choices=sorted(center_loss.DISTANCES), default="squared", help="of a feature from its center")
     add("--radius", type=number(float, 0), default=0.0, help="r: a feature this close to its center is not pulled")
     add("--loss-scale", type=number(float, 0, above=True), default=1.0, help="factor of the center loss")

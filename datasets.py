@@ -218,14 +218,21 @@ class Normalise:
 
 
 class Augment:
-    """Mirrors and shifts each image of a batch at random: uint8 (B, C, H, W) to the same, channels last.
+    """Changes each image of a batch at random by itself: uint8 (B, C, H, W) to the same, channels last.
 
-    A shift is of up to an eighth of the side in either direction, with reflection at the border. The numbers are drawn
-    for the whole batch from a CPU generator of their own: the same on any device, over ranks, and after a resume.
+    The numbers are drawn for the whole batch from a CPU generator of their own: the same on any device, over ranks, and
+    after a resume.
+
+    Args:
+        shift: move it by up to an eighth of its side in either direction, with reflection at the border.
+        flip: mirror it, or not.
+        erase: side of a grey square as a share of the image's, rounded to an odd number of pixels. Its center is
+            anywhere in the image, so that a part of it may be outside (DeVries and Taylor's cutout, arXiv:1708.04552).
     """
 
-    def __init__(self, seed: int, flip: bool, ranks: Ranks = Ranks()):  # noqa: B008  (immutable)
-        self.flip, self.ranks = flip, ranks
+    def __init__(self, seed: int, *, shift: bool = False, flip: bool = False, erase: float = 0.0,
+                 ranks: Ranks = Ranks()):  # noqa: B008  (immutable)  # fmt: skip
+        self.shift, self.flip, self.erase, self.ranks = shift, flip, erase, ranks
         self.generator = torch.Generator().manual_seed(seed)
 
     def state_dict(self) -> dict[str, torch.Tensor]:
@@ -237,16 +244,19 @@ class Augment:
     def __call__(self, images: torch.Tensor, size: int) -> torch.Tensor:
         """`images`: this rank's share of a batch of `size`."""
         side, device = images.shape[-1], images.device
-        reach = side // 8
+        reach = self.shift * (side // 8)
         shifts = torch.randint(-reach, reach + 1, (size, 2), generator=self.generator)
         flips = torch.randint(1 + self.flip, (size, 1), generator=self.generator)
-        draws = self.ranks.share(torch.cat([shifts, flips], dim=1)).to(device, non_blocking=True)
-        down, right, flipped = draws.unsqueeze(1).unbind(2)  # (B, 1) each
+        centers = torch.randint(side, (size, 2), generator=self.generator)
+        draws = self.ranks.share(torch.cat([shifts, flips, centers], dim=1)).to(device, non_blocking=True)
+        down, right, flipped, *center = draws.unsqueeze(1).unbind(2)  # (B, 1) each
         along = torch.arange(side, device=device)
         rows, columns = ((side - 1 - (side - 1 - (along + shift).abs()).abs()) for shift in (down, right))  # (B, side)
         columns = torch.where(flipped.bool(), columns.flip(1), columns)
         index = torch.arange(len(images), device=device).view(-1, 1, 1)
-        return images[index, :, rows.unsqueeze(2), columns.unsqueeze(1)].permute(0, 3, 1, 2)
+        changed = images[index, :, rows.unsqueeze(2), columns.unsqueeze(1)].permute(0, 3, 1, 2)
+        below, beside = ((along - middle).abs() < self.erase * side / 2 for middle in center)  # (B, side)
+        return changed.masked_fill_((below.unsqueeze(2) & beside.unsqueeze(1)).unsqueeze(1), 128)
 
 
 class BatchRows:
@@ -353,6 +363,7 @@ def create(
     scaling: str | Moments = "standard",
     unseen: Sequence[str] = (),
     augment: bool = False,
+    erase: float = 0.0,
     val_share: float = 0.0,
     seed: int = 1,
     trained: dict | None = None,
@@ -362,8 +373,9 @@ def create(
 
     `image_size` is for data sets without a size of their own: "folder". `scaling` is in SCALINGS, or the mean and std.
     `unseen` are the names or numbers of classes to leave out of `train` and `test`; their test images are `unknown`.
-    `augment` changes the training images at random. `val_share` of each class's training images, drawn by `seed`,
-    become `val`. `trained` are the facts() of a network to be tested, whose training images may be missing.
+    `augment`, which shifts and flips, and `erase` change the training images as in Augment. `val_share` of each class's
+    training images, drawn by `seed`, become `val`. `trained` are the facts() of a network to be tested, whose training
+    images may be missing.
     Raises DatasetError if the data are missing, broken or too large for the device, or too few classes are left.
     """
     spec, root = SPECS[name], Path(root)
@@ -399,8 +411,8 @@ def create(
         rows = BatchRows(len(split), size, name == "train", "cpu" if workers else device, ranks)
         batches[name] = Batches(rows, load, normalise, device)
         batches[name].paths = [path for path, _ in getattr(split, "samples", [])]
-    if augment:
-        batches["train"].augment = Augment(seed, spec.flip, ranks)
+    if augment or erase:
+        batches["train"].augment = Augment(seed, shift=augment, flip=augment and spec.flip, erase=erase, ranks=ranks)
     return Data(
         **{name: batches.get(name) for name in ("train", "test", "unknown", "val")},
         classes=list(splits["train"].classes),

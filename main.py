@@ -52,7 +52,8 @@ def main(args: argparse.Namespace) -> None:
     with ranks.first_alone():
         data = datasets.create(args.dataset, args.data_root, args.batch_size, args.workers, device,
                                image_size=args.image_size, scaling=scaling, unseen=args.unseen, augment=args.augment,
-                               val_share=args.val_share, seed=args.seed, trained=known, ranks=ranks)  # fmt: skip
+                               erase=args.erase, val_share=args.val_share, seed=args.seed, trained=known,
+                               ranks=ranks)  # fmt: skip
     log(f"Creating model: {args.model}")
     experiment = Experiment(args, data, device, log)
     run = dict(epoch=0, partial=None, history=[], centers=experiment.centers(), elapsed=0.0, log_bytes=0,
@@ -138,7 +139,7 @@ class Experiment:
         optimizers = create_optimizers(self.model, center_loss, args)
         lr_ratio = args.lr_cent / args.lr_model if args.one_optimizer else 1.0
         self.step = training.Step(net, center_loss, optimizers, weight=args.weight_cent, lr_ratio=lr_ratio,
-                                  amp=args.amp, ranks=self.ranks)  # fmt: skip
+                                  label_smoothing=args.label_smoothing, amp=args.amp, ranks=self.ranks)  # fmt: skip
         if args.cuda_graph:
             self.step = training.captured(self.step, args.batch_size, log)
         schedule = SCHEDULES[args.schedule]

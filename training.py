@@ -40,6 +40,7 @@ class Step:
         optimizers: by name; all of them take a step.
         weight: λ. At 0 there is no center loss, and the centers stay where they are.
         lr_ratio: the centers' learning rate over the optimizer's, if network and centers share one optimizer.
+        label_smoothing: share of the cross-entropy's target that is spread evenly over all classes.
         amp: run the network under bfloat16 autocast.
         ranks: the processes that share each batch.
     """
@@ -52,11 +53,13 @@ class Step:
         *,
         weight: float,
         lr_ratio: float = 1.0,
+        label_smoothing: float = 0.0,
         amp: bool = False,
         ranks: Ranks = Ranks(),  # noqa: B008  (immutable)
     ):
         self.net, self.center_loss, self.optimizers = net, center_loss, optimizers
-        self.weight, self.lr_ratio, self.amp, self.ranks = weight, lr_ratio, amp, ranks
+        self.weight, self.lr_ratio, self.label_smoothing = weight, lr_ratio, label_smoothing
+        self.amp, self.ranks = amp, ranks
 
     @property
     def device(self) -> torch.device:
@@ -66,7 +69,8 @@ class Step:
         """Takes the step. `size`: samples in the joined batch of all ranks, by default those of this one."""
         with torch.autocast(images.device.type, torch.bfloat16, enabled=self.amp):
             features, logits = self.net(images)
-        xent = F.cross_entropy(logits, labels, reduction="sum") / (size or len(labels))
+        xent = F.cross_entropy(logits, labels, reduction="sum", label_smoothing=self.label_smoothing)
+        xent = xent / (size or len(labels))
         center = self.weight * self.center_loss(features, labels) if self.weight else torch.zeros_like(xent)
 
         for optimizer in self.optimizers.values():
@@ -121,8 +125,7 @@ class CapturedStep(Step):
     EAGER = 3  # steps before the capture, in which libraries and compilers choose their kernels
 
     def __init__(self, step: Step, batch_size: int, notice: Callable[[str], object], graph: CudaGraph):
-        super().__init__(step.net, step.center_loss, step.optimizers, weight=step.weight, lr_ratio=step.lr_ratio,
-                         amp=step.amp, ranks=step.ranks)  # fmt: skip
+        vars(self).update(vars(step))
         self.batch_size, self.notice, self.graph = batch_size, notice, graph
         self.eager, self.batch = self.EAGER, None
         # A graph keeps numbers as they were at its capture, so learning rates are in tensors, filled when they change.

@@ -122,7 +122,7 @@ BAD_FLAGS = [
     ["--model", "resnet18-small", "--pretrained"], ["--model", "fasterrcnn_resnet50_fpn"],
     ["--weight-cent", "1e-44"], ["--lr-model", "1e-320"],
     ["--one-optimizer", "--lr-model", "1e-20", "--weight-cent", "1e-20"],
-    ["--unseen"], ["--unseen", ""],
+    ["--unseen"], ["--unseen", ""], ["--erase", "1.5"], ["--label-smoothing", "-0.1"],
 ]  # fmt: skip
 
 

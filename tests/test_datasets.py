@@ -414,7 +414,7 @@ def variants(image, flip):
 @pytest.mark.parametrize("flip", [False, True])
 def test_each_image_is_shifted_and_mirrored_by_itself(flip):
     images = torch.randint(0, 256, (400, 3, 8, 8), dtype=torch.uint8)
-    changed, drawn = datasets.Augment(1, flip)(images, 400), []
+    changed, drawn = datasets.Augment(1, shift=True, flip=flip)(images, 400), []
     for before, after in zip(images.numpy(), changed.numpy(), strict=True):
         matches = [np.array_equal(after, each) for each in variants(before, flip)]
         assert sum(matches) == 1
@@ -423,9 +423,25 @@ def test_each_image_is_shifted_and_mirrored_by_itself(flip):
     assert changed.dtype == torch.uint8 and changed.is_contiguous(memory_format=torch.channels_last)
 
 
+@pytest.mark.parametrize("erase, sides", [(0.25, {1}), (0.5, {2, 3}), (1.0, {4, 5, 6, 7})])
+def test_a_grey_square_is_erased_anywhere_in_each_image(erase, sides):
+    images = torch.randint(0, 128, (400, 3, 8, 8), dtype=torch.uint8)
+    changed, seen = datasets.Augment(1, erase=erase)(images, 400), torch.zeros(8, 8)
+    found = set()
+    for before, after in zip(images, changed, strict=True):
+        grey = (after == 128).all(0)
+        rows, columns = (grey.any(dim) for dim in (1, 0))
+        assert torch.equal(grey, rows.outer(columns)) and torch.equal(after[:, ~grey], before[:, ~grey])
+        found |= {int(each.sum()) for each in (rows, columns)}
+        seen += grey
+    assert seen.min() > 0 and found == sides
+
+
 def test_augmentation_goes_by_its_seed_alone_is_resumed_and_the_same_over_ranks():
     images = torch.randint(0, 256, (3, 7, 1, 8, 8), dtype=torch.uint8)
-    augment, again, global_state = datasets.Augment(5, True), datasets.Augment(6, True), torch.get_rng_state()
+    changes = dict(shift=True, flip=True, erase=0.25)
+    augment, again = (datasets.Augment(seed, **changes) for seed in (5, 6))
+    global_state = torch.get_rng_state()
     first, state = augment(images[0], 7), augment.state_dict()
     rest = [augment(each, 7) for each in images[1:]]
     assert torch.equal(torch.get_rng_state(), global_state)
@@ -434,10 +450,10 @@ def test_augmentation_goes_by_its_seed_alone_is_resumed_and_the_same_over_ranks(
     assert all(map(torch.equal, [again(each, 7) for each in images[1:]], rest))
     for rank in range(3):
         ranks = Ranks(rank, 3)
-        shared = datasets.Augment(5, True, ranks)
+        shared = datasets.Augment(5, **changes, ranks=ranks)
         assert torch.equal(shared(ranks.share(images[0]), 7), ranks.share(first))
         assert torch.equal(shared(ranks.share(images[1]), 7), ranks.share(rest[0]))
-    assert datasets.Augment(5, True, Ranks(2, 3))(images[0, :0], 2).shape == (0, 1, 8, 8)
+    assert datasets.Augment(5, **changes, ranks=Ranks(2, 3))(images[0, :0], 2).shape == (0, 1, 8, 8)
 
 
 def test_digits_are_not_mirrored():
@@ -449,7 +465,7 @@ def test_augmented_batches_are_the_same_for_every_number_of_workers(folder):
     for workers in (0, 1):
         train = datasets.create("folder", folder, 7, workers, image_size=8).train
         plain = torch.cat([images for images, _ in batches(train)])
-        train.augment = datasets.Augment(1, True)
+        train.augment = datasets.Augment(1, shift=True, flip=True, erase=0.25)
         loaded.append(torch.cat([images for images, _ in batches(train)]))
         assert not torch.equal(loaded[-1], plain)
     assert torch.equal(*loaded)

@@ -106,7 +106,8 @@ def pictures(tmp_path):
 def test_predictions_are_those_of_each_image_by_itself(flags, trained, pictures, tmp_path, capsys):
     run, _ = trained
     status = program(["--evaluate", run / "best.pt", "--predict", *pictures, "--use-cpu",
-                      "--save-dir", tmp_path / "out", "--data-root", "nowhere", "--batch-size", "10", *flags])  # fmt: skip
+                      "--save-dir", tmp_path / "out", "--data-root", "nowhere", "--batch-size", "10",
+                      *flags])  # fmt: skip
     out, err = capsys.readouterr()
     found = rows(tmp_path / "out" / "predictions.csv")
     directory, alone = pictures

@@ -76,7 +76,8 @@ SETTINGS = {
     "bfloat16, one optimizer": ["--amp", "--one-optimizer", "--caffe-biases"],
     "softmax only": ["--weight-cent", "0", "--save-features"],
     "features": ["--save-features", "--stepsize", "1"],
-    "augmented, validation": ["--augment", "--val-share", "0.1", "--lr-model", "0.05"],
+    "augmented, validation": ["--augment", "--val-share", "0.1", "--lr-model", "0.05", "--erase", "0.3",
+                              "--label-smoothing", "0.1"],
     "dropout": ["--model", "dropout"],
 }  # fmt: skip
 

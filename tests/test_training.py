@@ -45,13 +45,15 @@ def constant(step):
     return torch.optim.lr_scheduler.ConstantLR(step.optimizers["model"], 1.0)
 
 
-@pytest.mark.parametrize("weight", [0.0, 0.3])
-def test_a_step_is_one_update_of_network_and_centers(weight):
-    step, (images, labels, _) = make_step(weight), make_batches(1)[0]
+@pytest.mark.parametrize("weight, smoothing", [(0.0, 0.0), (0.3, 0.0), (0.3, 0.2)])
+def test_a_step_is_one_update_of_network_and_centers(weight, smoothing):
+    step, (images, labels, _) = make_step(weight, label_smoothing=smoothing), make_batches(1)[0]
     net, centers = copy.deepcopy(step.net), step.center_loss.centers.detach().clone()
     output = step(images, labels)
     features, logits = net(images)
-    xent, center = F.cross_entropy(logits, labels), weight * (features - centers[labels]).pow(2).sum(1).mean()
+    targets = (1 - smoothing) * F.one_hot(labels, 3) + smoothing / 3
+    xent = -(targets * logits.log_softmax(1)).sum(1).mean()
+    center = weight * (features - centers[labels]).pow(2).sum(1).mean()
     assert output.xent.item() == pytest.approx(xent.item()) and output.center.item() == pytest.approx(center.item())
     assert torch.equal(output.features, features) and torch.equal(output.predictions, logits.argmax(1))
     assert not any(each.requires_grad for each in output)
@@ -138,6 +140,7 @@ def test_a_class_that_a_cut_pass_has_not_seen_has_a_finite_mean():
 SCHEDULED = {
     "two optimizers": ["--stepsize", "1"],
     "softmax only": ["--stepsize", "1", "--weight-cent", "0"],
+    "smoothed labels": ["--stepsize", "1", "--label-smoothing", "0.3"],
     "one optimizer": ["--recipe", "wen2016", "--milestones", "4", "8", "--lr-model", "0.3"],
     "adamw, one cycle": ["--recipe", "fast", "--no-amp", "--lr-model", "0.1"],
 }
@@ -149,7 +152,8 @@ def train(flags, capture=lambda step: step):
     args = cli.parse_args(["--lr-model", "0.1", *flags])
     net, center_loss = Network(), CenterLoss(3, 2, use_gpu=False, center_update=args.center_update)
     optimizers = create_optimizers(net, center_loss, args)
-    step = capture(training.Step(net, center_loss, optimizers, weight=args.weight_cent))
+    step = capture(training.Step(net, center_loss, optimizers, weight=args.weight_cent,
+                                 label_smoothing=args.label_smoothing))  # fmt: skip
     scheduler = SCHEDULES[args.schedule].create(optimizers["optimizer_model"], args, 4, 12)
     batches = [*make_batches(3), *make_batches(1, size=2)]
     return [training.train_epoch(step, batches, scheduler, keep=True).results() for _ in range(3)], step
