@@ -49,7 +49,7 @@ def flags(args: dict) -> str:
     parser = cli.build_parser()
     parser.set_defaults(**RECIPES[args["recipe"]])
     defaults = vars(parser.parse_args([]))
-    silent = parser.free - {"max_epoch"} | {"recipe", "seed"} | ({"max_epoch"} if args["max_iter"] else set())
+    silent = parser.free - {"max_epoch", "mirror"} | {"recipe", "seed"} | ({"max_epoch"} if args["max_iter"] else set())
     given = [f"--recipe {args['recipe']}"]
     for name, default in defaults.items():
         value, flag = args.get(name, default), name.replace("_", "-")

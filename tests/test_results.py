@@ -23,6 +23,7 @@ REPOSITORY = Path(results.__file__).parent
     "--recipe wen2016 --milestones 3 4 --no-one-optimizer",
     "--recipe wen2016 --max-iter 20",
     "--recipe fast --max-epoch 7 --weight-cent 0 --no-amp",
+    "--recipe images --dataset folder --no-mirror --no-amp",
 ])  # fmt: skip
 def test_flags_are_the_shortest_that_give_the_run(given):
     """As they stand in args.json, where the seed, paths and what is written do not matter."""
