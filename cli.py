@@ -108,8 +108,8 @@ def build_parser(description: str = "") -> Parser:
     add("--val-share", type=number(float, 0, 1), default=0.0, help="share of each class's training images that "
         "chooses the best epoch, the only one that is tested then; 0: none")
     add("--augment", **switch, help="shift the training images at random and, except for digits, mirror them")
-    add("--erase", type=number(float, 0, 1), default=0.0, help="side of a square of each training image that is made "
-        "grey, at a random place, as a share of the image's; 0: none")
+    add("--erase", type=number(float, 0, 1), default=0.0, help="hide a grey square at a random place in each "
+        "training image; its side as a share of the image's; 0: none")
     add("--image-size", type=number(int, 8, 1024), default=32, help="pixels per side, for --dataset folder")
     add("--scaling", choices=sorted(datasets.SCALINGS), default="standard", help="of pixels p: standard, by mean and "
         "deviation of the data set (0.5 and 0.5 for folder); symmetric, (p - 127.5) / 128; unit, p / 255")
@@ -159,7 +159,7 @@ def build_parser(description: str = "") -> Parser:
     add("--save-dir", default="log", free=True, help="directory of the run's files")
     add("--eval-freq", type=number(int, 0), free=True, help="epochs between two tests; 0: only after the last "
         "(default: 10; 1 with --val-share, and with --plot where a test takes less than a tenth of an epoch)")
-    add("--mirror", **switch, free=True, help="test with the mean features of each image and, except for "
+    add("--mirror", **switch, help="test with the mean features of each image and, except for "
         "digits, of its mirror image")
     add("--verify", **switch, free=True, help="measure in each test how well distances tell which pairs "
         "of images are of one class, and write evaluation.json")
@@ -246,12 +246,13 @@ def _with_checkpoint(parser: Parser, argv: list[str] | None, given: argparse.Nam
     saved = utils.load_checkpoint(path)["args"]
     if missing := {"recipe", "dataset", "model", "feat_dim"} - saved.keys():
         parser.error(f"the checkpoint {path} lacks --{min(missing).replace('_', '-')} of its run")
+    saved = vars(build_parser().parse_args([])) | saved  # flags that are newer than the checkpoint
     parser.set_defaults(**saved | dict(save_dir=os.path.dirname(path) or ".", gpu=given.gpu))
     if given.evaluate:
         parser.set_defaults(plot=False, save_features=False, tensorboard=False)
     args = parser.parse_args(argv)
     args.resume = None if given.evaluate else path
-    fixed = saved.keys() - parser.free - ({"batch_size"} if given.evaluate else set())
+    fixed = saved.keys() - parser.free - ({"batch_size", "mirror"} if given.evaluate else set())
     if saved.get("max_iter") or (saved.get("schedule") in SCHEDULES and SCHEDULES[saved["schedule"]].fixed_length):
         fixed.add("max_epoch")
     for name in sorted(fixed):

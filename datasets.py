@@ -247,16 +247,18 @@ class Augment:
         reach = self.shift * (side // 8)
         shifts = torch.randint(-reach, reach + 1, (size, 2), generator=self.generator)
         flips = torch.randint(1 + self.flip, (size, 1), generator=self.generator)
-        centers = torch.randint(side, (size, 2), generator=self.generator)
-        draws = self.ranks.share(torch.cat([shifts, flips, centers], dim=1)).to(device, non_blocking=True)
+        erased = torch.randint(side, (size, 2 if self.erase else 0), generator=self.generator)
+        draws = self.ranks.share(torch.cat([shifts, flips, erased], dim=1)).to(device, non_blocking=True)
         down, right, flipped, *center = draws.unsqueeze(1).unbind(2)  # (B, 1) each
         along = torch.arange(side, device=device)
         rows, columns = ((side - 1 - (side - 1 - (along + shift).abs()).abs()) for shift in (down, right))  # (B, side)
         columns = torch.where(flipped.bool(), columns.flip(1), columns)
         index = torch.arange(len(images), device=device).view(-1, 1, 1)
         changed = images[index, :, rows.unsqueeze(2), columns.unsqueeze(1)].permute(0, 3, 1, 2)
-        below, beside = ((along - middle).abs() < self.erase * side / 2 for middle in center)  # (B, side)
-        return changed.masked_fill_((below.unsqueeze(2) & beside.unsqueeze(1)).unsqueeze(1), 128)
+        if self.erase:
+            high, wide = ((along - middle).abs() < self.erase * side / 2 for middle in center)  # (B, side)
+            changed.masked_fill_((high.unsqueeze(2) & wide.unsqueeze(1)).unsqueeze(1), 128)
+        return changed
 
 
 class BatchRows:

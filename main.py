@@ -167,7 +167,7 @@ class Experiment:
         every, data = self.args.eval_freq, self.data
         if every is None:
             images = data.test.rows.size + (data.unknown.rows.size if data.unknown else 0)
-            cheap = images < 3 * data.train.rows.size / 10
+            cheap = images * (1 + self.args.mirror) < 3 * data.train.rows.size / 10
             every = 1 if data.val or (self.args.plot and cheap) else 10
         return number == self.epochs or (every > 0 and number % every == 0)
 

@@ -200,7 +200,7 @@ class Backbone(nn.Module):
 class Mirrored(nn.Module):
     """The mean features and logits of images and of their mirror images.
 
-    Wen et al. (ECCV 2016, section 4.2) test faces so, with the two features side by side. As the classifiers here are
+    Wen et al. (ECCV 2016, section 4.1) test faces so, with the two features side by side. As the classifiers here are
     linear, the mean logits are those of the mean features.
     """
 

@@ -30,8 +30,7 @@ class Trained:
         self.amp, self.device = args["amp"], torch.device(device)
         self.model = models.create(args["model"], len(self.classes), data["in_channels"], self.size, args["feat_dim"])
         self.model.load_state_dict(checkpoint["model"])
-        if args.get("mirror", False) if mirror is None else mirror:
-            self.model = models.Mirrored(self.model)
+        self.mirror = args.get("mirror", False) if mirror is None else mirror
         self.model.to(self.device, memory_format=torch.channels_last).eval()
         self.centers = checkpoint["centers"].to(self.device)  # (C, D)
         spec = datasets.SPECS[args["dataset"]]
@@ -48,8 +47,9 @@ class Trained:
     @torch.no_grad()
     def __call__(self, paths: Sequence[str | Path]) -> tuple[Tensor, Tensor]:
         """features (N, D) and logits (N, C) of image files."""
+        model = models.Mirrored(self.model) if self.mirror else self.model
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
-            return self.model(self.read(paths))
+            return model(self.read(paths))
 
 
 def load(path: str | Path, device: str | torch.device = "cpu", mirror: bool | None = None) -> Trained:

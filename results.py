@@ -47,12 +47,13 @@ PANELS = {"accuracy (%)": "accuracy, %", "EER (%)": "EER, %", "AUROC of the unkn
 def flags(args: dict) -> str:
     """The recipe and the flags that are not its defaults, without the seed and flags that change no metric."""
     parser = cli.build_parser()
+    args = vars(parser.parse_args([])) | args  # flags that are newer than the run
     parser.set_defaults(**RECIPES[args["recipe"]])
     defaults = vars(parser.parse_args([]))
-    silent = parser.free - {"max_epoch", "mirror"} | {"recipe", "seed"} | ({"max_epoch"} if args["max_iter"] else set())
+    silent = parser.free - {"max_epoch"} | {"recipe", "seed"} | ({"max_epoch"} if args["max_iter"] else set())
     given = [f"--recipe {args['recipe']}"]
     for name, default in defaults.items():
-        value, flag = args.get(name, default), name.replace("_", "-")
+        value, flag = args[name], name.replace("_", "-")
         if name in silent or value == default:
             continue
         if isinstance(value, bool):

@@ -87,7 +87,10 @@ def test_a_flag_is_a_line_that_says_whether_a_resumed_run_may_change_it(run, mon
         add("--power", type=int, default=2, help="part of the training")
         return parser
 
+    assert run("--max-epoch", "1", "--save-dir", "older")[0] == 0
     monkeypatch.setattr(cli, "build_parser", build_parser)
+    assert run("--resume", "older/checkpoint.pt", "--power", "4", base=False)[::2] == (
+        2, "main.py: error: --power must be 2, as in older/checkpoint.pt, got 4\n")  # fmt: skip
     assert run("--note", "one", "--power", "3", "--max-epoch", "1")[0] == 0
     assert run("--resume", "--power", "4", base=False)[::2] == (
         2, "main.py: error: --power must be 3, as in log/checkpoint.pt, got 4\n")  # fmt: skip

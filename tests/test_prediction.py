@@ -174,6 +174,20 @@ def test_a_network_is_loaded_with_its_centers_and_embeds_a_batch(trained, pictur
     assert network.classes == ["ant", "bee", "cat"] and not network.model.training and not features.requires_grad
 
 
+def test_a_loaded_network_takes_mirror_images_along_if_its_run_did(trained, pictures, tmp_path):
+    plain, mirrored = trained[0] / "checkpoint.pt", tmp_path / "mirrored.pt"
+    checkpoint = torch.load(plain, weights_only=True)
+    checkpoint["args"]["mirror"] = True
+    torch.save(checkpoint, mirrored)
+
+    def features(path, **options):
+        return prediction.load(path, **options)([pictures[0] / "b.jpg"])[0]
+
+    assert not torch.equal(features(plain), features(mirrored))
+    assert torch.equal(features(plain), features(mirrored, mirror=False))
+    assert torch.equal(features(plain, mirror=True), features(mirrored))
+
+
 def test_evaluating_test_images_alone_gives_their_features_with_paths(trained, tmp_path):
     run, root = trained
     shutil.copytree(root / "test", tmp_path / "alone" / "test")

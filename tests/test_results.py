@@ -31,6 +31,12 @@ def test_flags_are_the_shortest_that_give_the_run(given):
     assert set(results.flags(args).split()) == set(given.split())
 
 
+def test_flags_newer_than_a_run_have_the_values_it_had_without_them():
+    args = vars(cli.parse_args(["--recipe", "images"]))
+    del args["erase"], args["label_smoothing"]
+    assert results.flags(args | dict(mirror=True, amp="auto")) == "--recipe images --erase 0 --label-smoothing 0"
+
+
 def make_run(directory, seed, accuracies, device="CPU", **flags):
     directory.mkdir()
     args = vars(cli.parse_args(["--seed", str(seed)])) | flags

@@ -402,6 +402,7 @@ def test_a_worker_that_is_killed_is_one_line_and_resume_goes_on(run, monkeypatch
     ([], ["--batch-size", "128"], "--batch-size must be 10, as in log/checkpoint.pt, got 128"),  # 128: the default
     (["--weight-cent", "0.5"], ["--weight-cent", "1"], "--weight-cent must be 0.5, as in log/checkpoint.pt, got 1.0"),
     ([], ["--amp"], "--amp must be False, as in log/checkpoint.pt, got True"),
+    ([], ["--mirror"], "--mirror must be False, as in log/checkpoint.pt, got True"),
     (["--amp"], ["--no-amp"], "--amp must be True, as in log/checkpoint.pt, got False"),
     ([], ["--max-iter", "9"], "--max-iter must be 0, as in log/checkpoint.pt, got 9"),
     (["--max-iter", "2"], ["--max-iter", "9"], "--max-iter must be 2, as in log/checkpoint.pt, got 9"),
