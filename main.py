@@ -21,52 +21,83 @@ from torch import Tensor, nn
 
 import cli
 import datasets
-import evaluation
 import models
 import plots
-import prediction
-import training
 import utils
 from center_loss import CenterLoss
-from hardware import choose_device
-from processes import Interrupted, Ranks, StopRequest
+from engine import epoch as epoch_
+from engine import evaluation, metrics
+from engine.cuda_graph import captured
+from engine.device import choose_device
+from engine.ranks import Interrupted, Ranks, StopRequest
+from engine.step import Step
 from recipes import SCHEDULES, create_optimizers
 
 # The columns of metrics.csv: the split and the metric of each.
-TRAIN_COLUMNS = {f"train_{name}": ("train", name) for name in ("loss", "xent", "center", "accuracy")}
-VAL_COLUMNS = {f"val_{name}": ("val", name) for name in ("xent", "accuracy", "nearest_center_accuracy")}
+TRAIN_COLUMNS = {
+    f"train_{name}": ("train", name) for name in ("loss", "xent", "center", "accuracy")
+}
+VAL_COLUMNS = {
+    f"val_{name}": ("val", name) for name in ("xent", "accuracy", "nearest_center_accuracy")
+}
 TEST_COLUMNS = {f"test_{name}": ("test", name) for name in ("xent", "accuracy")}
-TEST_COLUMNS |= {name: ("test", name) for name in ("nearest_center_accuracy", "intra_distance", "inter_distance")}
+TEST_COLUMNS |= {
+    name: ("test", name) for name in ("nearest_center_accuracy", "intra_distance", "inter_distance")
+}
 
 
 def main(args: argparse.Namespace) -> None:
     start, ranks = time.monotonic(), Ranks.of_environment()
     log = utils.Log(quiet=ranks.rank > 0)
     device = choose_device(args, log)
-    if args.predict:
-        return prediction.predict(args, device, log) if ranks.rank == 0 else None
 
     log(f"Creating dataset: {args.dataset}")
     scaling = models.pretrained_scaling(args.model) if args.pretrained else args.scaling
     known = utils.load_checkpoint(args.evaluate)["data"] if args.evaluate else None
     with ranks.first_alone():
-        data = datasets.create(args.dataset, args.data_root, args.batch_size, args.workers, device,
-                               image_size=args.image_size, scaling=scaling, unseen=args.unseen, augment=args.augment,
-                               erase=args.erase, val_share=args.val_share, seed=args.seed, trained=known,
-                               ranks=ranks)  # fmt: skip
+        data = datasets.create(
+            args.dataset,
+            args.data_root,
+            args.batch_size,
+            args.workers,
+            device,
+            image_size=args.image_size,
+            scaling=scaling,
+            unseen=args.unseen,
+            augment=args.augment,
+            erase=args.erase,
+            val_share=args.val_share,
+            seed=args.seed,
+            trained=known,
+            ranks=ranks,
+        )
     log(f"Creating model: {args.model}")
     experiment = Experiment(args, data, device, log)
-    run = dict(epoch=0, partial=None, history=[], centers=experiment.centers(), elapsed=0.0, log_bytes=0,
-               rng=torch.get_rng_state(), data=data.facts())  # fmt: skip
+    run = dict(
+        epoch=0,
+        partial=None,
+        history=[],
+        centers=experiment.centers(),
+        elapsed=0.0,
+        log_bytes=0,
+        rng=torch.get_rng_state(),
+        data=data.facts(),
+    )
     if args.resume or args.evaluate:
-        run = utils.restore(args.resume or args.evaluate, run, experiment.modules, to_train=bool(args.resume))
+        run = utils.restore(
+            args.resume or args.evaluate, run, experiment.modules, to_train=bool(args.resume)
+        )
         start -= run["elapsed"]
     if args.evaluate:
         return experiment.evaluate(run["centers"].to(device), run["epoch"])
 
     epochs, history = experiment.epochs, run["history"]
     if experiment.is_complete(run):
-        longer = "" if args.max_iter or SCHEDULES[args.schedule].fixed_length else "; a larger --max-epoch goes on"
+        longer = (
+            ""
+            if args.max_iter or SCHEDULES[args.schedule].fixed_length
+            else "; a larger --max-epoch goes on"
+        )
         log(f"The run of {args.resume} is finished after {run['epoch']} epochs{longer}")
         if not args.plot and Path(args.resume).resolve().parent == Path(args.save_dir).resolve():
             return None
@@ -78,17 +109,27 @@ def main(args: argparse.Namespace) -> None:
         while run["epoch"] < epochs and not ranks.any(stop.signal):
             number = run["epoch"] + 1
             log(f"==> Epoch {number}/{epochs}")
-            epoch = experiment.train(number, training.Epoch(**run["partial"] or {}))
+            epoch = experiment.train(number, epoch_.Epoch(**run["partial"] or {}))
             centers = experiment.centers(epoch)
-            run |= dict(partial=vars(epoch), centers=centers)  # replaced once epoch and test are complete
+            run |= dict(
+                partial=vars(epoch), centers=centers
+            )  # replaced once epoch and test are complete
             if epoch.batches == experiment.last_batch(number):
                 with contextlib.suppress(Interrupted):
                     splits = dict(train=epoch.results())
                     if experiment.is_tested(number):
-                        splits |= experiment.test(experiment.model, centers, number, "val" if data.val else "test")
-                    best = data.val and "val" in splits and evaluation.is_best(splits["val"], history, args.save_dir)
+                        splits |= experiment.test(
+                            experiment.model, centers, number, "val" if data.val else "test"
+                        )
+                    best = (
+                        data.val
+                        and "val" in splits
+                        and evaluation.is_best(splits["val"], history, args.save_dir)
+                    )
                     history = [*history, experiment.record(number, splits)]
-                    run |= dict(epoch=number, partial=None, history=history, rng=torch.get_rng_state())
+                    run |= dict(
+                        epoch=number, partial=None, history=history, rng=torch.get_rng_state()
+                    )
                     if best:
                         files.save(run, experiment.modules, "best.pt")
                     files.save_epoch(history[-1], splits, centers)
@@ -105,7 +146,9 @@ def main(args: argparse.Namespace) -> None:
             undrawn = plots.plot_run(pictures, files.directory, history, stop.is_urgent)
         if not experiment.is_complete(run) or (undrawn and stop.is_urgent()):
             raise utils.Stopped(stopped or stop.signal, run, args.save_dir)
-        log(f"Finished. Total elapsed time (h:m:s): {timedelta(seconds=round(time.monotonic() - start))}")
+        log(
+            f"Finished. Total elapsed time (h:m:s): {timedelta(seconds=round(time.monotonic() - start))}"
+        )
         if pictures:
             log(f"Pictures in {files.directory}, page {files.directory / 'report.html'}")
         if undrawn:
@@ -115,21 +158,39 @@ def main(args: argparse.Namespace) -> None:
 class Experiment:
     """A network with its data, losses and optimizers, and what a run does with them."""
 
-    def __init__(self, args: argparse.Namespace, data: datasets.Data, device: torch.device, log: utils.Log):
+    def __init__(
+        self, args: argparse.Namespace, data: datasets.Data, device: torch.device, log: utils.Log
+    ):
         self.args, self.data, self.log = args, data, log
         self.stop, self.ranks = StopRequest(), Ranks.of_environment()
         self.steps = args.max_iter or args.max_epoch * len(data.train)
         self.epochs = math.ceil(self.steps / len(data.train))
         if SCHEDULES[args.schedule].fixed_length and self.steps < 10 and not args.evaluate:
-            log(f"--schedule {args.schedule} has only {self.steps} steps to raise and lower the rate: a smaller "
-                "--batch-size or a larger --max-epoch trains better")  # fmt: skip
+            log(
+                f"--schedule {args.schedule} has only {self.steps} steps to raise and lower the rate: a smaller "
+                "--batch-size or a larger --max-epoch trains better"
+            )
 
         torch.manual_seed(args.seed)
-        self.model = models.create(args.model, len(data.classes), data.in_channels, data.image_size, args.feat_dim,
-                                   args.init, args.pretrained and not (args.resume or args.evaluate))  # fmt: skip
-        center_loss = CenterLoss(len(data.classes), self.model.classifier.in_features, use_gpu=False,
-                                 distance=args.distance, radius=args.radius, scale=args.loss_scale,
-                                 class_average=args.class_average, center_update=args.center_update)  # fmt: skip
+        self.model = models.create(
+            args.model,
+            len(data.classes),
+            data.in_channels,
+            data.image_size,
+            args.feat_dim,
+            args.init,
+            args.pretrained and not (args.resume or args.evaluate),
+        )
+        center_loss = CenterLoss(
+            len(data.classes),
+            self.model.classifier.in_features,
+            use_gpu=False,
+            distance=args.distance,
+            radius=args.radius,
+            scale=args.loss_scale,
+            class_average=args.class_average,
+            center_update=args.center_update,
+        )
         models.INITS[args.init](center_loss.centers)
         self.model.to(device, memory_format=torch.channels_last)  # faster, in float32 as well
         center_loss.to(device)
@@ -138,20 +199,34 @@ class Experiment:
             net = models.Compiled(net, len(self.ranks.share(torch.empty(args.batch_size))))
         optimizers = create_optimizers(self.model, center_loss, args)
         lr_ratio = args.lr_cent / args.lr_model if args.one_optimizer else 1.0
-        self.step = training.Step(net, center_loss, optimizers, weight=args.weight_cent, lr_ratio=lr_ratio,
-                                  label_smoothing=args.label_smoothing, amp=args.amp, ranks=self.ranks)  # fmt: skip
+        self.step = Step(
+            net,
+            center_loss,
+            optimizers,
+            weight=args.weight_cent,
+            lr_ratio=lr_ratio,
+            label_smoothing=args.label_smoothing,
+            amp=args.amp,
+            ranks=self.ranks,
+        )
         if args.cuda_graph:
-            self.step = training.captured(self.step, args.batch_size, log)
+            self.step = captured(self.step, args.batch_size, log)
         schedule = SCHEDULES[args.schedule]
-        self.scheduler = schedule.create(optimizers["optimizer_model"], args, len(data.train), self.steps)
+        self.scheduler = schedule.create(
+            optimizers["optimizer_model"], args, len(data.train), self.steps
+        )
         # Their state dicts go into checkpoints.
-        self.modules = dict(model=self.model, center_loss=center_loss, scheduler=self.scheduler, **optimizers)
+        self.modules = dict(
+            model=self.model, center_loss=center_loss, scheduler=self.scheduler, **optimizers
+        )
         if data.train.augment:
             self.modules["augment"] = data.train.augment
 
     def is_complete(self, run: dict) -> bool:
         """Whether all epochs are done and, with validation images, the best one is tested."""
-        return run["epoch"] >= self.epochs and not (self.data.val and run["history"][-1]["test_accuracy"] is None)
+        return run["epoch"] >= self.epochs and not (
+            self.data.val and run["history"][-1]["test_accuracy"] is None
+        )
 
     def last_batch(self, number: int) -> int:
         """The batches of an epoch; --max-iter may end within the last."""
@@ -171,30 +246,44 @@ class Experiment:
             every = 1 if data.val or (self.args.plot and cheap) else 10
         return number == self.epochs or (every > 0 and number % every == 0)
 
-    def train(self, number: int, begun: training.Epoch) -> training.Epoch:
+    def train(self, number: int, begun: epoch_.Epoch) -> epoch_.Epoch:
         """Trains the rest of an epoch, until a signal asks to stop."""
         args, last = self.args, self.last_batch(number)
         batches = self.data.train.after(begun.batches, last)
-        batches = utils.progress_bar(batches, f"epoch {number}", last, begun.batches, shown=self.ranks.rank == 0)
+        batches = utils.progress_bar(
+            batches, f"epoch {number}", last, begun.batches, shown=self.ranks.rank == 0
+        )
         keep = args.plot or args.save_features or args.weight_cent == 0
         report = functools.partial(self.report_step, number)
-        epoch = training.train_epoch(self.step, batches, self.scheduler, begun, keep, report)
+        epoch = epoch_.train_epoch(self.step, batches, self.scheduler, begun, keep, report)
         trained = epoch.results()
-        cli.check_finite({"cross entropy": trained["xent"], "center loss": trained["center"]}, number, args)
-        cli.check_finite({"network's weights": training.state_sum(self.model),
-                          "centers": training.state_sum(self.step.center_loss)}, number, args)  # fmt: skip
+        cli.check_finite(
+            {"cross entropy": trained["xent"], "center loss": trained["center"]}, number, args
+        )
+        cli.check_finite(
+            {
+                "network's weights": epoch_.state_sum(self.model),
+                "centers": epoch_.state_sum(self.step.center_loss),
+            },
+            number,
+            args,
+        )
         if epoch.batches == last:
             self.notice_chance(number, trained["accuracy"])
         return epoch
 
-    def report_step(self, number: int, progress: training.Progress) -> bool:
+    def report_step(self, number: int, progress: epoch_.Progress) -> bool:
         """Logs every --print-freq steps; returns whether a signal asks to stop."""
         batch = progress.epoch.batches
         if batch % self.args.print_freq == 0:
             xent, center, mean_xent, mean_center = progress.losses()
-            cli.check_finite({"cross entropy": mean_xent, "center loss": mean_center}, number, self.args)
-            self.log(f"Batch {batch}/{len(self.data.train)}\t Loss {xent + center:.6f} ({mean_xent + mean_center:.6f}) "
-                     f"XentLoss {xent:.6f} ({mean_xent:.6f}) CenterLoss {center:.6f} ({mean_center:.6f})")  # fmt: skip
+            cli.check_finite(
+                {"cross entropy": mean_xent, "center loss": mean_center}, number, self.args
+            )
+            self.log(
+                f"Batch {batch}/{len(self.data.train)}\t Loss {xent + center:.6f} ({mean_xent + mean_center:.6f}) "
+                f"XentLoss {xent:.6f} ({mean_xent:.6f}) CenterLoss {center:.6f} ({mean_center:.6f})"
+            )
         return bool(self.ranks.any(self.stop.signal))
 
     def notice_chance(self, number: int, accuracy: float) -> None:
@@ -202,14 +291,16 @@ class Experiment:
         chance = 100 / len(self.data.classes)
         first = max(2, math.ceil(200 / len(self.data.train)))
         if number == first and accuracy < chance + min(2, chance / 5):
-            self.log(f"The training accuracy is still about {chance:.3g} %, that of guessing: --recipe images (colour "
-                     "images), --init xavier, another --lr-model or a lower --weight-cent may help")  # fmt: skip
+            self.log(
+                f"The training accuracy is still about {chance:.3g} %, that of guessing: --recipe images (colour "
+                "images), --init xavier, another --lr-model or a lower --weight-cent may help"
+            )
 
-    def centers(self, epoch: training.Epoch | None = None) -> Tensor:
+    def centers(self, epoch: epoch_.Epoch | None = None) -> Tensor:
         """The centers (C, D) for metrics and pictures; at λ = 0, where they are not trained, the class means."""
         centers = self.step.center_loss.centers.detach()
         if epoch and not self.args.weight_cent:
-            centers = training.class_means(epoch.kept[0], epoch.kept[1], len(self.data.classes))
+            centers = metrics.class_means(epoch.kept[0], epoch.kept[1], len(self.data.classes))
         self.ranks.check_equal("centers", centers)
         return centers
 
@@ -228,17 +319,27 @@ class Experiment:
             watched = self.stop.watch(split, self.ranks)
             return utils.progress_bar(watched, name, len(split), shown=self.ranks.rank == 0)
 
-        tested = training.test(model, batches(on), self.args.amp, self.ranks)
-        tested |= training.center_metrics(tested["features"], tested["labels"], centers)
-        self.log(f"Accuracy (%): {tested['accuracy']:.2f}\t Error rate (%): {100 - tested['accuracy']:.2f}")
-        self.log(f"Nearest-center accuracy (%): {tested['nearest_center_accuracy']:.2f}\t Intra-class distance (mean): "
-                 f"{tested['intra_distance']:.4f}\t Inter-class distance (min): {tested['inter_distance']:.4f}")
+        tested = epoch_.test(model, batches(on), self.args.amp, self.ranks)
+        tested |= metrics.center_metrics(tested["features"], tested["labels"], centers)
+        self.log(
+            f"Accuracy (%): {tested['accuracy']:.2f}\t Error rate (%): {100 - tested['accuracy']:.2f}"
+        )
+        self.log(
+            f"Nearest-center accuracy (%): {tested['nearest_center_accuracy']:.2f}\t Intra-class distance (mean): "
+            f"{tested['intra_distance']:.4f}\t Inter-class distance (min): {tested['inter_distance']:.4f}"
+        )
         if not self.args.evaluate:
-            cli.check_finite({"cross entropy of the test": tested["xent"],
-                              "distances from the centers": tested["intra_distance"]}, number, self.args)  # fmt: skip
+            cli.check_finite(
+                {
+                    "cross entropy of the test": tested["xent"],
+                    "distances from the centers": tested["intra_distance"],
+                },
+                number,
+                self.args,
+            )
         splits = {on: tested}
         if on == "test" and self.data.unknown:
-            splits["unknown"] = training.predict(model, batches("unknown"), self.args.amp, self.ranks)
+            splits["unknown"] = epoch_.predict(model, batches("unknown"), self.args.amp, self.ranks)
         if on == "test" and (self.args.verify or self.args.evaluate) and self.ranks.rank == 0:
             evaluation.report(splits, centers, number, self.data, self.args, self.log)
         return splits
@@ -258,7 +359,9 @@ class Experiment:
     def record(self, number: int, splits: dict[str, dict]) -> dict:
         """The epoch's row of metrics.csv."""
         row = dict(epoch=number, lr_model=self.scheduler.get_last_lr()[0])
-        return row | columns(splits, TRAIN_COLUMNS | (VAL_COLUMNS if self.data.val else {}) | TEST_COLUMNS)
+        return row | columns(
+            splits, TRAIN_COLUMNS | (VAL_COLUMNS if self.data.val else {}) | TEST_COLUMNS
+        )
 
 
 def columns(splits: dict[str, dict], names: dict[str, tuple[str, str]]) -> dict:

@@ -41,9 +41,13 @@ class PReLUOnCPU(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(context, gradients: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        inputs, slopes = (each.to(gradients.dtype) for each in context.saved_tensors)  # autocast casts F.prelu's
+        inputs, slopes = (
+            each.to(gradients.dtype) for each in context.saved_tensors
+        )  # autocast casts F.prelu's
         slopes_by_channel = slopes.view(1, -1, *[1] * (inputs.ndim - 2))  # (1, 1 or C, 1, 1)
-        above = torch.ops.aten.threshold_backward(gradients, inputs, 0)  # gradients where inputs > 0, else 0
+        above = torch.ops.aten.threshold_backward(
+            gradients, inputs, 0
+        )  # gradients where inputs > 0, else 0
         below = gradients - above  # gradients where inputs <= 0, else 0
         # In place, as each new (B, C, H, W) costs more than the operation that fills it.
         to_inputs = above.addcmul_(slopes_by_channel, below)
@@ -94,7 +98,9 @@ class ConvNet(nn.Module):
     ):
         super().__init__()
         if not feat_dim:
-            raise ModelError("--feat-dim must be at least 1 for this network; 0 is the width of one of torchvision")
+            raise ModelError(
+                "--feat-dim must be at least 1 for this network; 0 is the width of one of torchvision"
+            )
 
         def activation(channels: int) -> list[nn.Module]:
             if batch_norm:
@@ -104,12 +110,26 @@ class ConvNet(nn.Module):
         layers, channels, size = [], in_channels, image_size
         for stage in stages:
             pool = [nn.MaxPool2d(stage.pool, stride=2)] if stage.pool else []
-            layers.append(nn.Conv2d(channels, stage.channels, stage.kernel, padding=stage.padding, bias=not batch_norm))
-            layers += pool + activation(stage.channels) if pool_first else activation(stage.channels) + pool
+            layers.append(
+                nn.Conv2d(
+                    channels,
+                    stage.channels,
+                    stage.kernel,
+                    padding=stage.padding,
+                    bias=not batch_norm,
+                )
+            )
+            layers += (
+                pool + activation(stage.channels)
+                if pool_first
+                else activation(stage.channels) + pool
+            )
             channels, size = stage.channels, size + 2 * stage.padding - stage.kernel + 1
             if stage.pool:
                 size = (size - stage.pool) // 2 + 1
-            if size < 1 + pool_first:  # a BatchNorm of one pixel could not train on a batch of one image
+            if (
+                size < 1 + pool_first
+            ):  # a BatchNorm of one pixel could not train on a batch of one image
                 raise ModelError(f"images of {image_size} pixels are too small for this network")
         if global_pool:
             layers, size = [*layers, nn.AdaptiveMaxPool2d(1)], 1
@@ -120,12 +140,16 @@ class ConvNet(nn.Module):
             for weight in others:
                 nn.init.dirac_(weight[: weight.shape[1]])
         embedding = nn.Linear(channels * size**2, feat_dim)
-        self.embedding = embedding if batch_norm else nn.Sequential(embedding, *activation(feat_dim))
+        self.embedding = (
+            embedding if batch_norm else nn.Sequential(embedding, *activation(feat_dim))
+        )
         self.classifier = nn.Linear(feat_dim, num_classes, bias=classifier_bias)
 
     def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         inputs = self.body(images).flatten(1).to(self.classifier.weight.dtype)
-        with torch.autocast(images.device.type, enabled=False):  # bfloat16 would round the features to a visible grid
+        with torch.autocast(
+            images.device.type, enabled=False
+        ):  # bfloat16 would round the features to a visible grid
             features = self.embedding(inputs)
             return features, self.classifier(features)
 
@@ -161,11 +185,19 @@ class Backbone(nn.Module):
     """
 
     def __init__(
-        self, name: str, num_classes: int, in_channels: int, image_size: int, feat_dim: int, pretrained: bool = False
+        self,
+        name: str,
+        num_classes: int,
+        in_channels: int,
+        image_size: int,
+        feat_dim: int,
+        pretrained: bool = False,
     ):
         super().__init__()
         self.body = _torchvision_network(name, pretrained)
-        layers = [each for each in self.body.named_modules() if isinstance(each[1], nn.Linear | nn.Conv2d)]
+        layers = [
+            each for each in self.body.named_modules() if isinstance(each[1], nn.Linear | nn.Conv2d)
+        ]
         last, layer = layers[-1]
         parent, _, own = last.rpartition(".")
         setattr(self.body.get_submodule(parent), own, nn.Identity())
@@ -222,8 +254,14 @@ def _torchvision_network(name: str, pretrained: bool) -> nn.Module:
             network = torchvision.models.get_model(name, weights="DEFAULT" if pretrained else None)
         except (OSError, RuntimeError) as error:  # no network, no space, a broken file
             reason = " ".join(str(error).split())
-            raise ModelError(f"the weights of {name} could not be downloaded or read ({reason})") from error
-    for head in ("aux1", "aux2", "AuxLogits"):  # the further classifiers of googlenet and inception_v3
+            raise ModelError(
+                f"the weights of {name} could not be downloaded or read ({reason})"
+            ) from error
+    for head in (
+        "aux1",
+        "aux2",
+        "AuxLogits",
+    ):  # the further classifiers of googlenet and inception_v3
         if hasattr(network, head):
             setattr(network, head, None)
             network.aux_logits = False
@@ -248,9 +286,19 @@ def _resnet18_small(*shape: int) -> Backbone:
 
 
 LENETPP = (Stage(32), Stage(32, pool=2), Stage(64), Stage(64, pool=2), Stage(128))
-SHALLOW = (Stage(32), Stage(64, pool=2), Stage(128), Stage(256, pool=2), Stage(512), Stage(512, pool=2))
+SHALLOW = (
+    Stage(32),
+    Stage(64, pool=2),
+    Stage(128),
+    Stage(256, pool=2),
+    Stage(512),
+    Stage(512, pool=2),
+)
 DEEP = (*SHALLOW, Stage(256), Stage(128), Stage(64, pool=2))
-IMAGES = (Stage(24, 0, 2, 0), *(Stage(channels, pool, 3, 1) for channels in (64, 256, 256) for pool in (2, 0)))
+IMAGES = (
+    Stage(24, 0, 2, 0),
+    *(Stage(channels, pool, 3, 1) for channels in (64, 256, 256) for pool in (2, 0)),
+)
 FAST = (Stage(16, 2, padding=0), Stage(32, 2, padding=0), Stage(64, 0, 3, 1), Stage(64, 2, 3, 1))
 
 
@@ -260,7 +308,9 @@ def _conv_net(*stages: Stage, **options) -> Callable[..., ConvNet]:
 
 MODELS: dict[str, Callable[..., nn.Module]] = {
     "cnn": _conv_net(*LENETPP, Stage(128, pool=2)),  # LeNet++ as in zhou2018
-    "cnn-wen2016": _conv_net(*LENETPP, Stage(128, pool=3), prelu_per_channel=True, classifier_bias=False),
+    "cnn-wen2016": _conv_net(
+        *LENETPP, Stage(128, pool=3), prelu_per_channel=True, classifier_bias=False
+    ),
     "bn-deep": _conv_net(*DEEP, batch_norm=True),
     "bn-shallow": _conv_net(*SHALLOW, batch_norm=True),
     "bn-fast": _conv_net(*FAST, batch_norm=True, pool_first=True),
@@ -284,7 +334,9 @@ class Compiled(nn.Module):
     def __init__(self, net: nn.Module, batch_size: int):
         super().__init__()
         try:
-            torch.compile(torch.neg)(next(net.parameters()).detach())  # fails here, rather than within the first step
+            torch.compile(torch.neg)(
+                next(net.parameters()).detach()
+            )  # fails here, rather than within the first step
         except Exception as error:  # of torch's compiler, Triton's or the system's
             reason = str(error).strip().partition("\n")[0] or type(error).__name__
             raise ModelError(f"--compile needs a C++ compiler that works: {reason}") from error

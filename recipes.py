@@ -82,8 +82,12 @@ RECIPES["images"] = dict(
 
 # From parameter groups and the flags' values.
 OPTIMIZERS = {
-    "sgd": lambda groups, args: torch.optim.SGD(groups, args.lr_model, args.momentum, weight_decay=args.weight_decay),
-    "adamw": lambda groups, args: torch.optim.AdamW(groups, args.lr_model, weight_decay=args.weight_decay),
+    "sgd": lambda groups, args: torch.optim.SGD(
+        groups, args.lr_model, args.momentum, weight_decay=args.weight_decay
+    ),
+    "adamw": lambda groups, args: torch.optim.AdamW(
+        groups, args.lr_model, weight_decay=args.weight_decay
+    ),
 }
 
 
@@ -91,7 +95,9 @@ class Schedule(NamedTuple):
     """A learning rate schedule; it takes a step after each training step."""
 
     create: Callable  # from the optimizer, the flags' values, and the training steps of an epoch and of the whole run
-    fixed_length: bool = False  # the schedule depends on how long the run is, so that a resumed run keeps its length
+    fixed_length: bool = (
+        False  # the schedule depends on how long the run is, so that a resumed run keeps its length
+    )
 
 
 SCHEDULES = {
@@ -101,7 +107,9 @@ SCHEDULES = {
         )
     ),
     "milestones": Schedule(
-        lambda optimizer, args, epoch, run: lr_scheduler.MultiStepLR(optimizer, args.milestones, args.gamma)
+        lambda optimizer, args, epoch, run: lr_scheduler.MultiStepLR(
+            optimizer, args.milestones, args.gamma
+        )
     ),
     "onecycle": Schedule(
         lambda optimizer, args, epoch, run: lr_scheduler.OneCycleLR(
@@ -115,19 +123,29 @@ SCHEDULES = {
 def create_optimizers(model, center_loss, args) -> dict[str, torch.optim.Optimizer]:
     """The network's optimizer and, unless it has the centers as well, theirs; by their names in a checkpoint."""
     parameters = dict(model.named_parameters())
-    biases = [parameters.pop(name) for name in list(parameters) if args.caffe_biases and name.endswith(".bias")]
+    biases = [
+        parameters.pop(name)
+        for name in list(parameters)
+        if args.caffe_biases and name.endswith(".bias")
+    ]
     groups = [dict(params=list(parameters.values()))]
     if biases:
         groups.append(dict(params=biases, lr=2 * args.lr_model, weight_decay=0.0))
     if args.one_optimizer:
-        groups.append(dict(params=center_loss.parameters(), momentum=args.momentum_cent, weight_decay=0.0))
+        groups.append(
+            dict(params=center_loss.parameters(), momentum=args.momentum_cent, weight_decay=0.0)
+        )
     optimizers = dict(optimizer_model=OPTIMIZERS[args.optimizer](groups, args))
     if not args.one_optimizer:
-        sgd = torch.optim.SGD(center_loss.parameters(), lr=args.lr_cent, momentum=args.momentum_cent)
+        sgd = torch.optim.SGD(
+            center_loss.parameters(), lr=args.lr_cent, momentum=args.momentum_cent
+        )
         optimizers["optimizer_cent"] = sgd
     for optimizer in optimizers.values():
         for group in optimizer.param_groups:
-            group["fused"] = group["params"][0].is_cuda or None  # whose rates a CUDA graph can read from tensors
+            group["fused"] = (
+                group["params"][0].is_cuda or None
+            )  # whose rates a CUDA graph can read from tensors
         optimizer.register_load_state_dict_pre_hook(keep_kernels)
     return optimizers
 

@@ -29,13 +29,36 @@ from tqdm import tqdm
 SPLITS = ("train", "val", "test")
 # What a run writes below its --save-dir; a new run there removes exactly these first. {} is the data set, * in
 # EPOCH_FILES the epoch; FIGURE is a pattern for names in figures/, which plots.py draws.
-EPOCH_FILES = (*(f"{split}/epoch_*.{kind}" for split in SPLITS for kind in ("png", "npz")), "features/epoch_*.npz")
+EPOCH_FILES = (
+    *(f"{split}/epoch_*.{kind}" for split in SPLITS for kind in ("png", "npz")),
+    "features/epoch_*.npz",
+)
 EVENT_FILES = "tensorboard/events.out.tfevents.*"
-TEST_FILES = ("val/images.npz", "val/features.npz", "test/images.npz", "test/features.npz")  # of all epochs
+TEST_FILES = (
+    "val/images.npz",
+    "val/features.npz",
+    "test/images.npz",
+    "test/features.npz",
+)  # of all epochs
 LOG = "log_{}.txt"
-RUN_FILES = ("metrics.csv", "args.json", "run.json", "checkpoint.pt", "best.pt", "curves.png", "confusion.png",
-             "roc.png", "evaluation.json", "features/test.npz", "predictions.csv", "report.html", "compare.html",
-             *(f"{split}.gif" for split in SPLITS), *TEST_FILES, EVENT_FILES)  # fmt: skip
+RUN_FILES = (
+    "metrics.csv",
+    "args.json",
+    "run.json",
+    "checkpoint.pt",
+    "best.pt",
+    "curves.png",
+    "confusion.png",
+    "roc.png",
+    "evaluation.json",
+    "features/test.npz",
+    "predictions.csv",
+    "report.html",
+    "compare.html",
+    *(f"{split}.gif" for split in SPLITS),
+    *TEST_FILES,
+    EVENT_FILES,
+)
 FIGURE = r"(curves|confusion|compare|(train|val|test|val_tsne|test_tsne)_epoch(_[1-9]\d*)+)\.(pdf|svg|png)"
 
 
@@ -61,9 +84,13 @@ class Stopped(RunError):
     """A signal has ended the run between two batches."""
 
     def __init__(self, number: int, run: dict, save_dir: str):
-        done = f"epoch {run['epoch']}" + (f" and {run['partial']['batches']} batches" if run["partial"] else "")
-        super().__init__(f"stopped by {signal.Signals(number).name}; {save_dir} holds all up to {done}; to go on: "
-                         f"python main.py --resume --save-dir {save_dir}")  # fmt: skip
+        done = f"epoch {run['epoch']}" + (
+            f" and {run['partial']['batches']} batches" if run["partial"] else ""
+        )
+        super().__init__(
+            f"stopped by {signal.Signals(number).name}; {save_dir} holds all up to {done}; to go on: "
+            f"python main.py --resume --save-dir {save_dir}"
+        )
         self.status = 128 + number
 
 
@@ -83,7 +110,9 @@ class Log:
             tqdm.write(line)
             sys.stdout.flush()
         except OSError as error:
-            with contextlib.suppress(OSError):  # what is left in the buffer must not fail again at the exit
+            with contextlib.suppress(
+                OSError
+            ):  # what is left in the buffer must not fail again at the exit
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise WriteError(f"cannot write to the standard output: {error.strerror}") from error
         if self.file is None:
@@ -119,11 +148,15 @@ def _encoded(line: str) -> bytes:
     return f"{line}\n".encode(errors="backslashreplace")  # a path that is not UTF-8
 
 
-def progress_bar(batches: Iterable, what: str, total: int, done: int = 0, *, shown: bool = True) -> Iterable:
+def progress_bar(
+    batches: Iterable, what: str, total: int, done: int = 0, *, shown: bool = True
+) -> Iterable:
     """The batches, with a progress bar on a terminal."""
     tqdm.monitor_interval = 0  # else it starts a thread, and workers are forked
     hidden = None if shown else True  # None: hidden unless the output is a terminal
-    return tqdm(batches, disable=hidden, leave=False, desc=what, initial=done, total=total, unit="batch")
+    return tqdm(
+        batches, disable=hidden, leave=False, desc=what, initial=done, total=total, unit="batch"
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------ files
@@ -155,7 +188,9 @@ def part_of(path: Path, process: int | str) -> Path:
 
 def _unwritable(path: Path, error: OSError) -> WriteError:
     reason = f"{error.strerror or error}; the earlier files are whole, --resume goes on from the last checkpoint"
-    return WriteError(f"cannot write {path}: {reason if path.parent.exists() else 'its directory was removed'}")
+    return WriteError(
+        f"cannot write {path}: {reason if path.parent.exists() else 'its directory was removed'}"
+    )
 
 
 def read_start(path: Path, size: int) -> bytes:
@@ -186,7 +221,9 @@ def claim(save_dir: Path) -> Iterator[Callable[[], None]]:
         save_dir.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=save_dir).close()
     except OSError as error:
-        raise RunError(f"--save-dir must be a writable directory, got {save_dir}: {error.strerror}") from error
+        raise RunError(
+            f"--save-dir must be a writable directory, got {save_dir}: {error.strerror}"
+        ) from error
     try:
         import fcntl
     except ImportError:  # Windows
@@ -197,14 +234,18 @@ def claim(save_dir: Path) -> Iterator[Callable[[], None]]:
         fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(directory)
-        raise RunError(f"--save-dir {save_dir} is in use by another run; give this one its own") from None
+        raise RunError(
+            f"--save-dir {save_dir} is in use by another run; give this one its own"
+        ) from None
     # Forked workers outlive a killed run for seconds; they must not hold the lock against its --resume.
     held = [directory]
     os.register_at_fork(after_in_child=lambda: [os.close(held.pop()) for _ in list(held)])
 
     def check() -> None:
         if not (save_dir.exists() and os.path.samestat(os.stat(save_dir), os.fstat(directory))):
-            raise WriteError(f"--save-dir {save_dir} has been removed while the run was writing to it")
+            raise WriteError(
+                f"--save-dir {save_dir} has been removed while the run was writing to it"
+            )
 
     try:
         yield check
@@ -218,7 +259,9 @@ def clear(save_dir: Path, dataset: str, after: int | None = None) -> bool:
     Also removes half-written files of a killed run. `dataset` is that of the new run.
     """
     datasets = {dataset}
-    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):  # no args.json, or not one of ours
+    with contextlib.suppress(
+        OSError, ValueError, TypeError, KeyError
+    ):  # no args.json, or not one of ours
         datasets.add(str(json.loads((save_dir / "args.json").read_text())["dataset"]))
     names = [*RUN_FILES, *(glob.escape(LOG.format(dataset)) for dataset in datasets)]
     for name in (*names, *EPOCH_FILES):
@@ -239,7 +282,9 @@ def epoch_files(directory: Path, patterns: Sequence[str] = EPOCH_FILES) -> list[
     """The files of single epochs, with their epochs, in ascending order."""
     paths = (path for pattern in patterns for path in directory.glob(pattern))
     numbers = ((path.stem.removeprefix("epoch_"), path) for path in paths)
-    return sorted((int(number), path) for number, path in numbers if number.isdecimal() and number[0] != "0")
+    return sorted(
+        (int(number), path) for number, path in numbers if number.isdecimal() and number[0] != "0"
+    )
 
 
 def copy_epochs(source: Path, target: Path, last: int) -> None:
@@ -253,7 +298,9 @@ def copy_epochs(source: Path, target: Path, last: int) -> None:
 
 
 def write_json(path: Path, values: dict) -> None:
-    replace_file(path, lambda part: part.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n"))
+    replace_file(
+        path, lambda part: part.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
+    )
 
 
 def write_metrics(path: Path, history: Sequence[dict]) -> None:
@@ -267,12 +314,17 @@ def write_metrics(path: Path, history: Sequence[dict]) -> None:
 
 def save_features(path: Path, splits: dict[str, dict], centers, **further) -> None:
     """features (N, D), labels and predictions (N,) of each split, as train_features and so on, and centers (C, D)."""
-    if "features" not in splits.get("train", splits.get("test")):  # of an epoch that was begun without --save-features
+    if "features" not in splits.get(
+        "train", splits.get("test")
+    ):  # of an epoch that was begun without --save-features
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     arrays = {"centers": centers.cpu().numpy(), **further}
     for split, values in splits.items():
-        arrays |= {f"{split}_{name}": values[name].cpu().numpy() for name in ("features", "labels", "predictions")}
+        arrays |= {
+            f"{split}_{name}": values[name].cpu().numpy()
+            for name in ("features", "labels", "predictions")
+        }
     save_arrays(path, arrays)
 
 
@@ -291,10 +343,23 @@ def describe(args: argparse.Namespace, commands: list[str]) -> dict:
     import torch
 
     on_gpu = torch.cuda.is_available() and not args.use_cpu
-    device = torch.cuda.get_device_name(int(args.gpu)) if on_gpu else f"CPU, threads: {torch.get_num_threads()}"
-    loaded = {name: sys.modules[name].__version__ for name in ("torch", "torchvision", "numpy") if name in sys.modules}
+    device = (
+        torch.cuda.get_device_name(int(args.gpu))
+        if on_gpu
+        else f"CPU, threads: {torch.get_num_threads()}"
+    )
+    loaded = {
+        name: sys.modules[name].__version__
+        for name in ("torch", "torchvision", "numpy")
+        if name in sys.modules
+    }
     versions = dict(python=platform.python_version(), **loaded)
-    return dict(commands=commands, versions=versions, device=device, ranks=int(os.environ.get("WORLD_SIZE", 1)))
+    return dict(
+        commands=commands,
+        versions=versions,
+        device=device,
+        ranks=int(os.environ.get("WORLD_SIZE", 1)),
+    )
 
 
 def read_facts(directory: Path) -> dict:
@@ -316,10 +381,23 @@ def load_checkpoint(path: str | Path) -> dict:
     """Reads a checkpoint onto the CPU; RunError if it is missing, damaged or not one of main.py."""
     import torch
 
-    types = dict(args=dict, data=dict, epoch=int, partial=dict | None, history=list, centers=torch.Tensor,
-                 rng=torch.Tensor, model=dict, center_loss=dict, scheduler=dict, optimizer_model=dict)  # fmt: skip
+    types = dict(
+        args=dict,
+        data=dict,
+        epoch=int,
+        partial=dict | None,
+        history=list,
+        centers=torch.Tensor,
+        rng=torch.Tensor,
+        model=dict,
+        center_loss=dict,
+        scheduler=dict,
+        optimizer_model=dict,
+    )
     try:
-        with zipfile.ZipFile(path) as records:  # torch would take flipped bits within a tensor as they are
+        with zipfile.ZipFile(
+            path
+        ) as records:  # torch would take flipped bits within a tensor as they are
             if damaged := records.testzip():
                 raise RunError(f"the checkpoint {path} is damaged: wrong checksum of {damaged}")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
@@ -352,7 +430,9 @@ def restore(path: str, run: dict, modules: dict, to_train: bool) -> dict:
         ("images", "training images", to_train),
     ):
         if needed and data.get(name) != run["data"][name]:
-            raise RunError(f"the {what} must be {data.get(name)}, as in {path}, got {run['data'][name]}")
+            raise RunError(
+                f"the {what} must be {data.get(name)}, as in {path}, got {run['data'][name]}"
+            )
     _check_run(path, checkpoint, run["centers"])
     try:
         for name, module in modules.items():
@@ -360,19 +440,29 @@ def restore(path: str, run: dict, modules: dict, to_train: bool) -> dict:
         torch.set_rng_state(checkpoint["rng"])
         return {name: checkpoint[name] for name in run} | dict(data=run["data"])
     except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        raise RunError(f"the checkpoint {path} does not fit this network and its optimizers") from error
+        raise RunError(
+            f"the checkpoint {path} does not fit this network and its optimizers"
+        ) from error
 
 
 def _check_run(path: str, saved: dict, centers) -> None:
     """Raises RunError, naming the entry, if a checkpoint holds what no run writes, such as after an edit by hand."""
 
     def is_partial(batches: int, samples: int, sums, kept: list | None, rng=None) -> bool:
-        return batches > 0 and sums.shape == (3,) and (kept is None or [len(each) for each in kept] == 3 * [samples])
+        return (
+            batches > 0
+            and sums.shape == (3,)
+            and (kept is None or [len(each) for each in kept] == 3 * [samples])
+        )
 
     checks = dict(
-        epoch=lambda: [row["epoch"] for row in saved["history"]] == list(range(1, saved["epoch"] + 1)),
+        epoch=lambda: (
+            [row["epoch"] for row in saved["history"]] == list(range(1, saved["epoch"] + 1))
+        ),
         partial=lambda: saved["partial"] is None or is_partial(**saved["partial"]),
-        centers=lambda: saved["centers"].shape == centers.shape and saved["centers"].is_floating_point(),
+        centers=lambda: (
+            saved["centers"].shape == centers.shape and saved["centers"].is_floating_point()
+        ),
         elapsed=lambda: 0 <= saved["elapsed"] < 1e9,
         log_bytes=lambda: saved["log_bytes"] >= 0,
     )
@@ -403,7 +493,13 @@ class RunFiles:
     """
 
     def __init__(self, args: argparse.Namespace, run: dict, log: Log, start: float):
-        self.args, self.run, self.log, self.directory, self.start = args, run, log, Path(args.save_dir), start
+        self.args, self.run, self.log, self.directory, self.start = (
+            args,
+            run,
+            log,
+            Path(args.save_dir),
+            start,
+        )
         self.context, self.board, self.facts = contextlib.ExitStack(), None, None
 
     def __enter__(self) -> "RunFiles":
@@ -415,10 +511,19 @@ class RunFiles:
                 self.log(f"Resuming after epoch {self.run['epoch']}")
                 begun = self.run["partial"]
                 if begun and begun["kept"] is None and (args.plot or args.save_features):
-                    self.log(f"Epoch {self.run['epoch'] + 1} was begun without --plot and --save-features: it has "
-                             f"neither, as the features of its first {begun['batches']} batches are gone")  # fmt: skip
-            printed = read_start(Path(args.resume).with_name(log_name), self.run["log_bytes"]) if args.resume else b""
-            if clear(self.directory, args.dataset, after=self.run["epoch"] if own else None) and not own:
+                    self.log(
+                        f"Epoch {self.run['epoch'] + 1} was begun without --plot and --save-features: it has "
+                        f"neither, as the features of its first {begun['batches']} batches are gone"
+                    )
+            printed = (
+                read_start(Path(args.resume).with_name(log_name), self.run["log_bytes"])
+                if args.resume
+                else b""
+            )
+            if (
+                clear(self.directory, args.dataset, after=self.run["epoch"] if own else None)
+                and not own
+            ):
                 self.log(f"Replacing the earlier run in {self.directory}")
             if args.resume and not own:
                 copy_epochs(Path(args.resume).parent, self.directory, self.run["epoch"])
@@ -426,7 +531,9 @@ class RunFiles:
             self.context.callback(self.log.close)
             write_json(self.directory / "args.json", vars(args))
             if args.plot:
-                earlier = read_facts(Path(args.resume).parent).get("commands", []) if args.resume else []
+                earlier = (
+                    read_facts(Path(args.resume).parent).get("commands", []) if args.resume else []
+                )
                 self.facts = describe(args, [*earlier, shlex.join(["python", *sys.argv])])
             if args.tensorboard:
                 self.board = self.context.enter_context(Board(self.directory, args, self.run))
@@ -451,7 +558,9 @@ class RunFiles:
         """Writes the files of --save-features and --tensorboard."""
         self.check()
         if self.args.save_features:
-            save_features(self.directory / "features" / f"epoch_{row['epoch']}.npz", splits, centers)
+            save_features(
+                self.directory / "features" / f"epoch_{row['epoch']}.npz", splits, centers
+            )
         if self.board:
             self.board.add_epoch(row)
 
@@ -468,11 +577,17 @@ class Board:
         from torch.utils.tensorboard.summary import hparams
 
         self.directory, recorded = directory, list(directory.glob(EVENT_FILES))
-        self.added = {path for epoch, path in self._pictures() if recorded and epoch <= run["epoch"]}
+        self.added = {
+            path for epoch, path in self._pictures() if recorded and epoch <= run["epoch"]
+        }
         self.writer = SummaryWriter(directory / "tensorboard", purge_step=run["epoch"] + 1)
-        settings = {name: value if isinstance(value, bool | int | float | str) else str(value)
-                    for name, value in vars(args).items()}  # fmt: skip
-        for summary in hparams(settings, dict.fromkeys(["test_accuracy", "nearest_center_accuracy", "train_loss"])):
+        settings = {
+            name: value if isinstance(value, bool | int | float | str) else str(value)
+            for name, value in vars(args).items()
+        }
+        for summary in hparams(
+            settings, dict.fromkeys(["test_accuracy", "nearest_center_accuracy", "train_loss"])
+        ):
             self.writer.file_writer.add_summary(summary)
         for row in [] if recorded else run["history"]:
             self._add_metrics(row)
@@ -505,6 +620,8 @@ class Board:
         for epoch, path in self._pictures():
             if path not in self.added:
                 image = Summary.Image(colorspace=3, encoded_image_string=path.read_bytes())
-                summary = Summary(value=[Summary.Value(tag=f"{path.parent.name} features", image=image)])
+                summary = Summary(
+                    value=[Summary.Value(tag=f"{path.parent.name} features", image=image)]
+                )
                 self.writer.file_writer.add_summary(summary, epoch)
                 self.added.add(path)

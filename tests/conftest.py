@@ -7,9 +7,16 @@ import tempfile
 from pathlib import Path
 
 # The cache of compiled code does not tell apart the instruction sets that ATEN_CPU_CAPABILITY chooses.
-os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", os.path.join(
-    tempfile.gettempdir(), "center-loss-compiled-" + os.environ.get("ATEN_CPU_CAPABILITY", "default")))  # fmt: skip
-if "PYTEST_XDIST_WORKER" in os.environ:  # one of several test processes, a core each; read when torch is loaded
+os.environ.setdefault(
+    "TORCHINDUCTOR_CACHE_DIR",
+    os.path.join(
+        tempfile.gettempdir(),
+        "center-loss-compiled-" + os.environ.get("ATEN_CPU_CAPABILITY", "default"),
+    ),
+)
+if (
+    "PYTEST_XDIST_WORKER" in os.environ
+):  # one of several test processes, a core each; read when torch is loaded
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
@@ -20,7 +27,9 @@ from PIL import Image
 import cli
 import main
 
-torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL = 1.0  # seconds that torch waits for workers once one has raised
+torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL = (
+    1.0  # seconds that torch waits for workers once one has raised
+)
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 
@@ -28,13 +37,17 @@ def pytest_collection_modifyitems(items):
     """Marked tests are skipped, with the reason, where they cannot run."""
     no_mnist = pytest.mark.skip(reason=f"real MNIST is not in {SHARED_DATA}")
     no_gpu = pytest.mark.skip(reason="there is no GPU")
-    no_browser = pytest.mark.skip(reason="there is no Chromium: apt-get install chromium chromium-driver")
+    no_browser = pytest.mark.skip(
+        reason="there is no Chromium: apt-get install chromium chromium-driver"
+    )
     for item in items:
         if item.get_closest_marker("mnist") and not (SHARED_DATA / "MNIST").is_dir():
             item.add_marker(no_mnist)
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(no_gpu)
-        if item.get_closest_marker("browser") and not all(map(shutil.which, ("chromium", "chromedriver"))):
+        if item.get_closest_marker("browser") and not all(
+            map(shutil.which, ("chromium", "chromedriver"))
+        ):
             item.add_marker(no_browser)
 
 
@@ -46,7 +59,9 @@ def program(argv: list) -> int:
         return exit.code
 
 
-def make_folder(root: Path, classes=("ant", "bee", "cat"), train=8, test=4, size=(8, 8), mode="L") -> Path:
+def make_folder(
+    root: Path, classes=("ant", "bee", "cat"), train=8, test=4, size=(8, 8), mode="L"
+) -> Path:
     """PNG images whose brightness tells the class, with noise."""
     random = np.random.default_rng(0)
     for split, count in (("train", train), ("test", test)):
@@ -72,8 +87,23 @@ def run(folder, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
     def call(*flags, base=True):
-        common = ["--dataset", "folder", "--data-root", str(folder), "--image-size", "8", "--batch-size", "10",
-                  "--max-epoch", "2", "--print-freq", "1", "--eval-freq", "1", "--use-cpu"]  # fmt: skip
+        common = [
+            "--dataset",
+            "folder",
+            "--data-root",
+            str(folder),
+            "--image-size",
+            "8",
+            "--batch-size",
+            "10",
+            "--max-epoch",
+            "2",
+            "--print-freq",
+            "1",
+            "--eval-freq",
+            "1",
+            "--use-cpu",
+        ]
         return program([*(common if base else []), *flags]), *capsys.readouterr()
 
     return call

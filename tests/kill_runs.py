@@ -29,13 +29,33 @@ from tests.conftest import make_folder, program
 # What each run is, on 24 images of 8x8 pixels in batches of 10.
 SETTINGS = {
     "zhou2018 -j 0": ["--max-epoch", 60],
-    "wen2016 -j 2, features": ["--recipe", "wen2016", "--image-size", 16, "--max-iter", 61, "--milestones", 20, 40,
-                               "-j", 2, "--save-features"],
+    "wen2016 -j 2, features": [
+        "--recipe",
+        "wen2016",
+        "--image-size",
+        16,
+        "--max-iter",
+        61,
+        "--milestones",
+        20,
+        40,
+        "-j",
+        2,
+        "--save-features",
+    ],
     "zahn2024-v1.2": ["--recipe", "zahn2024-v1.2", "--max-epoch", 8, "--stepsize", 2],
-    "adamw onecycle, bfloat16": ["--optimizer", "adamw", "--schedule", "onecycle", "--amp", "--max-epoch", 40],
+    "adamw onecycle, bfloat16": [
+        "--optimizer",
+        "adamw",
+        "--schedule",
+        "onecycle",
+        "--amp",
+        "--max-epoch",
+        40,
+    ],
     "euclidean, plots": ["--distance", "euclidean", "--plot", "--eval-freq", 2, "--max-epoch", 10],
     "softmax only, plots": ["--weight-cent", 0, "--plot", "--eval-freq", 4, "--max-epoch", 10],
-}  # fmt: skip
+}
 FREE = {"elapsed", "log_bytes", "args.resume", "args.save_dir", "args.workers"}
 
 
@@ -49,7 +69,9 @@ def differences(run: Path, other: Path) -> list[str]:
         if isinstance(one, dict) and isinstance(two, dict) and one.keys() == two.keys():
             for key in one:
                 compare(f"{name}.{key}".strip("."), one[key], two[key])
-        elif isinstance(one, list | tuple) and isinstance(two, list | tuple) and len(one) == len(two):
+        elif (
+            isinstance(one, list | tuple) and isinstance(two, list | tuple) and len(one) == len(two)
+        ):
             for index, pair in enumerate(zip(one, two, strict=True)):
                 compare(f"{name}[{index}]", *pair)
         elif isinstance(one, torch.Tensor) and isinstance(two, torch.Tensor):
@@ -62,13 +84,21 @@ def differences(run: Path, other: Path) -> list[str]:
     for name in ("metrics.csv", "log_folder.txt"):
         texts = [(each / name).read_text().splitlines() for each in (run, other)]
         if name.startswith("log"):
-            texts = [[line for line in lines if line.startswith(("Batch", "Accuracy", "Nearest"))] for lines in texts]
+            texts = [
+                [line for line in lines if line.startswith(("Batch", "Accuracy", "Nearest"))]
+                for lines in texts
+            ]
         if texts[0] != texts[1]:
             found.append(name)
-    names = [sorted(str(path.relative_to(each)) for path in each.rglob("*")) for each in (run, other)]
+    names = [
+        sorted(str(path.relative_to(each)) for path in each.rglob("*")) for each in (run, other)
+    ]
     found += sorted(set(names[0]) ^ set(names[1]))
     for name in set(names[0]) & set(names[1]):
-        if name.endswith((".npz", ".png", ".gif")) and (run / name).read_bytes() != (other / name).read_bytes():
+        if (
+            name.endswith((".npz", ".png", ".gif"))
+            and (run / name).read_bytes() != (other / name).read_bytes()
+        ):
             found.append(name)
     with open(run / "metrics.csv") as file:
         epochs = [int(row["epoch"]) for row in csv.DictReader(file)]
@@ -107,12 +137,20 @@ def finish(child: int) -> int:
 def phase(output: Path) -> str:
     """Where a run is, by the last line that it has printed."""
     lines = output.read_text().splitlines() if output.exists() else []
-    words = {"==> Epoch": "training", "Batch": "training", "==> Test": "test", "Nearest": "checkpoint or drawing",
-             "Finished": "end", "The run": "drawing"}  # fmt: skip
+    words = {
+        "==> Epoch": "training",
+        "Batch": "training",
+        "==> Test": "test",
+        "Nearest": "checkpoint or drawing",
+        "Finished": "end",
+        "The run": "drawing",
+    }
     return next((words[word] for word in words if lines and lines[-1].startswith(word)), "start")
 
 
-def end(child: int, output: Path, gentle: bool, moments: dict[str, int], waits: list[float]) -> None:
+def end(
+    child: int, output: Path, gentle: bool, moments: dict[str, int], waits: list[float]
+) -> None:
     """Ends a run by SIGTERM alone if `gentle`, else by SIGKILL."""
     moments[phase(output)] = moments.get(phase(output), 0) + 1
     if gentle or random.random() < 1 / 3:
@@ -122,11 +160,17 @@ def end(child: int, output: Path, gentle: bool, moments: dict[str, int], waits: 
         os.kill(child, signal.SIGKILL)
     began, status = time.monotonic(), finish(child)
     waits.append(time.monotonic() - began)
-    if gentle and status not in (143, -signal.SIGTERM, 0):  # at the start it is not noted yet, at the end no longer
+    if gentle and status not in (
+        143,
+        -signal.SIGTERM,
+        0,
+    ):  # at the start it is not noted yet, at the end no longer
         sys.exit(f"exit status {status} after a SIGTERM: {output.read_text()[-2000:]}")
 
 
-def kill_and_resume(flags: list, directory: Path, kills: int, longest: float, gentle: bool, **notes) -> tuple[int, int]:
+def kill_and_resume(
+    flags: list, directory: Path, kills: int, longest: float, gentle: bool, **notes
+) -> tuple[int, int]:
     """Ends a run up to `kills` times, most of them while it trains, at most `longest` seconds after it has begun to.
 
     Gives the kills, and how many of them came before there was anything to resume. At the end the run is whole.
@@ -139,7 +183,9 @@ def kill_and_resume(flags: list, directory: Path, kills: int, longest: float, ge
         child = start([*flags, "--save-dir", directory, *(["--resume"] if there else [])], output)
         if done < kills:
             if random.random() < 0.8:
-                while not (output.exists() and b"==> Epoch" in output.read_bytes()) and is_alive(child):
+                while not (output.exists() and b"==> Epoch" in output.read_bytes()) and is_alive(
+                    child
+                ):
                     time.sleep(0.01)
             time.sleep(random.uniform(0, longest))
             if is_alive(child):
@@ -158,8 +204,21 @@ def run(kills: int, seed: int, gentle: bool, only: str) -> int:
     settings = {name: own for name, own in SETTINGS.items() if only in name}
     with tempfile.TemporaryDirectory() as scratch:
         folder = make_folder(Path(scratch, "images"), test=60)
-        common = ["--dataset", "folder", "--data-root", folder, "--image-size", 8, "--batch-size", 10,
-                  "--print-freq", 1, "--eval-freq", 5, "--use-cpu"]  # fmt: skip
+        common = [
+            "--dataset",
+            "folder",
+            "--data-root",
+            folder,
+            "--image-size",
+            8,
+            "--batch-size",
+            10,
+            "--print-freq",
+            1,
+            "--eval-freq",
+            5,
+            "--use-cpu",
+        ]
         share = max(-(-kills // len(settings)), 5)
         for name, own in settings.items():
             if total == kills:
@@ -167,27 +226,44 @@ def run(kills: int, seed: int, gentle: bool, only: str) -> int:
             flags, whole = [*common, *own], Path(scratch, "whole")
             began = time.monotonic()
             if status := finish(start([*flags, "--save-dir", whole], whole.with_suffix(".out"))):
-                sys.exit(f"{name}: exit status {status}: {whole.with_suffix('.out').read_text()[-2000:]}")
+                sys.exit(
+                    f"{name}: exit status {status}: {whole.with_suffix('.out').read_text()[-2000:]}"
+                )
             seconds, wanted = time.monotonic() - began, min(share, kills - total)
             while wanted > 0:
                 runs += 1
                 killed = Path(scratch, f"killed{runs}")
-                done, before = kill_and_resume(flags, killed, wanted, max(seconds / 3, 0.5), gentle,
-                                               moments=moments, waits=waits)  # fmt: skip
+                done, before = kill_and_resume(
+                    flags,
+                    killed,
+                    wanted,
+                    max(seconds / 3, 0.5),
+                    gentle,
+                    moments=moments,
+                    waits=waits,
+                )
                 found = differences(whole, killed)
                 failures += bool(found)
                 wanted, total, early = wanted - done, total + done, early + before
-                print(f"{name}: {done} kills, {'; '.join(found) or 'the same to the bit'}", flush=True)
+                print(
+                    f"{name}: {done} kills, {'; '.join(found) or 'the same to the bit'}", flush=True
+                )
             for path in (whole, whole.with_suffix(".out")):
                 path.rename(path.with_name(f"{path.name}.{name}"))
-    print(f"{total} kills ({early} before the first checkpoint) of {runs} runs: {failures} runs differ from those that "
-          "were never stopped")  # fmt: skip
-    print(f"they came during {moments}; the longest that one took to end: {max(waits, default=0):.2f} s")
+    print(
+        f"{total} kills ({early} before the first checkpoint) of {runs} runs: {failures} runs differ from those that "
+        "were never stopped"
+    )
+    print(
+        f"they came during {moments}; the longest that one took to end: {max(waits, default=0):.2f} s"
+    )
     return int(failures > 0)
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--signal", choices=["KILL", "TERM"], default="KILL")
     parser.add_argument("--only", default="", help="settings that have this in their names")

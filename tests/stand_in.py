@@ -2,7 +2,8 @@
 
 from torch import Tensor
 
-from training import CapturedStep, Output, Step
+from engine.cuda_graph import CapturedStep
+from engine.step import Output, Step
 
 
 class StandIn:
@@ -35,7 +36,9 @@ class StandIn:
         return self.output
 
 
-def captured(step: Step, batch_size: int, notice=print, kind=CapturedStep, graph=StandIn) -> CapturedStep:
+def captured(
+    step: Step, batch_size: int, notice=print, kind=CapturedStep, graph=StandIn
+) -> CapturedStep:
     """As training.captured on a GPU, whose optimizers are fused."""
     for optimizer in step.optimizers.values():
         for group in optimizer.param_groups:

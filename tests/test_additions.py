@@ -18,21 +18,30 @@ COLOUR = ((0.5, 0.5, 0.5), (0.2, 0.2, 0.2))
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_data_set_is_an_entry_of_specs_even_with_split_in_place_of_train(workers, run, tmp_path, monkeypatch):
+def test_a_data_set_is_an_entry_of_specs_even_with_split_in_place_of_train(
+    workers, run, tmp_path, monkeypatch
+):
     """SVHN of torchvision, on small files of its format."""
     random = np.random.default_rng(0)
     for split, count in (("train", 20), ("test", 10)):
         labels = np.arange(count)[:, None] % 10 + 1  # 10 stands for the digit 0
-        scipy.io.savemat(tmp_path / f"{split}_32x32.mat",
-                         dict(X=random.integers(0, 256, (32, 32, 3, count), dtype=np.uint8), y=labels))  # fmt: skip
+        scipy.io.savemat(
+            tmp_path / f"{split}_32x32.mat",
+            dict(X=random.integers(0, 256, (32, 32, 3, count), dtype=np.uint8), y=labels),
+        )
     monkeypatch.setattr(torchvision.datasets.SVHN, "_check_integrity", lambda self: True)
     monkeypatch.setattr(torchvision.datasets.svhn, "download_url", lambda *arguments: None)
-    svhn = datasets.from_torchvision("SVHN", 10, (3, 32, 32), (dict(split="train"), dict(split="test")))
+    svhn = datasets.from_torchvision(
+        "SVHN", 10, (3, 32, 32), (dict(split="train"), dict(split="test"))
+    )
     monkeypatch.setitem(datasets.SPECS, "svhn", datasets.Spec(svhn, *COLOUR))
-    status, out, _ = run("--dataset", "svhn", "--data-root", tmp_path, "--max-epoch", "1", "-j", workers)
+    status, out, _ = run(
+        "--dataset", "svhn", "--data-root", tmp_path, "--max-epoch", "1", "-j", workers
+    )
     assert status == 0 and "Batch 2/2" in out
     assert torch.load("log/checkpoint.pt", weights_only=True)["data"] == dict(
-        classes=list("0123456789"), unseen=[], images=20, in_channels=3, image_size=32)  # fmt: skip
+        classes=list("0123456789"), unseen=[], images=20, in_channels=3, image_size=32
+    )
 
 
 class Linear(nn.Module):
@@ -57,7 +66,16 @@ def test_a_distance_and_a_center_rule_are_entries_of_center_loss(run, monkeypatc
     """The flags take their choices from the same tables."""
     monkeypatch.setitem(center_loss.DISTANCES, "manhattan", lambda offsets: offsets.abs().sum(-1))
     monkeypatch.setitem(center_loss.CENTER_UPDATES, "halved", lambda counts: 2 * counts)
-    flags = ["--distance", "manhattan", "--center-update", "halved", "--lr-model", "1e-9", "--lr-cent", "1"]
+    flags = [
+        "--distance",
+        "manhattan",
+        "--center-update",
+        "halved",
+        "--lr-model",
+        "1e-9",
+        "--lr-cent",
+        "1",
+    ]
     assert run(*flags, "--batch-size", "24", "--max-iter", "1", "--save-features")[0] == 0
     saved = np.load("log/features/epoch_1.npz")
     features, labels = saved["train_features"], saved["train_labels"]
@@ -90,17 +108,23 @@ def test_a_flag_is_a_line_that_says_whether_a_resumed_run_may_change_it(run, mon
     assert run("--max-epoch", "1", "--save-dir", "older")[0] == 0
     monkeypatch.setattr(cli, "build_parser", build_parser)
     assert run("--resume", "older/checkpoint.pt", "--power", "4", base=False)[::2] == (
-        2, "main.py: error: --power must be 2, as in older/checkpoint.pt, got 4\n")  # fmt: skip
+        2,
+        "main.py: error: --power must be 2, as in older/checkpoint.pt, got 4\n",
+    )
     assert run("--note", "one", "--power", "3", "--max-epoch", "1")[0] == 0
     assert run("--resume", "--power", "4", base=False)[::2] == (
-        2, "main.py: error: --power must be 3, as in log/checkpoint.pt, got 4\n")  # fmt: skip
+        2,
+        "main.py: error: --power must be 3, as in log/checkpoint.pt, got 4\n",
+    )
     assert run("--resume", "--note", "two", "--max-epoch", "2", base=False)[0] == 0
     args = torch.load("log/checkpoint.pt", weights_only=True)["args"]
     assert (args["note"], args["power"]) == ("two", 3)
 
 
 @pytest.mark.parametrize("fixed_length", [False, True])
-def test_a_schedule_is_an_entry_that_says_whether_the_runs_length_is_part_of_it(fixed_length, run, monkeypatch):
+def test_a_schedule_is_an_entry_that_says_whether_the_runs_length_is_part_of_it(
+    fixed_length, run, monkeypatch
+):
     def linear(optimizer, args, epoch, run):
         return lr_scheduler.LinearLR(optimizer, 1.0, 0.1, run)
 

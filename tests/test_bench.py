@@ -10,8 +10,8 @@ import pytest
 import torch
 
 import center_loss
-from bench import __main__ as bench
-from bench import common, train
+from tools.bench import __main__ as bench
+from tools.bench import common, train
 
 ROOT = Path(center_loss.__file__).parent
 NUMBER = re.compile(r"< 1|[\d,]+(\.\d+)?")
@@ -37,8 +37,12 @@ def test_loss_prints_hardware_times_memory_and_ratios():
     header, rows = table(text)
     assert header[1:4] == ["matrix, ms", "dense, ms", "sparse, ms"]
     assert [row[0] for row in rows] == ["10", "20,000"]
-    matrix, dense, sparse = (0.0 if cell == "< 1" else float(cell.replace(",", "")) for cell in rows[1][-3:])
-    assert matrix > 3 * 128 * 20_000 * 4 / 2**20  # the forward pass alone keeps several B x C matrices
+    matrix, dense, sparse = (
+        0.0 if cell == "< 1" else float(cell.replace(",", "")) for cell in rows[1][-3:]
+    )
+    assert (
+        matrix > 3 * 128 * 20_000 * 4 / 2**20
+    )  # the forward pass alone keeps several B x C matrices
     assert 0.8 < dense / (20_000 * 128 * 4 / 2**20) < 2  # one gradient of the size of the centers
     assert sparse < dense / 2
 
@@ -46,7 +50,10 @@ def test_loss_prints_hardware_times_memory_and_ratios():
 def rows_of(text, name):
     """The table whose first column is `name`: {first cell: {column: cell}}."""
     lines = text[text.index(f"| {name}") :].splitlines()
-    rows = [line.strip("| ").split(" | ") for line in itertools.takewhile(lambda line: line.startswith("|"), lines)]
+    rows = [
+        line.strip("| ").split(" | ")
+        for line in itertools.takewhile(lambda line: line.startswith("|"), lines)
+    ]
     return {row[0]: dict(zip(rows[0][1:], row[1:], strict=True)) for row in rows[2:]}
 
 
@@ -62,23 +69,35 @@ def test_train_compares_a_plain_script_with_mains_settings():
         step, per_second, test, epoch = (float(row[name].replace(",", "")) for name in names)
         assert per_second == pytest.approx(1000 / step, rel=0.02, abs=0.01)
         assert epoch == pytest.approx(0.469 * step + 10 * test, rel=0.01)
-    assert re.search(r"peak, torch.bfloat16: [\d,]+ GFLOP/s", text) and re.search(r"compilation: -?\d+ s", text)
-    start = re.search(r"fast, s: imports alone (.+), first step (.+), last step (.+), prompt (.+)", text)
+    assert re.search(r"peak, torch.bfloat16: [\d,]+ GFLOP/s", text) and re.search(
+        r"compilation: -?\d+ s", text
+    )
+    start = re.search(
+        r"fast, s: imports alone (.+), first step (.+), last step (.+), prompt (.+)", text
+    )
     imports, first, last, prompt = map(float, start.groups())
     assert imports > 0 and 0 < first <= last <= prompt
 
 
 def test_train_counts_the_operations_of_a_step():
-    inside, outside, pixels = (1, 32, 32, 64, 64, 128), (32, 32, 64, 64, 128, 128), (784, 784, 196, 196, 49, 49)
+    inside, outside, pixels = (
+        (1, 32, 32, 64, 64, 128),
+        (32, 32, 64, 64, 128, 128),
+        (784, 784, 196, 196, 49, 49),
+    )
     passes = (2, 3, 3, 3, 3, 3)  # the images have no gradient
-    sums = [n * 25 * i * o * size for n, i, o, size in zip(passes, inside, outside, pixels, strict=True)]
+    sums = [
+        n * 25 * i * o * size for n, i, o, size in zip(passes, inside, outside, pixels, strict=True)
+    ]
     assert train.step_flops(4) == 4 * 2 * (sum(sums) + 3 * (1152 * 2 + 2 * 10))
 
 
 def test_the_plain_loss_is_the_center_loss():
     features, labels = torch.randn(7, 2, dtype=torch.float64), torch.arange(7) % 3
     loss = center_loss.CenterLoss(3, 2, use_gpu=False).double()
-    assert common.matrix_loss(features, labels, loss.centers).item() == pytest.approx(loss(features, labels).item())
+    assert common.matrix_loss(features, labels, loss.centers).item() == pytest.approx(
+        loss(features, labels).item()
+    )
 
 
 @pytest.mark.parametrize(

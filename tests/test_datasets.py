@@ -23,7 +23,7 @@ from torch.utils.data import BatchSampler, DataLoader, TensorDataset
 from torchvision import transforms
 
 import datasets
-from processes import Ranks
+from engine.ranks import Ranks
 
 
 def batches(loader, seed=1):
@@ -70,7 +70,9 @@ def write_cifar(root, monkeypatch, classes):
     return source
 
 
-@pytest.mark.parametrize("name", ["mnist", "fashion-mnist", "digits", "cifar10", "cifar100", "folder"])
+@pytest.mark.parametrize(
+    "name", ["mnist", "fashion-mnist", "digits", "cifar10", "cifar100", "folder"]
+)
 def test_workers_give_the_same_batches_to_the_bit(name, tmp_path, monkeypatch):
     if name == "folder":
         make_folder(tmp_path, size=(9, 12), mode="RGB")
@@ -79,11 +81,15 @@ def test_workers_give_the_same_batches_to_the_bit(name, tmp_path, monkeypatch):
     elif name != "digits":
         write_mnist(tmp_path, name={"mnist": "MNIST", "fashion-mnist": "FashionMNIST"}[name])
     size = 300 if name == "digits" else 7
-    memory, workers = (datasets.create(name, tmp_path, size, j, image_size=8, unseen=["1"]) for j in (0, 2))
+    memory, workers = (
+        datasets.create(name, tmp_path, size, j, image_size=8, unseen=["1"]) for j in (0, 2)
+    )
     assert memory.classes == workers.classes and memory[3:] == workers[3:]
     assert memory.unseen and not set(memory.unseen) & set(memory.classes)
     for split in ("train", "test", "unknown"):
-        pairs = list(zip(batches(getattr(memory, split)), batches(getattr(workers, split)), strict=True))
+        pairs = list(
+            zip(batches(getattr(memory, split)), batches(getattr(workers, split)), strict=True)
+        )
         assert len(pairs) == len(getattr(memory, split))
         for (images, labels), (images_j, labels_j) in pairs:
             assert torch.equal(images, images_j) and torch.equal(labels, labels_j)
@@ -95,7 +101,9 @@ def test_workers_give_the_same_batches_to_the_bit(name, tmp_path, monkeypatch):
 def test_unseen_classes_are_the_images_and_labels_that_the_others_leave(workers, tmp_path):
     make_folder(tmp_path, classes=("10", "2", "ant", "bee"), train=3, test=2)
     whole = datasets.create("folder", tmp_path, 4, image_size=8)
-    data = datasets.create("folder", tmp_path, 4, workers, image_size=8, unseen=["bee", "2"])  # a name, not a number
+    data = datasets.create(
+        "folder", tmp_path, 4, workers, image_size=8, unseen=["bee", "2"]
+    )  # a name, not a number
     assert (data.classes, data.unseen) == (["10", "ant"], ["2", "bee"])
     images, labels = (torch.cat(each) for each in zip(*batches(whole.test), strict=True))
     for split, numbers in ((data.test, {0: 0, 2: 1}), (data.unknown, {1: 2, 3: 3})):
@@ -109,13 +117,17 @@ def test_unseen_classes_are_the_images_and_labels_that_the_others_leave(workers,
 def test_pixels_are_those_of_torchvisions_transforms(tmp_path):
     write_mnist(tmp_path)
     data = datasets.create("mnist", tmp_path, batch_size=8)
-    transform = transforms.Compose([transforms.ToTensor(), transforms.Normalize((0.1307,), (0.3081,))])
+    transform = transforms.Compose(
+        [transforms.ToTensor(), transforms.Normalize((0.1307,), (0.3081,))]
+    )
     oracle = torchvision.datasets.MNIST(tmp_path, train=False, transform=transform)
     images = torch.cat([images for images, _, _ in data.test])
     assert torch.equal(images, torch.stack([image for image, _ in oracle]))
 
 
-@pytest.mark.parametrize("scaling, low, high", [("symmetric", -127.5 / 128, 127.5 / 128), ("unit", 0.0, 1.0)])
+@pytest.mark.parametrize(
+    "scaling, low, high", [("symmetric", -127.5 / 128, 127.5 / 128), ("unit", 0.0, 1.0)]
+)
 def test_scalings_map_0_and_255_to_their_formula(scaling, low, high):
     normalise = datasets.Normalise(*datasets.SCALINGS[scaling](datasets.SPECS["mnist"]))
     pixels = torch.tensor([0, 255], dtype=torch.uint8).view(2, 1, 1, 1)
@@ -131,7 +143,8 @@ def test_standard_scaling_of_digits_has_mean_0_and_deviation_1():
 def test_digits_are_split_by_class_and_without_overlap():
     data = datasets.create("digits", "nowhere", 500)
     (train, train_labels), (test, test_labels) = (
-        (torch.cat(each) for each in zip(*batches(loader), strict=True)) for loader in (data.train, data.test)
+        (torch.cat(each) for each in zip(*batches(loader), strict=True))
+        for loader in (data.train, data.test)
     )
     assert (len(train), len(test)) == (1437, 360)
     shares = [torch.bincount(labels) / len(labels) for labels in (train_labels, test_labels)]
@@ -154,7 +167,10 @@ def test_batches_are_those_of_a_shuffling_dataloader(size, batch_size, seed):
 
 @given(size=st.integers(1, 60), batch_size=st.integers(1, 20), ranks=st.integers(1, 5))
 def test_ranks_share_each_batch_without_loss_or_repetition(size, batch_size, ranks):
-    shares = [list(datasets.BatchRows(size, batch_size, False, "cpu", Ranks(rank, ranks))) for rank in range(ranks)]
+    shares = [
+        list(datasets.BatchRows(size, batch_size, False, "cpu", Ranks(rank, ranks)))
+        for rank in range(ranks)
+    ]
     whole = list(BatchSampler(range(size), batch_size, drop_last=False))
     assert [sorted(torch.cat(parts).tolist()) for parts in zip(*shares, strict=True)] == whole
     assert len({len(share) for share in shares}) == 1
@@ -173,7 +189,9 @@ def test_the_rest_of_a_pass_is_what_the_whole_one_would_have_gone_on_with():
 def test_thumbnails_are_the_images_of_the_data_set_and_no_larger_than_asked(workers, tmp_path):
     root = make_folder(tmp_path / "images", size=(16, 16), mode="RGB")
     data = datasets.create("folder", root, 4, workers, image_size=16)
-    whole = np.stack([np.asarray(Image.open(path)) for path in sorted((root / "test").rglob("*.png"))])
+    whole = np.stack(
+        [np.asarray(Image.open(path)) for path in sorted((root / "test").rglob("*.png"))]
+    )
     assert (data.test.thumbnails([11, 2]) == whole[[11, 2]].transpose(0, 3, 1, 2)).all()
     halves = whole.reshape(12, 8, 2, 8, 2, 3).mean((2, 4)).transpose(0, 3, 1, 2)
     assert data.test.thumbnails(range(12), largest=8) == pytest.approx(halves, abs=0.51)
@@ -235,7 +253,9 @@ def test_images_of_more_than_8_bits_are_refused_wherever_they_are(tmp_path, mode
         message = f"at most 8 bits a channel, got mode {image.mode} in {path}"
     for workers in (0, 1):
         assert message in refusal("folder", tmp_path, 4, workers)
-    with pytest.raises(datasets.DatasetError, match="at most 8 bits"):  # one that came after the scan
+    with pytest.raises(
+        datasets.DatasetError, match="at most 8 bits"
+    ):  # one that came after the scan
         datasets.ReadImage(mode)(path)
 
 
@@ -261,9 +281,15 @@ def test_links_are_followed_but_not_in_circles(tmp_path):
 PIXELS = np.arange(6, dtype=np.uint8).reshape(2, 3) * 40
 # What each EXIF orientation does to the stored pixels so that they stand upright.
 UPRIGHT = {
-    1: PIXELS, 2: PIXELS[:, ::-1], 3: PIXELS[::-1, ::-1], 4: PIXELS[::-1],
-    5: PIXELS.T, 6: PIXELS.T[:, ::-1], 7: PIXELS.T[::-1, ::-1], 8: PIXELS.T[::-1],
-}  # fmt: skip
+    1: PIXELS,
+    2: PIXELS[:, ::-1],
+    3: PIXELS[::-1, ::-1],
+    4: PIXELS[::-1],
+    5: PIXELS.T,
+    6: PIXELS.T[:, ::-1],
+    7: PIXELS.T[::-1, ::-1],
+    8: PIXELS.T[::-1],
+}
 
 
 @pytest.mark.parametrize("orientation", UPRIGHT)
@@ -274,7 +300,9 @@ def test_images_stand_upright_as_their_exif_says(tmp_path, orientation):
     assert np.array_equal(datasets.ReadImage("L")(tmp_path / "a.png"), UPRIGHT[orientation])
 
 
-@pytest.mark.parametrize("exif", [b"", b"Exif\0\0", b"Exif\0\0nonsense", b"Exif\0\0II*\0\xff\xff\xff\xff"])
+@pytest.mark.parametrize(
+    "exif", [b"", b"Exif\0\0", b"Exif\0\0nonsense", b"Exif\0\0II*\0\xff\xff\xff\xff"]
+)
 def test_broken_exif_data_change_nothing(tmp_path, exif):
     Image.fromarray(PIXELS).save(tmp_path / "a.png", exif=exif)
     assert np.array_equal(datasets.ReadImage("L")(tmp_path / "a.png"), PIXELS)
@@ -283,20 +311,34 @@ def test_broken_exif_data_change_nothing(tmp_path, exif):
 def test_transparency_is_blended_on_white(tmp_path):
     red = np.full((4, 1, 4), (200, 0, 0, 0), np.uint8)
     red[:, 0, 3] = alpha = [0, 51, 102, 255]
-    expected = [[round(value * a / 255 + 255 * (1 - a / 255)) for value in (200, 0, 0)] for a in alpha]
+    expected = [
+        [round(value * a / 255 + 255 * (1 - a / 255)) for value in (200, 0, 0)] for a in alpha
+    ]
     grey = np.stack([np.full((4, 1), 100, np.uint8), red[:, :, 3]], axis=2)
     palette = Image.new("P", (2, 1))
     palette.putpalette([10, 20, 30, 40, 50, 60])
     palette.putpixel((1, 0), 1)
     for name, image, options in (
-        ("rgba", Image.fromarray(red), {}), ("la", Image.fromarray(grey), {}), ("p", palette, dict(transparency=0)),
-        ("l", Image.fromarray(PIXELS), dict(transparency=40)), ("rgb", Image.new("RGB", (2, 2), "red"), {}),
-    ):  # fmt: skip
+        ("rgba", Image.fromarray(red), {}),
+        ("la", Image.fromarray(grey), {}),
+        ("p", palette, dict(transparency=0)),
+        ("l", Image.fromarray(PIXELS), dict(transparency=40)),
+        ("rgb", Image.new("RGB", (2, 2), "red"), {}),
+    ):
         image.save(tmp_path / f"{name}.png", **options)
-    read = {mode: lambda name, mode=mode: np.asarray(datasets.ReadImage(mode)(tmp_path / f"{name}.png")).astype(int)
-            for mode in ("L", "RGB")}  # fmt: skip
+    read = {
+        mode: lambda name, mode=mode: np.asarray(
+            datasets.ReadImage(mode)(tmp_path / f"{name}.png")
+        ).astype(int)
+        for mode in ("L", "RGB")
+    }
     assert abs(read["RGB"]("rgba")[:, 0] - expected).max() <= 1
-    assert abs(read["L"]("la")[:, 0] - [round(100 * a / 255 + 255 * (1 - a / 255)) for a in alpha]).max() <= 1
+    assert (
+        abs(
+            read["L"]("la")[:, 0] - [round(100 * a / 255 + 255 * (1 - a / 255)) for a in alpha]
+        ).max()
+        <= 1
+    )
     assert read["RGB"]("p").tolist() == [[[255] * 3, [40, 50, 60]]]
     assert np.array_equal(read["L"]("l"), np.where(PIXELS == 40, 255, PIXELS))
     assert (read["RGB"]("rgb") == (255, 0, 0)).all()
@@ -309,12 +351,20 @@ def test_an_unreadable_image_is_named(tmp_path, damage):
     assert "bee/3.png" in refusal("folder", tmp_path, 4, image_size=8)
 
 
-def test_workers_live_as_long_as_the_run_and_are_forked_from_a_process_without_threads(run, monkeypatch):
+def test_workers_live_as_long_as_the_run_and_are_forked_from_a_process_without_threads(
+    run, monkeypatch
+):
     """Also where a progress bar is shown, and where an epoch's rest and tests come in between."""
     starts, start, before = [], multiprocessing.Process.start, set(threading.enumerate())
     monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
-    monkeypatch.setattr(multiprocessing.Process, "start", lambda process: (
-        starts.append((process, set(threading.enumerate()) - before)), start(process)))  # fmt: skip
+    monkeypatch.setattr(
+        multiprocessing.Process,
+        "start",
+        lambda process: (
+            starts.append((process, set(threading.enumerate()) - before)),
+            start(process),
+        ),
+    )
     status, _, err = run("-j", "2", "--max-iter", "5", "--eval-freq", "1")
     assert status == 0 and "epoch 2" in err  # the bar
     assert len(starts) == 2 and not any(threads for _, threads in starts)
@@ -323,7 +373,9 @@ def test_workers_live_as_long_as_the_run_and_are_forked_from_a_process_without_t
 
 def test_whatever_a_reader_raises_for_a_damaged_file_is_named(folder, monkeypatch):
     def fail(path):
-        raise TypeError("'IFDRational' object cannot be interpreted as an integer")  # as Pillow 13 for a damaged TIFF
+        raise TypeError(
+            "'IFDRational' object cannot be interpreted as an integer"
+        )  # as Pillow 13 for a damaged TIFF
 
     monkeypatch.setattr(Image, "open", fail)
     assert "cannot read the image" in refusal("folder", folder, 4)
@@ -332,21 +384,32 @@ def test_whatever_a_reader_raises_for_a_damaged_file_is_named(folder, monkeypatc
 def test_a_truncated_image_ends_workers_with_its_name(tmp_path):
     bad = make_folder(tmp_path, size=(64, 64)) / "train" / "bee" / "3.png"
     bad.write_bytes(bad.read_bytes()[:2000])
-    others, loader = multiprocessing.active_children(), datasets.create("folder", tmp_path, 4, workers=1, image_size=8)
+    others, loader = (
+        multiprocessing.active_children(),
+        datasets.create("folder", tmp_path, 4, workers=1, image_size=8),
+    )
     try:
         list(loader.train)
     except datasets.DatasetError as error:
         assert str(error).startswith("cannot read the image ") and "bee/3.png" in str(error)
     del loader
-    assert multiprocessing.active_children() == others  # one that is left would delay the interpreter's end
+    assert (
+        multiprocessing.active_children() == others
+    )  # one that is left would delay the interpreter's end
 
 
 def test_workers_end_with_a_killed_main_process(folder):
     """Whoever lives holds the standard output open. torch's own watch takes up to five seconds."""
-    code = (f"import datasets; batches = iter(datasets.create('folder', {str(folder)!r}, 1, 2, image_size=8).train); "
-            "next(batches); print('up', flush=True); input()")  # fmt: skip
-    main = subprocess.Popen([PYTHON, "-c", code], cwd=Path(datasets.__file__).parent, stdin=subprocess.PIPE,
-                            stdout=subprocess.PIPE)  # fmt: skip
+    code = (
+        f"import datasets; batches = iter(datasets.create('folder', {str(folder)!r}, 1, 2, image_size=8).train); "
+        "next(batches); print('up', flush=True); input()"
+    )
+    main = subprocess.Popen(
+        [PYTHON, "-c", code],
+        cwd=Path(datasets.__file__).parent,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
     assert main.stdout.readline() == b"up\n"
     main.kill()
     main.wait()
@@ -399,7 +462,18 @@ def test_real_mnist():
     data = datasets.create("mnist", SHARED_DATA, 1000)
     images, labels = (torch.cat(each) for each in zip(*batches(data.train), strict=True))
     assert images.shape == (60000, 1, 28, 28)
-    assert torch.bincount(labels).tolist() == [5923, 6742, 5958, 6131, 5842, 5421, 5918, 6265, 5851, 5949]
+    assert torch.bincount(labels).tolist() == [
+        5923,
+        6742,
+        5958,
+        6131,
+        5842,
+        5421,
+        5918,
+        6265,
+        5851,
+        5949,
+    ]
     assert images.mean().item() == pytest.approx(0, abs=1e-3)
     assert images.std().item() == pytest.approx(1, abs=1e-3)
 
@@ -431,7 +505,9 @@ def test_a_grey_square_is_erased_anywhere_in_each_image(erase, sides):
     for before, after in zip(images, changed, strict=True):
         grey = (after == 128).all(0)
         rows, columns = (grey.any(dim) for dim in (1, 0))
-        assert torch.equal(grey, rows.outer(columns)) and torch.equal(after[:, ~grey], before[:, ~grey])
+        assert torch.equal(grey, rows.outer(columns)) and torch.equal(
+            after[:, ~grey], before[:, ~grey]
+        )
         found |= {int(each.sum()) for each in (rows, columns)}
         seen += grey
     assert seen.min() > 0 and found == sides
@@ -474,12 +550,19 @@ def test_augmented_batches_are_the_same_for_every_number_of_workers(folder):
 @pytest.mark.parametrize("name", ["digits", "folder", "mnist"])
 def test_validation_images_are_a_share_of_each_class_drawn_by_seed(name, folder, tmp_path):
     root = folder if name == "folder" else write_mnist(tmp_path, train=40)
-    one, same, other, whole = (datasets.create(name, root, 2000, image_size=8, val_share=share, seed=seed)
-                               for share, seed in ((0.25, 1), (0.25, 1), (0.25, 2), (0, 1)))  # fmt: skip
+    one, same, other, whole = (
+        datasets.create(name, root, 2000, image_size=8, val_share=share, seed=seed)
+        for share, seed in ((0.25, 1), (0.25, 1), (0.25, 2), (0, 1))
+    )
     train, val, everything = (next(iter(each)) for each in (one.train, one.val, whole.train))
-    rows = {split: {image.numpy().tobytes() for image in split.images} for split in (train, val, everything)}
+    rows = {
+        split: {image.numpy().tobytes() for image in split.images}
+        for split in (train, val, everything)
+    }
     assert not rows[train] & rows[val] and rows[train] | rows[val] == rows[everything]
-    assert torch.bincount(val.labels).tolist() == [round(0.25 * n) for n in torch.bincount(everything.labels).tolist()]
+    assert torch.bincount(val.labels).tolist() == [
+        round(0.25 * n) for n in torch.bincount(everything.labels).tolist()
+    ]
     assert torch.equal(next(iter(same.val)).images, val.images)
     assert not torch.equal(next(iter(other.val)).images, val.images)
     assert whole.val is None and one.facts()["images"] == len(train.labels)
@@ -491,19 +574,31 @@ def test_a_class_of_one_image_cannot_be_divided(tmp_path):
     data = datasets.create("folder", tmp_path, 9, image_size=8, val_share=0.01)
     assert (data.train.rows.size, data.val.rows.size) == (3, 3)
     (tmp_path / "train" / "bee" / "0.png").unlink()
-    assert "no training image of class bee, which has 1" in refusal("folder", tmp_path, 9, image_size=8, val_share=0.1)
+    assert "no training image of class bee, which has 1" in refusal(
+        "folder", tmp_path, 9, image_size=8, val_share=0.1
+    )
 
 
 def test_a_trained_networks_test_images_need_no_training_images(tmp_path):
-    (make_folder(tmp_path, classes=("bee", "cow"), mode="RGB") / "train").rename(tmp_path / "elsewhere")
+    (make_folder(tmp_path, classes=("bee", "cow"), mode="RGB") / "train").rename(
+        tmp_path / "elsewhere"
+    )
     known = dict(classes=["ant", "bee", "cow"], in_channels=1)
     data = datasets.create("folder", tmp_path, 99, image_size=8, trained=known)
     images, labels, _ = next(iter(data.test))
-    assert labels.tolist() == [1] * 4 + [2] * 4 and images.shape == (8, 1, 8, 8) and data.classes == known["classes"]
+    assert (
+        labels.tolist() == [1] * 4 + [2] * 4
+        and images.shape == (8, 1, 8, 8)
+        and data.classes == known["classes"]
+    )
     assert data.test.paths[0] == str(tmp_path / "test" / "bee" / "0.png")
-    assert "but it has cow" in refusal("folder", tmp_path, 4, image_size=8, trained=known | dict(classes=["bee"]))
+    assert "but it has cow" in refusal(
+        "folder", tmp_path, 4, image_size=8, trained=known | dict(classes=["bee"])
+    )
     assert "train is missing" in refusal("folder", tmp_path, 4, image_size=8)
-    assert "must hold test/<class>/*" in refusal("folder", tmp_path / "test", 4, image_size=8, trained=known)
+    assert "must hold test/<class>/*" in refusal(
+        "folder", tmp_path / "test", 4, image_size=8, trained=known
+    )
 
 
 def test_unseen_classes_keep_their_names_where_some_have_no_test_images(tmp_path):
@@ -513,9 +608,15 @@ def test_unseen_classes_keep_their_names_where_some_have_no_test_images(tmp_path
     (tmp_path / "train").rename(tmp_path / "elsewhere")
     (tmp_path / "test" / "bee").rename(tmp_path / "test-bee")
     data = datasets.create("folder", tmp_path, 99, image_size=8, unseen=["0"], trained=known)
-    assert next(iter(data.test)).labels.tolist() == [1] * 4 and next(iter(data.unknown)).labels.tolist() == [2] * 4
+    assert (
+        next(iter(data.test)).labels.tolist() == [1] * 4
+        and next(iter(data.unknown)).labels.tolist() == [2] * 4
+    )
     (tmp_path / "test" / "ant").rename(tmp_path / "test-ant")
-    assert datasets.create("folder", tmp_path, 99, image_size=8, unseen=["0"], trained=known).unknown is None
+    assert (
+        datasets.create("folder", tmp_path, 99, image_size=8, unseen=["0"], trained=known).unknown
+        is None
+    )
     (tmp_path / "test" / "cow").rename(tmp_path / "test-cow")
     (tmp_path / "test-ant").rename(tmp_path / "test" / "ant")
     assert "got none" in refusal("folder", tmp_path, 99, image_size=8, trained=known)
@@ -524,5 +625,7 @@ def test_unseen_classes_keep_their_names_where_some_have_no_test_images(tmp_path
 def test_a_pretrained_networks_scaling_is_averaged_for_grey_images():
     colour = (0.2, 0.4, 0.9), (0.1, 0.2, 0.6)
     spec = datasets.SPECS["folder"]
-    assert datasets.moments(spec, colour, 3) == colour and datasets.moments(spec, "standard", 1) == ((0.5,), (0.5,))
+    assert datasets.moments(spec, colour, 3) == colour and datasets.moments(
+        spec, "standard", 1
+    ) == ((0.5,), (0.5,))
     assert datasets.moments(spec, colour, 1) == (pytest.approx((0.5,)), pytest.approx((0.3,)))

@@ -12,8 +12,8 @@ from conftest import PYTHON, make_folder
 
 import center_loss
 import main
-import training
 from center_loss import CenterLoss
+from engine import cuda_graph, step
 
 pytestmark = pytest.mark.gpu
 DEVICE = "cuda"
@@ -44,9 +44,22 @@ def images(tmp_path):
 @pytest.fixture
 def train(run, images):
     """train(*flags): three epochs on the GPU."""
-    return lambda *flags: run("--dataset", "folder", "--data-root", images, "--image-size", "28", "--eval-freq", "1",
-                              "--batch-size", "8", "--deterministic", *flags, *["--max-epoch", "3"] *
-                              ("--max-iter" not in flags), base=False)  # fmt: skip
+    return lambda *flags: run(
+        "--dataset",
+        "folder",
+        "--data-root",
+        images,
+        "--image-size",
+        "28",
+        "--eval-freq",
+        "1",
+        "--batch-size",
+        "8",
+        "--deterministic",
+        *flags,
+        *["--max-epoch", "3"] * ("--max-iter" not in flags),
+        base=False,
+    )
 
 
 def history(directory):
@@ -60,11 +73,16 @@ def assert_close(ours, theirs, rel):
 
 @pytest.mark.parametrize("setting", SETTINGS)
 def test_a_graph_trains_as_eager_steps_do(setting, train, monkeypatch):
-    replays, replay = [], training.CudaGraph.replay
-    monkeypatch.setattr(training.CudaGraph, "replay", lambda graph: (replays.append(1), replay(graph))[1])
+    replays, replay = [], cuda_graph.CudaGraph.replay
+    monkeypatch.setattr(
+        cuda_graph.CudaGraph, "replay", lambda graph: (replays.append(1), replay(graph))[1]
+    )
     status, out, _ = train(*SETTINGS[setting], "--save-dir", "graph")
     assert status == 0 and "without a CUDA graph" not in out and len(replays) == 12
-    assert train(*SETTINGS[setting], "--save-dir", "eager", "--no-cuda-graph")[0] == 0 and len(replays) == 12
+    assert (
+        train(*SETTINGS[setting], "--save-dir", "eager", "--no-cuda-graph")[0] == 0
+        and len(replays) == 12
+    )
     assert_close("graph", "eager", rel=1e-2)
 
 
@@ -81,7 +99,9 @@ class Killed(BaseException):
 
 
 @pytest.mark.parametrize("setting", SETTINGS)
-def test_stopped_and_resumed_runs_end_with_the_same_metrics_to_the_byte(setting, train, run, monkeypatch):
+def test_stopped_and_resumed_runs_end_with_the_same_metrics_to_the_byte(
+    setting, train, run, monkeypatch
+):
     assert train(*SETTINGS[setting], "--save-dir", "whole")[0] == 0
     report, steps = main.Experiment.report_step, []
 
@@ -123,7 +143,10 @@ def test_a_checkpoint_goes_on_on_the_other_device(setting, first, then, train, r
 
 def test_a_checkpoint_is_evaluated_on_either_device(train, run):
     train("--save-dir", "log")
-    out = [run("--evaluate", "log/checkpoint.pt", *flags, base=False)[1] for flags in ([], ["--use-cpu"])]
+    out = [
+        run("--evaluate", "log/checkpoint.pt", *flags, base=False)[1]
+        for flags in ([], ["--use-cpu"])
+    ]
     gpu, cpu = ([float(number) for number in re.findall(r"\d+\.\d+", text)] for text in out)
     assert gpu == pytest.approx(cpu, rel=1e-2)
 
@@ -142,7 +165,10 @@ def test_half_precision_with_a_grad_scaler_takes_the_step_of_float32(center_upda
         network = torch.nn.Linear(6, 2, device=DEVICE)
         loss = CenterLoss(3, 2, use_gpu=False, center_update=center_update).to(DEVICE)
         optimizers = [torch.optim.SGD(each.parameters(), 0.1) for each in (network, loss)]
-        scaler, inputs = torch.amp.GradScaler(DEVICE, enabled=half), torch.randn(8, 6, device=DEVICE)
+        scaler, inputs = (
+            torch.amp.GradScaler(DEVICE, enabled=half),
+            torch.randn(8, 6, device=DEVICE),
+        )
         labels = torch.arange(8, device=DEVICE) % 3
         with torch.autocast(DEVICE, torch.float16, enabled=half):
             features = network(inputs)
@@ -165,7 +191,9 @@ from center_loss import CenterLoss
 loss = CenterLoss(3, 2).cuda()
 print(loss(torch.randn(2, 2, device="cuda"), torch.tensor([0, 3], device="cuda")).item())
 """
-    done = subprocess.run([PYTHON, "-c", code], cwd=Path(center_loss.__file__).parent, capture_output=True, text=True)
+    done = subprocess.run(
+        [PYTHON, "-c", code], cwd=Path(center_loss.__file__).parent, capture_output=True, text=True
+    )
     assert done.returncode != 0 and "assert" in done.stderr and done.stdout == ""
 
 
@@ -193,9 +221,12 @@ def test_a_captured_step_of_a_sparse_loss_goes_on_without_a_graph_if_it_must():
         torch.manual_seed(0)
         net = main.models.create("cnn", 3, 1, 8).to(DEVICE)
         loss = CenterLoss(3, 2, use_gpu=False, sparse=True).to(DEVICE)
-        optimizers = dict(model=torch.optim.SGD(net.parameters(), 0.1), cent=torch.optim.SGD(loss.parameters(), 0.5))
-        step = training.Step(net, loss, optimizers, weight=0.1)
-        step = training.captured(step, 6, lambda line: None) if capture else step
+        optimizers = dict(
+            model=torch.optim.SGD(net.parameters(), 0.1),
+            cent=torch.optim.SGD(loss.parameters(), 0.5),
+        )
+        step = step.Step(net, loss, optimizers, weight=0.1)
+        step = cuda_graph.captured(step, 6, lambda line: None) if capture else step
         images, labels = torch.randn(6, 1, 8, 8, device=DEVICE), torch.arange(6, device=DEVICE) % 3
         outputs.append([step(images, labels).center.item() for _ in range(6)])
     assert outputs[0] == pytest.approx(outputs[1], rel=1e-3)

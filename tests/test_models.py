@@ -34,10 +34,14 @@ def test_layers_are_those_of_the_reference(name, image_size, in_channels, channe
     model = models.create(name, 10, in_channels, image_size)
     inputs = [in_channels, *channels[:-1]]
     kernels = {"bn-fast": [5, 5, 3, 3], "bn-images": [2, *[3] * 6]}.get(name, [5] * len(channels))
-    assert shapes(model, nn.Conv2d) == [(c, i, k, k) for i, c, k in zip(inputs, channels, kernels, strict=True)]
+    assert shapes(model, nn.Conv2d) == [
+        (c, i, k, k) for i, c, k in zip(inputs, channels, kernels, strict=True)
+    ]
     assert shapes(model, nn.Linear) == [(2, embedding), (10, 2)]
     if name.startswith("bn"):
-        assert shapes(model, nn.BatchNorm2d) == [(c,) for c in channels] and not shapes(model, nn.PReLU)
+        assert shapes(model, nn.BatchNorm2d) == [(c,) for c in channels] and not shapes(
+            model, nn.PReLU
+        )
         assert all(conv.bias is None for conv in model.modules() if isinstance(conv, nn.Conv2d))
     else:
         per_channel = name == "cnn-wen2016"
@@ -48,13 +52,20 @@ def test_layers_are_those_of_the_reference(name, image_size, in_channels, channe
 
 def test_the_fast_network_pools_before_its_activations():
     kinds = [type(layer).__name__ for layer in models.create("bn-fast").body]
-    stage, pooled = ["Conv2d", "BatchNorm2d", "ReLU"], ["Conv2d", "MaxPool2d", "BatchNorm2d", "ReLU"]
+    stage, pooled = (
+        ["Conv2d", "BatchNorm2d", "ReLU"],
+        ["Conv2d", "MaxPool2d", "BatchNorm2d", "ReLU"],
+    )
     assert kinds == [*(pooled * 2), *stage, *pooled]
-    assert [type(layer).__name__ for layer in models.create("bn-shallow").body][:7] == stage * 2 + ["MaxPool2d"]
+    assert [type(layer).__name__ for layer in models.create("bn-shallow").body][:7] == stage * 2 + [
+        "MaxPool2d"
+    ]
 
 
 @pytest.mark.parametrize("name", sorted(models.MODELS))
-@pytest.mark.parametrize("channels, size, classes, dim", [(1, 28, 10, 2), (3, 32, 100, 5), (3, 40, 3, 1)])
+@pytest.mark.parametrize(
+    "channels, size, classes, dim", [(1, 28, 10, 2), (3, 32, 100, 5), (3, 40, 3, 1)]
+)
 def test_forward_gives_features_and_the_logits_of_them(name, channels, size, classes, dim):
     model = models.create(name, classes, channels, size, dim).eval()
     features, logits = model(torch.randn(3, channels, size, size))
@@ -75,11 +86,17 @@ def test_default_init_draws_layer_by_layer_from_the_global_generator():
     torch.manual_seed(7)
     model = models.create("cnn")
     torch.manual_seed(7)
-    for (out, inside), layer in zip([(32, 1), (32, 32), (64, 32), (64, 64), (128, 64), (128, 128)],
-                                    [m for m in model.modules() if isinstance(m, nn.Conv2d)], strict=True):  # fmt: skip
+    for (out, inside), layer in zip(
+        [(32, 1), (32, 32), (64, 32), (64, 64), (128, 64), (128, 128)],
+        [m for m in model.modules() if isinstance(m, nn.Conv2d)],
+        strict=True,
+    ):
         oracle = nn.Conv2d(inside, out, 5)
         assert torch.equal(oracle.weight, layer.weight) and torch.equal(oracle.bias, layer.bias)
-    for oracle, layer in ((nn.Linear(1152, 2), model.embedding[0]), (nn.Linear(2, 10), model.classifier)):
+    for oracle, layer in (
+        (nn.Linear(1152, 2), model.embedding[0]),
+        (nn.Linear(2, 10), model.classifier),
+    ):
         assert torch.equal(oracle.weight, layer.weight) and torch.equal(oracle.bias, layer.bias)
 
 
@@ -98,10 +115,15 @@ def test_xavier_is_uniform_within_its_bound_and_has_zero_biases():
 
 @pytest.mark.parametrize("channels", [1, 3, 5])
 def test_bn_images_begins_as_an_orthonormal_basis_of_patches_and_as_the_identity(channels):
-    convolutions = [each for each in models.create("bn-images", in_channels=channels).modules()
-                    if isinstance(each, nn.Conv2d)]  # fmt: skip
+    convolutions = [
+        each
+        for each in models.create("bn-images", in_channels=channels).modules()
+        if isinstance(each, nn.Conv2d)
+    ]
     images, size = torch.rand(2, channels, 2, 2), 4 * channels
-    projected, negative, rest = convolutions[0](images)[:, :, 0, 0].tensor_split([size, 2 * size], dim=1)
+    projected, negative, rest = convolutions[0](images)[:, :, 0, 0].tensor_split(
+        [size, 2 * size], dim=1
+    )
     assert torch.allclose(projected.square().sum(1), images.square().sum((1, 2, 3)))
     assert torch.allclose(projected[:, 0], images.sum((1, 2, 3)) / size**0.5)  # the mean of a patch
     assert torch.allclose(negative, -projected[:, : negative.shape[1]])
@@ -113,7 +135,14 @@ def test_bn_images_begins_as_an_orthonormal_basis_of_patches_and_as_the_identity
 
 @pytest.mark.parametrize(
     "name, smallest",
-    [("cnn", 8), ("cnn-wen2016", 12), ("bn-deep", 16), ("bn-shallow", 8), ("bn-fast", 28), ("bn-images", 17)],
+    [
+        ("cnn", 8),
+        ("cnn-wen2016", 12),
+        ("bn-deep", 16),
+        ("bn-shallow", 8),
+        ("bn-fast", 28),
+        ("bn-images", 17),
+    ],
 )
 def test_images_too_small_for_the_pools_are_refused(name, smallest):
     models.create(name, image_size=smallest)
@@ -124,12 +153,15 @@ def test_images_too_small_for_the_pools_are_refused(name, smallest):
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
-    "slopes, shape", [(1, (5, 6, 7, 7)), (6, (5, 6, 7, 7)), (1, (5, 2)), (2, (5, 2)), (6, (0, 6, 2, 2))]
+    "slopes, shape",
+    [(1, (5, 6, 7, 7)), (6, (5, 6, 7, 7)), (1, (5, 2)), (2, (5, 2)), (6, (0, 6, 2, 2))],
 )
 def test_prelu_has_the_values_and_gradients_of_torchs(slopes, shape, dtype, channels_last):
     """Also at 0, where the gradient is that of the negative side, and for slopes of any sign and above 1."""
     generator = torch.Generator().manual_seed(0)
-    images = torch.randint(-3, 4, shape, generator=generator).to(dtype) * 0.37  # a seventh of them zeros
+    images = (
+        torch.randint(-3, 4, shape, generator=generator).to(dtype) * 0.37
+    )  # a seventh of them zeros
     if channels_last and len(shape) == 4:
         images = images.to(memory_format=torch.channels_last)
     images[:1, :1] = -0.0
@@ -154,20 +186,26 @@ def test_prelu_has_the_values_and_gradients_of_torchs(slopes, shape, dtype, chan
 def test_prelus_gradients_are_its_differences(slopes):
     layer = models.PReLU(slopes).double()
     inputs = torch.randn(3, 4, 2, 2, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda x, weight: models.PReLUOnCPU.apply(x, weight), (inputs, layer.weight))
+    assert torch.autograd.gradcheck(
+        lambda x, weight: models.PReLUOnCPU.apply(x, weight), (inputs, layer.weight)
+    )
 
 
 def test_prelu_under_autocast_has_the_gradients_of_torchs():
     results = []
     for kind in (nn.PReLU, models.PReLU):
         torch.manual_seed(0)
-        network = nn.Sequential(kind(3), nn.Conv2d(3, 4, 3), kind(4)).to(memory_format=torch.channels_last)
+        network = nn.Sequential(kind(3), nn.Conv2d(3, 4, 3), kind(4)).to(
+            memory_format=torch.channels_last
+        )
         images = torch.randn(2, 3, 8, 8).to(memory_format=torch.channels_last).requires_grad_()
         with torch.autocast("cpu", torch.bfloat16):
             outputs = network(images)
         assert outputs.dtype == torch.bfloat16
         outputs.float().square().sum().backward()
-        results.append([outputs, images.grad, *(parameter.grad for parameter in network.parameters())])
+        results.append(
+            [outputs, images.grad, *(parameter.grad for parameter in network.parameters())]
+        )
     for theirs, ours in zip(*results, strict=True):
         assert ours.dtype == theirs.dtype
         assert torch.allclose(ours, theirs, rtol=1e-2, atol=1e-2 * theirs.abs().max().item())
@@ -189,10 +227,14 @@ def test_a_networks_gradients_with_ours_are_those_with_torchs(monkeypatch):
         features, logits = model(torch.randn(4, 1, 16, 16, dtype=torch.float64))
         (F.cross_entropy(logits, torch.arange(4)) + features.square().sum()).backward()
         gradients.append([parameter.grad for parameter in model.parameters()])
-    assert all(torch.allclose(ours, theirs, rtol=1e-12) for theirs, ours in zip(*gradients, strict=True))
+    assert all(
+        torch.allclose(ours, theirs, rtol=1e-12) for theirs, ours in zip(*gradients, strict=True)
+    )
 
 
-@pytest.mark.parametrize("name, width", [("resnet18", 512), ("squeezenet1_1", 512), ("shufflenet_v2_x0_5", 1024)])
+@pytest.mark.parametrize(
+    "name, width", [("resnet18", 512), ("squeezenet1_1", 512), ("shufflenet_v2_x0_5", 1024)]
+)
 def test_a_torchvision_network_gives_features_in_place_of_its_last_layer(name, width):
     for channels, dim in ((3, 7), (1, 7), (3, 0)):
         model = models.create(name, 5, channels, 40, dim).eval()
@@ -215,19 +257,28 @@ def test_the_small_stem_keeps_the_pixels_of_small_images():
     body = nn.Sequential(model.body.conv1, model.body.maxpool, model.body.layer1)
     assert body(torch.zeros(1, 3, 32, 32)).shape == (1, 64, 32, 32)
     plain = models.create("resnet18", 10, 3, 32, 64)
-    assert nn.Sequential(plain.body.conv1, plain.body.maxpool)(torch.zeros(1, 3, 32, 32)).shape == (1, 64, 8, 8)
+    assert nn.Sequential(plain.body.conv1, plain.body.maxpool)(torch.zeros(1, 3, 32, 32)).shape == (
+        1,
+        64,
+        8,
+        8,
+    )
 
 
 def test_a_last_batch_of_one_image_trains_where_batch_norm_has_one_pixel():
     model = models.create("resnet18", 10, 3, 32, 4).train()
     features, logits = model(torch.rand(1, 3, 32, 32))
     logits.sum().backward()
-    assert features.shape == (1, 4) and all(parameter.grad.isfinite().all() for parameter in model.parameters())
+    assert features.shape == (1, 4) and all(
+        parameter.grad.isfinite().all() for parameter in model.parameters()
+    )
 
 
 def test_images_that_a_torchvision_network_cannot_take_are_refused():
-    for name, channels, size, message in (("inception_v3", 3, 32, "images of 32 pixels"),
-                                          ("resnet18", 4, 32, "1 or 3 channels")):  # fmt: skip
+    for name, channels, size, message in (
+        ("inception_v3", 3, 32, "images of 32 pixels"),
+        ("resnet18", 4, 32, "1 or 3 channels"),
+    ):
         with pytest.raises(models.ModelError, match=message) as error:
             models.create(name, 10, channels, size)
         assert "\n" not in str(error.value)
@@ -238,7 +289,9 @@ def test_images_that_a_torchvision_network_cannot_take_are_refused():
 def test_pretrained_weights_are_torchvisions_but_for_the_last_layer(monkeypatch):
     torch.manual_seed(5)
     weights = torchvision.models.resnet18().state_dict()
-    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", lambda *_, **__: weights)
+    monkeypatch.setattr(
+        "torchvision.models._api.load_state_dict_from_url", lambda *_, **__: weights
+    )
     model = models.create("resnet18", 5, 3, 40, 7, pretrained=True)
     assert weights.keys() - model.body.state_dict().keys() == {"fc.weight", "fc.bias"}
     assert all(torch.equal(value, weights[name]) for name, value in model.body.state_dict().items())
@@ -248,7 +301,11 @@ def test_pretrained_weights_are_torchvisions_but_for_the_last_layer(monkeypatch)
 
 def test_pretrained_weights_without_a_network_are_one_line(monkeypatch, tmp_path):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    monkeypatch.setattr("torch.hub.urlopen", lambda *_: (_ for _ in ()).throw(OSError("Name or service\nnot known")))
+    monkeypatch.setattr(
+        "torch.hub.urlopen", lambda *_: (_ for _ in ()).throw(OSError("Name or service\nnot known"))
+    )
     with pytest.raises(models.ModelError) as error:
         models.create("resnet18", 5, 3, 40, 7, pretrained=True)
-    assert str(error.value).startswith("the weights of resnet18 could") and "\n" not in str(error.value)
+    assert str(error.value).startswith("the weights of resnet18 could") and "\n" not in str(
+        error.value
+    )

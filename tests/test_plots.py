@@ -17,8 +17,8 @@ from matplotlib import font_manager
 from PIL import Image
 
 import plots
-import report
 import utils
+from plots import report
 from tests import drawers
 
 
@@ -29,10 +29,22 @@ def cloud(classes=3, per_class=20, dim=2, seed=0):
     return centers[labels] + random.normal(size=(len(labels), dim)) * 0.1, labels, centers
 
 
-def write_epoch(path, features, labels, centers, title="train, epoch 1: accuracy 9.99 %", classes=None):
+def write_epoch(
+    path, features, labels, centers, title="train, epoch 1: accuracy 9.99 %", classes=None
+):
     classes = classes or [str(c) for c in range(len(centers))]
-    utils.save_arrays(path, dict(points=features, labels=labels, predictions=labels, centers=centers, classes=classes,
-                                 axes=["feature 1", "feature 2"], title=title))  # fmt: skip
+    utils.save_arrays(
+        path,
+        dict(
+            points=features,
+            labels=labels,
+            predictions=labels,
+            centers=centers,
+            classes=classes,
+            axes=["feature 1", "feature 2"],
+            title=title,
+        ),
+    )
     return path
 
 
@@ -50,7 +62,9 @@ def test_plane_of_many_dimensions_is_that_of_the_largest_variance():
     points = project(features)
     assert np.abs(points) == pytest.approx(np.abs(centered @ rows[:2].T), abs=1e-6)
     shares = 100 * singular[:2] ** 2 / (singular**2).sum()
-    assert axes == tuple(f"principal component {i + 1} ({shares[i]:.0f} % of the variance)" for i in (0, 1))
+    assert axes == tuple(
+        f"principal component {i + 1} ({shares[i]:.0f} % of the variance)" for i in (0, 1)
+    )
     again = plots.plane(features[::-1])[0](features)  # the sign does not depend on chance
     assert again == pytest.approx(points, abs=1e-6)
 
@@ -91,13 +105,32 @@ def seen_by(kind: str, color: str) -> np.ndarray:
     """CIELAB of a colour "#rrggbb" as a reader sees it who lacks a cone (matrices of Machado et al., 2009)."""
     matrix = dict(
         normal=np.eye(3),
-        deuteranopia=[[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.01182, 0.04294, 0.968881]],
-        protanopia=[[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216], [-0.003882, -0.048116, 1.051998]],
+        deuteranopia=[
+            [0.367322, 0.860646, -0.227968],
+            [0.280085, 0.672501, 0.047413],
+            [-0.01182, 0.04294, 0.968881],
+        ],
+        protanopia=[
+            [0.152286, 1.052583, -0.204868],
+            [0.114503, 0.786281, 0.099216],
+            [-0.003882, -0.048116, 1.051998],
+        ],
     )[kind]
     rgb = np.array([int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)])
-    linear = np.clip(matrix @ np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4), 0, 1)
-    xyz = np.array([[0.4124564, 0.3575761, 0.1804375], [0.2126729, 0.7151522, 0.072175],
-                    [0.0193339, 0.119192, 0.9503041]]) @ linear / (0.95047, 1, 1.08883)  # fmt: skip
+    linear = np.clip(
+        matrix @ np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4), 0, 1
+    )
+    xyz = (
+        np.array(
+            [
+                [0.4124564, 0.3575761, 0.1804375],
+                [0.2126729, 0.7151522, 0.072175],
+                [0.0193339, 0.119192, 0.9503041],
+            ]
+        )
+        @ linear
+        / (0.95047, 1, 1.08883)
+    )
     x, y, z = np.where(xyz > 216 / 24389, np.cbrt(xyz), (24389 / 27 * xyz + 16) / 116)
     return np.array([116 * y - 16, 500 * (x - y), 200 * (y - z)])
 
@@ -110,8 +143,11 @@ def test_readers_who_are_red_green_blind_can_tell_ten_classes_apart(kind):
 
 def test_names_are_cut_in_the_middle_but_never_alike():
     assert plots.shorten(["short", "a_very_long_class_name"], 12) == ["short", "a_ver…s_name"]
-    for names in ([f"image_set_{i}_of_the_third_kind" for i in range(40)], [f"the_same_start_of_{i}" for i in range(9)],
-                  [f"{i} and the same end as all" for i in range(12)]):  # fmt: skip
+    for names in (
+        [f"image_set_{i}_of_the_third_kind" for i in range(40)],
+        [f"the_same_start_of_{i}" for i in range(9)],
+        [f"{i} and the same end as all" for i in range(12)],
+    ):
         short = plots.shorten(names, 14)
         assert len(set(short)) == len(names) and max(map(len, short)) < max(map(len, names))
     assert len(set(plots.shorten(["x" * 30 + str(i) + "y" * 30 for i in range(3)], 14))) == 3
@@ -122,7 +158,9 @@ def inside(figure, texts) -> list:
     figure.draw_without_rendering()
     boxes = [text.get_window_extent() for text in texts]
     width, height = figure.canvas.get_width_height()
-    assert all(box.x0 >= 0 and box.y0 >= 0 and box.x1 <= width and box.y1 <= height for box in boxes)
+    assert all(
+        box.x0 >= 0 and box.y0 >= 0 and box.x1 <= width and box.y1 <= height for box in boxes
+    )
     return boxes
 
 
@@ -130,8 +168,11 @@ def inside(figure, texts) -> list:
 def drawn(monkeypatch):
     """The figures that are drawn, to look at."""
     figures, original = [], plots.new_figure
-    monkeypatch.setattr(plots, "new_figure", lambda *args, **options: figures.append(original(*args, **options)) or
-                        figures[-1])  # fmt: skip
+    monkeypatch.setattr(
+        plots,
+        "new_figure",
+        lambda *args, **options: figures.append(original(*args, **options)) or figures[-1],
+    )
     return figures
 
 
@@ -141,7 +182,12 @@ def test_nothing_is_cut_at_the_edges_of_a_film(drawn, tmp_path):
     write_epoch(tmp_path / "epoch_1.npz", *points, classes=["a" * 60, "b", "c"])
     plots.draw_film(tmp_path / "film.gif", tmp_path)
     figure, ((axes,),) = drawn[0]
-    texts = [*axes.get_yticklabels(), axes.yaxis.label, axes.xaxis.label, *axes.get_legend().get_texts()]
+    texts = [
+        *axes.get_yticklabels(),
+        axes.yaxis.label,
+        axes.xaxis.label,
+        *axes.get_legend().get_texts(),
+    ]
     inside(figure, [text for text in texts if text.get_text()])
 
 
@@ -151,20 +197,28 @@ def test_tick_labels_never_overlap(scale, drawn, tmp_path):
     path = write_epoch(tmp_path / "epoch_1.npz", features * scale, labels, centers * scale)
     plots.draw_points(tmp_path / "p.png", path)
     shown = report.read_arrays(path, report.ARRAYS)
-    plots.draw_panels(tmp_path / "f.png", [("one", shown), ("two", shown), ("three", shown)], 3, "png")
+    plots.draw_panels(
+        tmp_path / "f.png", [("one", shown), ("two", shown), ("three", shown)], 3, "png"
+    )
     for figure, grid in drawn:
         for axes in grid.flat:
             low, high = axes.get_xlim()
-            texts = [text for text in axes.get_xticklabels() if low <= text.get_position()[0] <= high]
+            texts = [
+                text for text in axes.get_xticklabels() if low <= text.get_position()[0] <= high
+            ]
             assert len(texts) >= 3
             figure.draw_without_rendering()
-            boxes = sorted((text.get_window_extent().x0, text.get_window_extent().x1) for text in texts)
+            boxes = sorted(
+                (text.get_window_extent().x0, text.get_window_extent().x1) for text in texts
+            )
             assert all(end < start for (_, end), (start, _) in itertools.pairwise(boxes))
 
 
 def test_the_legend_of_forty_classes_is_not_cut(drawn, tmp_path):
     names = [f"class number {i} of many" for i in range(40)]
-    plots.draw_points(tmp_path / "p.png", write_epoch(tmp_path / "epoch_1.npz", *cloud(40), classes=names))
+    plots.draw_points(
+        tmp_path / "p.png", write_epoch(tmp_path / "epoch_1.npz", *cloud(40), classes=names)
+    )
     figure, ((axes,),) = drawn[0]
     texts = axes.get_legend().get_texts()
     assert len(texts) == 41
@@ -173,26 +227,39 @@ def test_the_legend_of_forty_classes_is_not_cut(drawn, tmp_path):
 
 
 @pytest.mark.parametrize("print_format", ["", "pdf"])
-def test_all_of_forty_names_stand_at_a_confusion_matrix_without_overlap(print_format, drawn, tmp_path):
+def test_all_of_forty_names_stand_at_a_confusion_matrix_without_overlap(
+    print_format, drawn, tmp_path
+):
     names = [f"class number {i} of many" for i in range(40)]
     plots.draw_confusion(tmp_path / "c.png", np.eye(40, dtype=int), names, format=print_format)
     figure, ((axes,),) = drawn[0]
     for axis, side in ((axes.xaxis, "x"), (axes.yaxis, "y")):
         labels = axis.get_ticklabels()
         assert [text.get_text() for text in labels] == plots.shorten(names, 20)
-        edges = sorted((getattr(box, f"{side}0"), getattr(box, f"{side}1")) for box in inside(figure, labels))
+        edges = sorted(
+            (getattr(box, f"{side}0"), getattr(box, f"{side}1")) for box in inside(figure, labels)
+        )
         assert all(end <= start + 0.5 for (_, end), (start, _) in itertools.pairwise(edges))
 
 
 def test_figures_for_print_have_no_title_embedded_fonts_and_points_as_pixels(drawn, tmp_path):
     features, labels, centers = cloud(per_class=4000)
-    shown = report.read_arrays(write_epoch(tmp_path / "epoch_1.npz", features, labels, centers), report.ARRAYS)
+    shown = report.read_arrays(
+        write_epoch(tmp_path / "epoch_1.npz", features, labels, centers), report.ARRAYS
+    )
     plots.draw_panels(tmp_path / "f.pdf", [("", shown)], 1, "pdf")
     figure, ((axes,),) = drawn[0]
     assert axes.get_title() == "" and figure.get_figwidth() == pytest.approx(8 / 2.54, abs=0.02)
-    assert min(text.get_fontsize() for text in (*axes.texts, *axes.get_xticklabels(), axes.xaxis.label)) >= 6
+    assert (
+        min(
+            text.get_fontsize() for text in (*axes.texts, *axes.get_xticklabels(), axes.xaxis.label)
+        )
+        >= 6
+    )
     written = (tmp_path / "f.pdf").read_bytes()
-    assert b"/FontFile2" in written and b"/Image" in written and len(written) < 300_000  # 12,000 paths are more
+    assert (
+        b"/FontFile2" in written and b"/Image" in written and len(written) < 300_000
+    )  # 12,000 paths are more
     plots.draw_panels(tmp_path / "again.pdf", [("", shown)], 1, "pdf")
     assert (tmp_path / "again.pdf").read_bytes() == written
 
@@ -201,7 +268,9 @@ def test_panels_have_the_same_axes(drawn, tmp_path):
     shown = []
     for scale in (1, 20):
         features, labels, centers = cloud()
-        path = write_epoch(tmp_path / f"epoch_{scale}.npz", features * scale, labels, centers * scale)
+        path = write_epoch(
+            tmp_path / f"epoch_{scale}.npz", features * scale, labels, centers * scale
+        )
         shown.append((f"{scale}", report.read_arrays(path, report.ARRAYS)))
     plots.draw_panels(tmp_path / "f.png", shown, 2, "png")
     first, second = drawn[0][1].flat
@@ -220,10 +289,21 @@ def test_unknown_classes_are_hollow_and_grey(tmp_path):
     plots.add_legend(axes, shown)
     scatter = plots.Scatter(axes, shown, plots.limits(features))
     scatter.show(shown)
-    assert np.column_stack(scatter.unknown.get_data()) == pytest.approx(features[labels == 3], abs=1e-5)
-    assert (scatter.unknown.get_markerfacecolor(), scatter.unknown.get_markeredgecolor()) == ("none", "0.5")
+    assert np.column_stack(scatter.unknown.get_data()) == pytest.approx(
+        features[labels == 3], abs=1e-5
+    )
+    assert (scatter.unknown.get_markerfacecolor(), scatter.unknown.get_markeredgecolor()) == (
+        "none",
+        "0.5",
+    )
     assert sum(len(line.get_data()[0]) for line in scatter.points) == 60
-    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["0", "1", "2", "center", "unknown"]
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == [
+        "0",
+        "1",
+        "2",
+        "center",
+        "unknown",
+    ]
 
 
 def test_picture_of_an_epoch(tmp_path):
@@ -239,7 +319,13 @@ def test_picture_of_an_epoch(tmp_path):
 def test_film_has_a_frame_an_epoch_in_their_order_with_the_same_axes(tmp_path):
     for epoch in (1, 2, 10):
         features, labels, centers = cloud(seed=epoch)
-        write_epoch(tmp_path / f"epoch_{epoch}.npz", features * epoch, labels, centers * epoch, f"epoch {epoch}")
+        write_epoch(
+            tmp_path / f"epoch_{epoch}.npz",
+            features * epoch,
+            labels,
+            centers * epoch,
+            f"epoch {epoch}",
+        )
     plots.draw_film(tmp_path / "film.gif", tmp_path)
     frames = []
     with Image.open(tmp_path / "film.gif") as film:
@@ -261,12 +347,23 @@ def test_film_of_a_single_epoch(tmp_path):
 
 
 def test_curves_leave_out_what_was_not_measured_and_show_error_rates(drawn, tmp_path):
-    row = dict(epoch=1, train_loss=2.0, train_xent=2.0, train_center=0.0, train_accuracy=10.0, test_xent=None,
-               test_accuracy=None, nearest_center_accuracy=None)  # fmt: skip
-    plots.draw_curves(tmp_path / "curves.png", [row, row | dict(epoch=2, test_accuracy=99.5, test_xent=1.0)])
+    row = dict(
+        epoch=1,
+        train_loss=2.0,
+        train_xent=2.0,
+        train_center=0.0,
+        train_accuracy=10.0,
+        test_xent=None,
+        test_accuracy=None,
+        nearest_center_accuracy=None,
+    )
+    plots.draw_curves(
+        tmp_path / "curves.png", [row, row | dict(epoch=2, test_accuracy=99.5, test_xent=1.0)]
+    )
     figure, ((losses, errors),) = drawn[0]
-    assert {line.get_label(): np.column_stack(line.get_data()).tolist() for line in errors.lines} == {
-        "training: softmax": [[1, 90], [2, 90]], "test: softmax": [[2, 0.5]]}  # fmt: skip
+    assert {
+        line.get_label(): np.column_stack(line.get_data()).tolist() for line in errors.lines
+    } == {"training: softmax": [[1, 90], [2, 90]], "test: softmax": [[2, 0.5]]}
     assert "training: λ · center loss" not in [line.get_label() for line in losses.lines]
     assert errors.get_yscale() == "log"
     for axes in (losses, errors):
@@ -275,15 +372,25 @@ def test_curves_leave_out_what_was_not_measured_and_show_error_rates(drawn, tmp_
 
 
 def test_curves_without_any_error_are_drawn(tmp_path):
-    row = dict(epoch=1, train_loss=0.0, train_xent=0.0, train_center=0.0, train_accuracy=100.0, test_xent=0.0,
-               test_accuracy=100.0, nearest_center_accuracy=100.0)  # fmt: skip
+    row = dict(
+        epoch=1,
+        train_loss=0.0,
+        train_xent=0.0,
+        train_center=0.0,
+        train_accuracy=100.0,
+        test_xent=0.0,
+        test_accuracy=100.0,
+        nearest_center_accuracy=100.0,
+    )
     plots.draw_curves(tmp_path / "curves.png", [row])
     assert (tmp_path / "curves.png").stat().st_size > 2000
 
 
 def test_class_names_are_no_formulas(tmp_path):
     names = ["a$x_$b", "US$", "c"]
-    plots.draw_points(tmp_path / "epoch_1.png", write_epoch(tmp_path / "epoch_1.npz", *cloud(), classes=names))
+    plots.draw_points(
+        tmp_path / "epoch_1.png", write_epoch(tmp_path / "epoch_1.npz", *cloud(), classes=names)
+    )
     plots.draw_confusion(tmp_path / "c.png", np.eye(3, dtype=int), names, "test")
 
 
@@ -309,17 +416,31 @@ def test_names_are_shown_letter_by_letter_and_escaped_where_that_cannot_be(syste
 
 
 def test_a_font_of_the_system_is_chosen_for_letters_that_the_default_lacks(system_fonts, tmp_path):
-    letter, path = "\ue001", matplotlib.get_data_path() + "/fonts/ttf/STIXNonUni.ttf"  # of the private use area
+    letter, path = (
+        "\ue001",
+        matplotlib.get_data_path() + "/fonts/ttf/STIXNonUni.ttf",
+    )  # of the private use area
     assert ord(letter) in font_manager.get_font(path).get_charmap()
-    assert ord(letter) not in font_manager.get_font(font_manager.findfont("DejaVu Sans")).get_charmap()
+    assert (
+        ord(letter) not in font_manager.get_font(font_manager.findfont("DejaVu Sans")).get_charmap()
+    )
     (tmp_path / "broken.ttf").write_text("no font")
     system_fonts(str(tmp_path / "broken.ttf"), path)
-    names = [letter, os.fsdecode(b"\xff"), "c"]  # as tick labels and in a legend; matplotlib warns of boxes
-    assert plots.draw_to(tmp_path / "c.png", plots.draw_confusion, np.eye(3, dtype=int), names, "test") == set()
+    names = [
+        letter,
+        os.fsdecode(b"\xff"),
+        "c",
+    ]  # as tick labels and in a legend; matplotlib warns of boxes
+    assert (
+        plots.draw_to(tmp_path / "c.png", plots.draw_confusion, np.eye(3, dtype=int), names, "test")
+        == set()
+    )
     source = write_epoch(tmp_path / "epoch_1.npz", *cloud(), classes=names)
     assert plots.draw_to(tmp_path / "d.png", plots.draw_points, source) == set()
     assert matplotlib.rcParams["font.family"] == ["sans-serif", "STIXNonUnicode"]
-    panels = [(letter, report.read_arrays(source, report.ARRAYS))] * 2  # with settings of their own, for a while
+    panels = [
+        (letter, report.read_arrays(source, report.ARRAYS))
+    ] * 2  # with settings of their own, for a while
     matplotlib.rcParams["font.family"] = ["sans-serif"]
     for _ in range(2):
         assert plots.draw_to(tmp_path / "f.png", plots.draw_panels, panels, 2, "png") == set()
@@ -327,7 +448,12 @@ def test_a_font_of_the_system_is_chosen_for_letters_that_the_default_lacks(syste
 
 @pytest.mark.parametrize("classes", [3, 60])
 def test_confusion_matrix(classes, drawn, tmp_path):
-    plots.draw_confusion(tmp_path / "c.png", np.eye(classes, dtype=int), [f"class {i}" for i in range(classes)], "test")
+    plots.draw_confusion(
+        tmp_path / "c.png",
+        np.eye(classes, dtype=int),
+        [f"class {i}" for i in range(classes)],
+        "test",
+    )
     _, ((axes,),) = drawn[0]
     assert len(axes.texts) == (3 if classes == 3 else 0) and axes.get_title() == "test"
 
@@ -344,12 +470,30 @@ def directory(tmp_path_factory):
     for epoch, split in ((1, "train"), (2, "train"), (2, "test")):
         write_epoch(root / split / f"epoch_{epoch}.npz", *cloud(seed=epoch))
     utils.write_json(root / "args.json", dict(dataset="folder", feat_dim=5))
-    row = dict(epoch=1, train_loss=2.0, train_xent=1.9, train_center=0.1, train_accuracy=90.0, test_xent=None,
-               test_accuracy=None, nearest_center_accuracy=None, intra_distance=None, inter_distance=None)  # fmt: skip
+    row = dict(
+        epoch=1,
+        train_loss=2.0,
+        train_xent=1.9,
+        train_center=0.1,
+        train_accuracy=90.0,
+        test_xent=None,
+        test_accuracy=None,
+        nearest_center_accuracy=None,
+        intra_distance=None,
+        inter_distance=None,
+    )
     utils.write_metrics(root / "metrics.csv", [row, row | dict(epoch=2, test_accuracy=80.0)])
     features, labels, centers = cloud(dim=5)
-    utils.save_arrays(root / "test" / "features.npz", dict(
-        features=features[::2], labels=labels[::2], centers=centers, classes=["0", "1", "2"], epoch=2))  # fmt: skip
+    utils.save_arrays(
+        root / "test" / "features.npz",
+        dict(
+            features=features[::2],
+            labels=labels[::2],
+            centers=centers,
+            classes=["0", "1", "2"],
+            epoch=2,
+        ),
+    )
     return root
 
 
@@ -364,7 +508,15 @@ def command(directory, tmp_path, capsys):
         except SystemExit as exit:
             status = exit.code
         out, err = capsys.readouterr()
-        return status, [str(Path(line).relative_to(tmp_path)) for line in out.splitlines() if line.startswith("/")], err
+        return (
+            status,
+            [
+                str(Path(line).relative_to(tmp_path))
+                for line in out.splitlines()
+                if line.startswith("/")
+            ],
+            err,
+        )
 
     return call
 
@@ -372,13 +524,23 @@ def command(directory, tmp_path, capsys):
 def test_command_draws_a_run_again(command, tmp_path):
     assert command() == (0, [], "")
     written = {str(path.relative_to(tmp_path / "one")) for path in (tmp_path / "one").rglob("*.*")}
-    assert written >= {"report.html", "curves.png", "train.gif", "test.gif", "train/epoch_1.png", "test/epoch_2.png"}
+    assert written >= {
+        "report.html",
+        "curves.png",
+        "train.gif",
+        "test.gif",
+        "train/epoch_1.png",
+        "test/epoch_2.png",
+    }
 
 
 def test_command_draws_chosen_epochs_for_print(command, tmp_path):
     status, files, err = command("--format", "svg", "--epochs", "1", "2")
     assert (status, err) == (0, "")
-    assert files == [f"one/figures/{name}.svg" for name in ("train_epoch_1_2", "test_epoch_2", "curves", "confusion")]
+    assert files == [
+        f"one/figures/{name}.svg"
+        for name in ("train_epoch_1_2", "test_epoch_2", "curves", "confusion")
+    ]
     assert all((tmp_path / file).read_text().startswith("<?xml") for file in files)
 
 
@@ -387,15 +549,23 @@ def test_unknown_classes_are_left_out_of_the_confusion_matrix(directory, tmp_pat
     features, labels, centers = cloud(4)
     write_epoch(copy / "test" / "epoch_2.npz", features, labels, centers[:3])
     *_, (path, draw, counts, *_) = plots.figures(report.read_run(copy), None, "pdf")
-    assert (path.name, draw) == ("confusion.pdf", plots.draw_confusion) and (counts == 20 * np.eye(3)).all()
+    assert (path.name, draw) == ("confusion.pdf", plots.draw_confusion) and (
+        counts == 20 * np.eye(3)
+    ).all()
 
 
 def test_command_draws_a_run_that_validates(command, tmp_path):
     (tmp_path / "one" / "test").rename(tmp_path / "one" / "val")
     names = ("train_epoch_2", "val_epoch_2", "curves", "confusion")
     assert command("--format", "png") == (0, [f"one/figures/{name}.png" for name in names], "")
-    assert command("--projection", "tsne", "--format", "png") == (0, ["one/figures/val_tsne_epoch_2.png"], "")
-    assert all(re.fullmatch(utils.FIGURE, path.name) for path in (tmp_path / "one" / "figures").iterdir())
+    assert command("--projection", "tsne", "--format", "png") == (
+        0,
+        ["one/figures/val_tsne_epoch_2.png"],
+        "",
+    )
+    assert all(
+        re.fullmatch(utils.FIGURE, path.name) for path in (tmp_path / "one" / "figures").iterdir()
+    )
 
 
 def test_command_compares_runs(command, directory, tmp_path):
@@ -415,22 +585,36 @@ def test_tsne_keeps_clusters_together_is_seeded_and_says_what_it_is(directory, d
     assert [len(each) for each in points] == [10, 10, 10]
     for own, center in zip(points, axes.texts, strict=True):
         assert np.linalg.norm(own - center.get_position(), axis=1).max() < min(
-            np.linalg.norm(other - center.get_position(), axis=1).min() for other in points if other is not own)
+            np.linalg.norm(other - center.get_position(), axis=1).min()
+            for other in points
+            if other is not own
+        )
 
 
-@pytest.mark.parametrize("flags, rule", [
-    (["missing"], "missing is no run: "),
-    (["--format", "pdf", "--epochs", "7"], "--epochs must be among those of "),
-    (["--epochs", "1"], "--epochs goes with --format or --compare"),
-    (["--own-axes", "--format", "pdf"], "--own-axes goes with --compare"),
-    (["--compare"], "--compare needs two runs or more"),
-    (["--projection", "tsne", "--compare"], "--projection tsne shows a run's last tested epoch"),
-    (["--format", "gif"], "invalid choice: 'gif'"),
-    (["--unknown"], "unrecognized arguments: --unknown"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "flags, rule",
+    [
+        (["missing"], "missing is no run: "),
+        (["--format", "pdf", "--epochs", "7"], "--epochs must be among those of "),
+        (["--epochs", "1"], "--epochs goes with --format or --compare"),
+        (["--own-axes", "--format", "pdf"], "--own-axes goes with --compare"),
+        (["--compare"], "--compare needs two runs or more"),
+        (
+            ["--projection", "tsne", "--compare"],
+            "--projection tsne shows a run's last tested epoch",
+        ),
+        (["--format", "gif"], "invalid choice: 'gif'"),
+        (["--unknown"], "unrecognized arguments: --unknown"),
+    ],
+)
 def test_mistakes_are_one_line(flags, rule, command, tmp_path):
     status, files, err = command(*flags)
-    assert (status, files) == (2, []) and err.count("\n") == 1 and err.startswith("plots.py: error: ") and rule in err
+    assert (
+        (status, files) == (2, [])
+        and err.count("\n") == 1
+        and err.startswith("plots.py: error: ")
+        and rule in err
+    )
     assert not (tmp_path / "one" / "figures").exists()
 
 
@@ -471,7 +655,9 @@ def test_a_plotter_that_is_asked_to_stop_leaves_no_process_and_no_half_picture(t
     plotter(tmp_path / "next", drawers.write, "drawn")
     wait_for_part(tmp_path)
     began = time.monotonic()
-    assert plotter.finish(lambda: True) == [f"{tmp_path / name}: stopped" for name in ("slow", "next")]
+    assert plotter.finish(lambda: True) == [
+        f"{tmp_path / name}: stopped" for name in ("slow", "next")
+    ]
     assert time.monotonic() - began < 5 and os.listdir(tmp_path) == []
     assert not any(drawer.is_alive() for drawer in plotter.drawers)
 
@@ -502,7 +688,10 @@ def test_a_drawer_that_dies_costs_pictures_but_not_the_run(tmp_path):
     plotter.tasks[0][1].exception()
     plotter(tmp_path / "second", drawers.write, "drawn")
     errors = plotter.finish()
-    assert [error.partition(":")[0] for error in errors] == [str(tmp_path / "first"), str(tmp_path / "second")]
+    assert [error.partition(":")[0] for error in errors] == [
+        str(tmp_path / "first"),
+        str(tmp_path / "second"),
+    ]
 
 
 def test_drawers_outlive_the_signals_that_a_whole_run_gets(tmp_path):

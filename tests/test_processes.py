@@ -5,7 +5,7 @@ import signal
 
 import pytest
 
-import processes
+from engine import ranks as processes
 
 
 def test_stop_request_notes_the_first_signal_and_a_second_ctrl_c_interrupts():

@@ -9,38 +9,63 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import bench.__main__ as bench
 import cli
 import plots
-import results
+from tools import results
+from tools.bench import __main__ as bench
 
 ROOT = Path(cli.__file__).resolve().parent
-PAGES = {str(path.relative_to(ROOT)): path.read_text(encoding="utf-8")
-         for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}  # fmt: skip
+PAGES = {
+    str(path.relative_to(ROOT)): path.read_text(encoding="utf-8")
+    for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+}
 MARKED = re.compile(r"<!-- tested: ([\w-]+) -->\n+```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 SNIPPETS = {name: code for text in PAGES.values() for name, code in MARKED.findall(text)}
 # Flags of torchrun, pytest and tests/kill_runs.py.
-FOREIGN = {"--standalone", "--nproc_per_node", "--nnodes", "--node-rank", "--rdzv-backend", "--rdzv-endpoint", "--dist",
-           "--signal", "--only"}  # fmt: skip
+FOREIGN = {
+    "--standalone",
+    "--nproc_per_node",
+    "--nnodes",
+    "--node-rank",
+    "--rdzv-backend",
+    "--rdzv-endpoint",
+    "--dist",
+    "--signal",
+    "--only",
+}
 
 
 def links(page: str) -> list[tuple[Path, str]]:
     """The files and headings of this repository to which a page links."""
-    targets = [target.partition("#") for target in re.findall(r"\]\(([^)\s]+)\)", PAGES[page]) if ":" not in target]
-    return [((ROOT / page).parent / file if file else ROOT / page, anchor) for file, _, anchor in targets]
+    targets = [
+        target.partition("#")
+        for target in re.findall(r"\]\(([^)\s]+)\)", PAGES[page])
+        if ":" not in target
+    ]
+    return [
+        ((ROOT / page).parent / file if file else ROOT / page, anchor)
+        for file, _, anchor in targets
+    ]
 
 
 def anchors(path: Path) -> set[str]:
     """What GitHub makes of a page's headings."""
-    headings = re.findall(r"^#+ (.*)$", re.sub(r"^```.*?^```", "", path.read_text(encoding="utf-8"), flags=re.S | re.M),
-                          re.MULTILINE)  # fmt: skip
-    return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
+    headings = re.findall(
+        r"^#+ (.*)$",
+        re.sub(r"^```.*?^```", "", path.read_text(encoding="utf-8"), flags=re.S | re.M),
+        re.MULTILINE,
+    )
+    return {
+        re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings
+    }
 
 
 def code(page: str) -> list[str]:
     """The lines of its indented blocks, without comments, and its inline code."""
     text = re.sub(r"^```.*?^```$", "", PAGES[page], flags=re.DOTALL | re.MULTILINE)
-    lines = [line.partition("  #")[0].strip() for line in re.findall(r"^    (.*)$", text, re.MULTILINE)]
+    lines = [
+        line.partition("  #")[0].strip() for line in re.findall(r"^    (.*)$", text, re.MULTILINE)
+    ]
     spans = re.findall(r"`([^`]+)`", re.sub(r"^    .*$", "", text, flags=re.MULTILINE))
     return [*lines, *(" ".join(span.split()) for span in spans)]
 
@@ -58,7 +83,9 @@ def test_links_lead_to_files_and_headings(page):
 
 def test_every_committed_picture_stands_on_a_page():
     shown = {path.resolve() for page in PAGES for path, _ in links(page)}
-    pictures = [path for kind in ("png", "gif") for path in (ROOT / "log" / "reference").rglob(f"*.{kind}")]
+    pictures = [
+        path for kind in ("png", "gif") for path in (ROOT / "log" / "reference").rglob(f"*.{kind}")
+    ]
     assert pictures and set(pictures) <= shown
     assert all(path.stat().st_size < 1.5e6 for path in pictures)
 
@@ -100,8 +127,13 @@ def test_commands_parse(page, parse, capsys):
 
 
 def test_commands_that_do_not_parse_are_found(parse, capsys):
-    for command in ("python main.py --recipe none", "pip install x && python main.py --plots", "python -m bench plot",
-                    "torchrun --nnodes=2 main.py --gpu 0,1", "--optimizer lion --plot"):  # fmt: skip
+    for command in (
+        "python main.py --recipe none",
+        "pip install x && python main.py --plots",
+        "python -m bench plot",
+        "torchrun --nnodes=2 main.py --gpu 0,1",
+        "--optimizer lion --plot",
+    ):
         with pytest.raises(SystemExit) as end:
             parse(command)
         assert end.value.code == 2
@@ -112,9 +144,21 @@ def test_every_flag_that_is_mentioned_exists():
     commands = argparse.ArgumentParser().add_subparsers()
     bench.loss.add_command(commands)
     bench.train.add_command(commands)
-    parsers = [cli.build_parser(), plots.build_parser(), results.build_parser(), *commands.choices.values()]
-    known = FOREIGN | {name for parser in parsers for action in parser._actions for name in action.option_strings}
-    mentioned = {flag for page in PAGES for each in code(page) for flag in re.findall(r"(?<![\w-])--[\w-]+", each)}
+    parsers = [
+        cli.build_parser(),
+        plots.build_parser(),
+        results.build_parser(),
+        *commands.choices.values(),
+    ]
+    known = FOREIGN | {
+        name for parser in parsers for action in parser._actions for name in action.option_strings
+    }
+    mentioned = {
+        flag
+        for page in PAGES
+        for each in code(page)
+        for flag in re.findall(r"(?<![\w-])--[\w-]+", each)
+    }
     assert mentioned and not mentioned - known
 
 

@@ -14,7 +14,10 @@ from center_loss import CenterLoss
     [
         (["--schedule", "step", "--stepsize", "2"], [1, 1, 0.5, 0.5, 0.25]),
         (["--schedule", "step", "--stepsize", "0"], [1, 1, 1, 1, 1]),
-        (["--schedule", "milestones", "--milestones", "3", "9", "--gamma", "0.8"], [1, 0.8, 0.8, 0.64, 0.64]),
+        (
+            ["--schedule", "milestones", "--milestones", "3", "9", "--gamma", "0.8"],
+            [1, 0.8, 0.8, 0.64, 0.64],
+        ),
     ],
 )
 def test_schedules_count_epochs_or_steps(flags, expected):
@@ -34,11 +37,22 @@ def test_schedules_count_epochs_or_steps(flags, expected):
 def test_onecycle_is_as_long_as_the_run(run):
     for flags, steps in ((["--max-iter", "7"], 7), (["--max-epoch", "4"], 12)):
         assert run("--schedule", "onecycle", *flags)[0] == 0
-        assert torch.load("log/checkpoint.pt", weights_only=True)["scheduler"]["total_steps"] == steps
+        assert (
+            torch.load("log/checkpoint.pt", weights_only=True)["scheduler"]["total_steps"] == steps
+        )
 
 
 def test_onecycle_leaves_each_group_its_peak_and_its_momentum():
-    flags = ["--recipe", "wen2016", "--schedule", "onecycle", "--momentum", "0", "--momentum-cent", "0.5"]
+    flags = [
+        "--recipe",
+        "wen2016",
+        "--schedule",
+        "onecycle",
+        "--momentum",
+        "0",
+        "--momentum-cent",
+        "0.5",
+    ]
     args = cli.parse_args(flags)
     model, loss = models.create("cnn-wen2016"), CenterLoss(10, 2, use_gpu=False)
     (sgd,) = recipes.create_optimizers(model, loss, args).values()
@@ -47,7 +61,9 @@ def test_onecycle_leaves_each_group_its_peak_and_its_momentum():
         sgd.step()
         schedule.step()
         seen.append([(group["lr"], group["momentum"]) for group in sgd.param_groups])
-    for group, peak, momentum in zip(zip(*seen, strict=True), (0.01, 0.02, 0.01), (0, 0, 0.5), strict=True):
+    for group, peak, momentum in zip(
+        zip(*seen, strict=True), (0.01, 0.02, 0.01), (0, 0, 0.5), strict=True
+    ):
         rates, momenta = zip(*group, strict=True)
         assert max(rates) == pytest.approx(peak, rel=1e-4) and set(momenta) == {momentum}
 
@@ -59,7 +75,10 @@ def test_caffe_biases_and_one_optimizer_make_parameter_groups():
     weights, biases, centers = sgd.param_groups
     assert len(biases["params"]) == 7 and (biases["lr"], biases["weight_decay"]) == (0.02, 0.0)
     assert (weights["lr"], weights["weight_decay"], weights["momentum"]) == (0.01, 5e-4, 0.9)
-    assert centers["params"] == [loss.centers] and (centers["weight_decay"], centers["momentum"]) == (0.0, 0.9)
+    assert centers["params"] == [loss.centers] and (
+        centers["weight_decay"],
+        centers["momentum"],
+    ) == (0.0, 0.9)
 
 
 @pytest.mark.parametrize("optimizer", sorted(recipes.OPTIMIZERS))
@@ -67,8 +86,14 @@ def test_a_checkpoint_of_another_device_does_not_choose_the_kernels(optimizer):
     """A GPU's is fused, and has AdamW's count of steps on the device; a CPU's is not."""
     args = cli.parse_args(["--optimizer", optimizer])
     model, loss = torch.nn.Linear(2, 3), CenterLoss(3, 2, use_gpu=False)
-    ours, theirs = (recipes.create_optimizers(model, loss, args)["optimizer_model"] for _ in range(2))
-    kernels = {name: ours.param_groups[0][name] for name in ("foreach", "fused", "capturable") if name in ours.defaults}
+    ours, theirs = (
+        recipes.create_optimizers(model, loss, args)["optimizer_model"] for _ in range(2)
+    )
+    kernels = {
+        name: ours.param_groups[0][name]
+        for name in ("foreach", "fused", "capturable")
+        if name in ours.defaults
+    }
     theirs.param_groups[0].update({name: name != "foreach" for name in kernels}, lr=0.25)
     model(torch.randn(4, 2)).sum().backward()
     ours.load_state_dict(theirs.state_dict())

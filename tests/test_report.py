@@ -16,8 +16,8 @@ from conftest import make_folder, program
 from PIL import Image
 
 import plots
-import report
 import utils
+from plots import report
 
 CLASSES = ("<img src=x onerror=alert(1)>", "\"quoted\" & 'odd'", "日本の猫")
 
@@ -27,14 +27,30 @@ def directory(tmp_path_factory) -> Path:
     """A run of three epochs, and beside it `large`, the same with points ten times as far apart."""
     root = tmp_path_factory.mktemp("report")
     folder = make_folder(root / "images", classes=CLASSES, train=8, test=5, size=(8, 8))
-    flags = ["--max-epoch", "3", "--batch-size", "10", "--eval-freq", "1", "--plot", "--use-cpu",
-             "--optimizer", "adamw", "--lr-model", "0.003", "--weight-cent", "0.01"]  # fmt: skip
+    flags = [
+        "--max-epoch",
+        "3",
+        "--batch-size",
+        "10",
+        "--eval-freq",
+        "1",
+        "--plot",
+        "--use-cpu",
+        "--optimizer",
+        "adamw",
+        "--lr-model",
+        "0.003",
+        "--weight-cent",
+        "0.01",
+    ]
     data = ["--dataset", "folder", "--data-root", folder, "--image-size", "8"]
     assert program([*data, *flags, "--save-dir", root / "small"]) == 0
     shutil.copytree(root / "small", root / "large")
     for path in (root / "large").glob("t*/epoch_*.npz"):
         shown = report.read_arrays(path)
-        utils.save_arrays(path, shown | dict(points=shown["points"] * 10, centers=shown["centers"] * 10))
+        utils.save_arrays(
+            path, shown | dict(points=shown["points"] * 10, centers=shown["centers"] * 10)
+        )
     return root / "small"
 
 
@@ -47,11 +63,15 @@ def compared(directory) -> Path:
 
 def data_of(page: Path) -> dict:
     text = page.read_text(encoding="utf-8")
-    return json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', text, re.DOTALL)[1])
+    return json.loads(
+        re.search(r'<script type="application/json" id="data">(.*?)</script>', text, re.DOTALL)[1]
+    )
 
 
 def unpack(text: str) -> np.ndarray:
-    low, high = np.frombuffer(zlib.decompress(base64.b64decode(text)), np.uint8).reshape(2, -1).astype(int)
+    low, high = (
+        np.frombuffer(zlib.decompress(base64.b64decode(text)), np.uint8).reshape(2, -1).astype(int)
+    )
     return low + 256 * high
 
 
@@ -60,16 +80,23 @@ def test_the_page_holds_what_the_run_has_written(directory):
     (run,) = data["runs"]
     assert data["classes"] == sorted(CLASSES) and len(data["colors"]) == len(data["marks"]) == 3
     assert run["args"] == json.loads((directory / "args.json").read_text())
-    assert [row["epoch"] for row in run["history"]] == [1, 2, 3] and run["log"].startswith("Currently using CPU\n")
+    assert [row["epoch"] for row in run["history"]] == [1, 2, 3] and run["log"].startswith(
+        "Currently using CPU\n"
+    )
     assert run["facts"]["commands"][0].startswith("python ") and run["facts"]["elapsed"] > 0
     for split, count in (("train", 24), ("test", 15)):
         kept = run["splits"][split]
         assert (kept["count"], kept["of"], kept["epochs"]) == (count, count, [1, 2, 3])
-        points, labels = unpack(kept["points"]).reshape(3, 2, count), unpack(kept["labels"]).reshape(3, count)
+        points, labels = (
+            unpack(kept["points"]).reshape(3, 2, count),
+            unpack(kept["labels"]).reshape(3, count),
+        )
         predictions = unpack(kept["predictions"]).reshape(3, count)
         for index, epoch in enumerate(kept["epochs"]):
             saved = np.load(directory / split / f"epoch_{epoch}.npz")
-            rows = np.argsort(saved["labels"], kind="stable") if split == "train" else np.arange(count)
+            rows = (
+                np.argsort(saved["labels"], kind="stable") if split == "train" else np.arange(count)
+            )
             assert labels[index].tolist() == saved["labels"][rows].tolist()
             assert predictions[index].tolist() == saved["predictions"][rows].tolist()
             low_x, step_x, low_y, step_y = kept["grids"][index]
@@ -82,7 +109,9 @@ def test_the_page_holds_what_the_run_has_written(directory):
 def test_the_sprite_holds_the_image_of_each_test_row(directory):
     (run,) = data_of(directory / "report.html")["runs"]
     images, rows = run["images"], run["splits"]["test"]["rows"]
-    sprite = np.asarray(Image.open(io.BytesIO(base64.b64decode(images["source"].partition(",")[2]))))
+    sprite = np.asarray(
+        Image.open(io.BytesIO(base64.b64decode(images["source"].partition(",")[2])))
+    )
     files = sorted((directory.parent / "images" / "test").rglob("*.png"))
     whole = [np.asarray(Image.open(file)) for file in files]
     assert rows == list(range(15))
@@ -100,7 +129,13 @@ def test_no_class_name_is_markup(directory):
 def test_a_class_that_closes_the_script_stays_within_the_data(directory, tmp_path):
     run = report.read_run(directory)
     run.classes = ["</script><script>alert(1)</script>", "<!-- <script>", "{{js}}"]
-    report.write(tmp_path / "page.html", [run], colors=["#000000"] * 3, marks=["0", "1", "2"], short=run.classes)
+    report.write(
+        tmp_path / "page.html",
+        [run],
+        colors=["#000000"] * 3,
+        marks=["0", "1", "2"],
+        short=run.classes,
+    )
     assert data_of(tmp_path / "page.html")["classes"] == run.classes
 
 
@@ -117,12 +152,17 @@ def test_large_runs_are_sampled_and_thinned_out(directory, monkeypatch):
     monkeypatch.setattr(report, "TEST_POINTS", 6)
     monkeypatch.setattr(report, "EPOCHS", 2)
     packed = report.pack_run(report.read_run(directory))
-    assert packed["splits"]["train"]["epochs"] == [1, 3] and packed["splits"]["train"]["count"] == 10
+    assert (
+        packed["splits"]["train"]["epochs"] == [1, 3] and packed["splits"]["train"]["count"] == 10
+    )
     rows = packed["splits"]["test"]["rows"]
     assert len(set(rows)) == 6 and rows == sorted(rows)
     assert rows == report.pack_run(report.read_run(directory))["splits"]["test"]["rows"]
     labels = np.load(directory / "test" / "epoch_3.npz")["labels"]
-    assert unpack(packed["splits"]["test"]["labels"]).reshape(2, 6)[1].tolist() == labels[rows].tolist()
+    assert (
+        unpack(packed["splits"]["test"]["labels"]).reshape(2, 6)[1].tolist()
+        == labels[rows].tolist()
+    )
     assert packed["images"] is None  # the run has kept all fifteen, in other places of the sprite
 
 
@@ -175,10 +215,20 @@ def browser():
     options.binary_location = shutil.which("chromium")
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
-        for argument in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
-                         "--disable-background-networking", "--disable-component-update", "--disable-sync",
-                         "--host-resolver-rules=MAP * ~NOTFOUND", "--window-size=1200,1000", "--lang=en",
-                         f"--user-data-dir={profile}"):  # fmt: skip
+        for argument in (
+            "--headless=new",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--disable-quic",
+            "--no-first-run",
+            "--disable-background-networking",
+            "--disable-component-update",
+            "--disable-sync",
+            "--host-resolver-rules=MAP * ~NOTFOUND",
+            "--window-size=1200,1000",
+            "--lang=en",
+            f"--user-data-dir={profile}",
+        ):
             options.add_argument(argument)
         service = webdriver.ChromeService(shutil.which("chromedriver"))
         driver = webdriver.Chrome(options=options, service=service)
@@ -218,7 +268,9 @@ return count;"""  # noqa: E501
 
 
 @pytest.mark.browser
-def test_the_slider_changes_what_the_canvas_the_curves_and_the_matrix_show(page, directory, browser):
+def test_the_slider_changes_what_the_canvas_the_curves_and_the_matrix_show(
+    page, directory, browser
+):
     run = page(directory / "report.html")
     look = """panels.forEach(draw);
               return [panels[1].canvas.toDataURL(), document.querySelector('.cursor').getAttribute('x1'),
@@ -227,7 +279,10 @@ def test_the_slider_changes_what_the_canvas_the_curves_and_the_matrix_show(page,
     slider = browser.find_element("id", "epoch")
     slider.send_keys(browser_key("HOME"))
     first = run(look)
-    assert all(one != other for one, other in zip(first[:4], last[:4], strict=True)) and first[4] == last[4]
+    assert (
+        all(one != other for one, other in zip(first[:4], last[:4], strict=True))
+        and first[4] == last[4]
+    )
     accuracy = report.read_run(directory).history[0]["test_accuracy"]
     assert first[3] == f"test, epoch 1: accuracy {accuracy:.2f} %"
     slider.send_keys(browser_key("END"))
@@ -252,24 +307,38 @@ def test_pointing_at_a_point_shows_its_image_class_and_prediction(page, director
     from selenium.webdriver import ActionChains
 
     run = page(directory / "report.html")
-    saved, shown = np.load(directory / "test" / "epoch_3.npz"), np.load(directory / "test" / "images.npz")["images"]
-    distances = np.linalg.norm(saved["points"][:, None] - saved["points"], axis=2) + 1e9 * np.eye(15)
+    saved, shown = (
+        np.load(directory / "test" / "epoch_3.npz"),
+        np.load(directory / "test" / "images.npz")["images"],
+    )
+    distances = np.linalg.norm(saved["points"][:, None] - saved["points"], axis=2) + 1e9 * np.eye(
+        15
+    )
     row = int(distances.min(1).argmax())  # the loneliest: no other lies under the pointer
     browser.find_element("id", "fit-epoch").click()
-    x, y = run("const [x, y] = toPixel(panels[1], ...arguments); "
-               "return [x - panels[1].canvas.clientWidth / 2, y - panels[1].canvas.clientHeight / 2]",
-               *map(float, saved["points"][row]))  # fmt: skip
+    x, y = run(
+        "const [x, y] = toPixel(panels[1], ...arguments); "
+        "return [x - panels[1].canvas.clientWidth / 2, y - panels[1].canvas.clientHeight / 2]",
+        *map(float, saved["points"][row]),
+    )
     canvas = browser.find_elements("css selector", "#panels canvas")[1]
     run("arguments[0].scrollIntoView({block: 'center'})", canvas)
-    ActionChains(browser, duration=0).move_to_element_with_offset(canvas, round(x), round(y)).perform()
+    ActionChains(browser, duration=0).move_to_element_with_offset(
+        canvas, round(x), round(y)
+    ).perform()
     box = browser.find_element("id", "point")
     assert box.is_displayed()
     names = sorted(CLASSES)
     lines = box.text.splitlines()
-    assert lines[:2] == [f"class {names[saved['labels'][row]]}", f"predicted {names[saved['predictions'][row]]}"]
+    assert lines[:2] == [
+        f"class {names[saved['labels'][row]]}",
+        f"predicted {names[saved['predictions'][row]]}",
+    ]
     assert lines[2].startswith("epoch 3: (") and lines[3] == f"test image {row}"
-    pixels = run("const canvas = document.querySelector('#point canvas'); return [...canvas.getContext('2d')"
-                 ".getImageData(0, 0, 8, 8).data].filter((_, i) => i % 4 === 0)")  # fmt: skip
+    pixels = run(
+        "const canvas = document.querySelector('#point canvas'); return [...canvas.getContext('2d')"
+        ".getImageData(0, 0, 8, 8).data].filter((_, i) => i % 4 === 0)"
+    )
     assert pixels == shown[row, 0].ravel().tolist()
     ActionChains(browser, duration=0).move_to_element(browser.find_element("id", "title")).perform()
     assert not box.is_displayed()
@@ -299,7 +368,9 @@ def test_a_cell_of_the_matrix_shows_its_images(page, directory, browser):
     assert sum(int(cell.text or 0) for cell in cells) == 15
     cells[3 * label + predicted].click()
     images = browser.find_elements("css selector", "#images div button")
-    assert [image.get_attribute("title").partition(":")[0] for image in images] == [f"test image {row}" for row in rows]
+    assert [image.get_attribute("title").partition(":")[0] for image in images] == [
+        f"test image {row}" for row in rows
+    ]
 
 
 @pytest.mark.browser
@@ -322,9 +393,16 @@ def test_the_keyboard_alone_reaches_zoom_and_mistakes(page, directory, browser):
 def test_names_are_shown_as_they_are_and_nothing_is_fetched(page, directory, browser):
     run = page(directory / "report.html")
     assert [button.text for button in browser.find_elements("css selector", "#legend button")] == [
-        f"{label} {name}" for label, name in enumerate(plots.shorten(sorted(CLASSES), 20))]  # fmt: skip
-    titles = [button.get_attribute("title") for button in browser.find_elements("css selector", "#legend button")]
-    assert titles == sorted(CLASSES) and run("return document.querySelectorAll('body img').length") == 0
+        f"{label} {name}" for label, name in enumerate(plots.shorten(sorted(CLASSES), 20))
+    ]
+    titles = [
+        button.get_attribute("title")
+        for button in browser.find_elements("css selector", "#legend button")
+    ]
+    assert (
+        titles == sorted(CLASSES)
+        and run("return document.querySelectorAll('body img').length") == 0
+    )
     fetched = run("return performance.getEntriesByType('resource').map((each) => each.name)")
     assert all(name.startswith(("data:", "blob:")) for name in fetched)
 
@@ -335,7 +413,10 @@ def test_the_page_is_no_wider_than_the_window(width, page, directory, browser):
     size = dict(width=width, height=900, deviceScaleFactor=1, mobile=False)
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
     run = page(directory / "report.html")
-    assert run("return document.documentElement.scrollWidth - document.documentElement.clientWidth") == 0
+    assert (
+        run("return document.documentElement.scrollWidth - document.documentElement.clientWidth")
+        == 0
+    )
     tops = run("return panels.map((panel) => panel.canvas.getBoundingClientRect().top)")
     assert (tops[0] == tops[1]) == (width > 1000)
     browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
@@ -361,14 +442,24 @@ def test_compared_runs_have_the_same_axes_and_each_its_points(page, compared, di
 
 @pytest.mark.browser
 @pytest.mark.parametrize("tested, title", [("test", "test"), ("val", "validation")])
-def test_unknown_classes_can_be_switched_off_and_are_no_mistakes(tested, title, page, directory, browser, tmp_path):
+def test_unknown_classes_can_be_switched_off_and_are_no_mistakes(
+    tested, title, page, directory, browser, tmp_path
+):
     copy = Path(shutil.copytree(directory, tmp_path / "run"))
     for path in copy.glob("t*/epoch_*.npz"):
         shown = report.read_arrays(path)
         unknown = shown["labels"] == 2 if path.parent.name == "test" else None
         labels = np.where(shown["labels"] == 2, 4 if unknown is not None else 0, shown["labels"])
-        utils.save_arrays(path, shown | dict(labels=labels, predictions=np.minimum(shown["predictions"], 1),
-                                             classes=shown["classes"][:2], centers=shown["centers"][:2]))  # fmt: skip
+        utils.save_arrays(
+            path,
+            shown
+            | dict(
+                labels=labels,
+                predictions=np.minimum(shown["predictions"], 1),
+                classes=shown["classes"][:2],
+                centers=shown["centers"][:2],
+            ),
+        )
     (copy / "test").rename(copy / tested)
     plots.write_page(copy / "report.html", [copy])
     run = page(copy / "report.html")
@@ -377,7 +468,9 @@ def test_unknown_classes_can_be_switched_off_and_are_no_mistakes(tested, title, 
         eachPoint(panels[1].split, (i, x, y, label) => labels.push(label));
         return labels"""
     buttons = browser.find_elements("css selector", "#legend button")
-    assert [button.text for button in buttons][2] == "unknown" and run(labels) == [0] * 5 + [1] * 5 + [2] * 5
+    assert [button.text for button in buttons][2] == "unknown" and run(labels) == [0] * 5 + [
+        1
+    ] * 5 + [2] * 5
     cells = browser.find_elements("css selector", ".matrix td button")
     assert len(cells) == 4 and sum(int(cell.text or 0) for cell in cells) == 10
     browser.find_element("id", "mistakes").click()

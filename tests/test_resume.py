@@ -31,8 +31,8 @@ import datasets
 import main
 import models
 import plots
-import training
 import utils
+from engine import cuda_graph, epoch
 from tests import drawers
 
 MAIN = Path(main.__file__)
@@ -45,7 +45,7 @@ class Killed(BaseException):
 @pytest.fixture
 def stop_at(monkeypatch):
     """stop_at(step, what): at the training's step of that number from now, raises Killed or sends itself a signal."""
-    original, count = training.F.cross_entropy, {}
+    original, count = torch.nn.functional.cross_entropy, {}
 
     def cross_entropy(*arguments, **options):
         if torch.is_grad_enabled():  # no test
@@ -60,26 +60,51 @@ def stop_at(monkeypatch):
         count.update(now=0, step=step, what=what)
 
     stop(0)
-    monkeypatch.setattr(training.F, "cross_entropy", cross_entropy)
+    monkeypatch.setattr(torch.nn.functional, "cross_entropy", cross_entropy)
     return stop
 
 
 # 24 images in batches of 10: three steps an epoch.
 SETTINGS = {
     "zhou2018": [],
-    "one optimizer, milestones, max-iter": ["--recipe", "wen2016", "--model", "cnn", "--max-iter", "8",
-                                            "--milestones", "2", "5"],
-    "BatchNorm, class average": ["--recipe", "zahn2024-v1.0", "--model", "bn-shallow", "--stepsize", "1"],
+    "one optimizer, milestones, max-iter": [
+        "--recipe",
+        "wen2016",
+        "--model",
+        "cnn",
+        "--max-iter",
+        "8",
+        "--milestones",
+        "2",
+        "5",
+    ],
+    "BatchNorm, class average": [
+        "--recipe",
+        "zahn2024-v1.0",
+        "--model",
+        "bn-shallow",
+        "--stepsize",
+        "1",
+    ],
     "euclidean": ["--distance", "euclidean", "--momentum-cent", "0.5"],
     "adamw, onecycle": ["--optimizer", "adamw", "--schedule", "onecycle"],
     "bfloat16": ["--amp", "--optimizer", "adamw", "--schedule", "onecycle"],
     "bfloat16, one optimizer": ["--amp", "--one-optimizer", "--caffe-biases"],
     "softmax only": ["--weight-cent", "0", "--save-features"],
     "features": ["--save-features", "--stepsize", "1"],
-    "augmented, validation": ["--augment", "--val-share", "0.1", "--lr-model", "0.05", "--erase", "0.3",
-                              "--label-smoothing", "0.1"],
+    "augmented, validation": [
+        "--augment",
+        "--val-share",
+        "0.1",
+        "--lr-model",
+        "0.05",
+        "--erase",
+        "0.3",
+        "--label-smoothing",
+        "0.1",
+    ],
     "dropout": ["--model", "dropout"],
-}  # fmt: skip
+}
 
 
 class Dropout(nn.Module):
@@ -99,25 +124,36 @@ def test_stopped_and_resumed_runs_are_the_same_to_the_bit(setting, run, stop_at,
     monkeypatch.setitem(models.MODELS, "dropout", Dropout)
     flags = ["--max-epoch", "3", *SETTINGS[setting]]
     assert run(*flags, "--save-dir", "whole")[0] == 0
-    for number, (step, what, resume) in enumerate([
-        (2, Killed, []), (4, signal.SIGTERM, ["--resume"]), (1, signal.SIGINT, ["--resume"]), (1, Killed, ["--resume"]),
-    ]):  # fmt: skip
+    for number, (step, what, resume) in enumerate(
+        [
+            (2, Killed, []),
+            (4, signal.SIGTERM, ["--resume"]),
+            (1, signal.SIGINT, ["--resume"]),
+            (1, Killed, ["--resume"]),
+        ]
+    ):
         stop_at(step, what)
         try:
-            status, _, err = run(*(flags if number == 0 else []), "--save-dir", "stopped", *resume, base=number == 0)
+            status, _, err = run(
+                *(flags if number == 0 else []), "--save-dir", "stopped", *resume, base=number == 0
+            )
         except Killed:
             assert what is Killed
         else:
-            assert status == 128 + what and re.search(r"holds all up to epoch 1 and [12] batches; to go on: ", err)
+            assert status == 128 + what and re.search(
+                r"holds all up to epoch 1 and [12] batches; to go on: ", err
+            )
     stop_at(0)
     status, out, err = run("--resume", "--save-dir", "stopped", base=False)
     assert (status, err) == (0, "") and "Resuming after epoch 1" in out
     assert differences(Path("whole"), Path("stopped")) == []
 
 
-@pytest.mark.parametrize("setting", ["zhou2018", "one optimizer, milestones, max-iter", "adamw, onecycle"])
+@pytest.mark.parametrize(
+    "setting", ["zhou2018", "one optimizer, milestones, max-iter", "adamw, onecycle"]
+)
 def test_captured_runs_go_on_to_the_bit_and_without_graphs_too(setting, run, stop_at, monkeypatch):
-    flags, eager = ["--max-epoch", "3", "--batch-size", "5", *SETTINGS[setting]], training.captured
+    flags, eager = ["--max-epoch", "3", "--batch-size", "5", *SETTINGS[setting]], cuda_graph.captured
     monkeypatch.setattr(training, "captured", stand_in.captured)
     assert run(*flags, "--save-dir", "whole")[0] == 0
     stop_at(5, signal.SIGTERM)
@@ -131,7 +167,9 @@ def test_captured_runs_go_on_to_the_bit_and_without_graphs_too(setting, run, sto
     assert differences(Path("whole"), Path("stopped")) == []
     monkeypatch.setattr(training, "captured", eager)  # a CPU, whose optimizers are not fused
     assert run("--resume", "--save-dir", "elsewhere", base=False)[0] == 0
-    ours, theirs = (torch.load(f"{name}/checkpoint.pt", weights_only=True) for name in ("elsewhere", "whole"))
+    ours, theirs = (
+        torch.load(f"{name}/checkpoint.pt", weights_only=True) for name in ("elsewhere", "whole")
+    )
     assert all(not group["fused"] for group in ours["optimizer_model"]["param_groups"])
     for row, other in zip(ours["history"], theirs["history"], strict=True):
         assert row == pytest.approx(other, rel=1e-3)
@@ -143,7 +181,7 @@ def test_a_stop_is_seen_with_workers_as_well_and_they_outlive_its_signal(run, st
 
     flags = ["--max-epoch", "3", "-j", "2"]
     assert run(*flags, "--save-dir", "whole")[0] == 0
-    original, others, calls = training.F.cross_entropy, set(multiprocessing.active_children()), []
+    original, others, calls = torch.nn.functional.cross_entropy, set(multiprocessing.active_children()), []
 
     def cross_entropy(*arguments, **options):
         calls.append(1)
@@ -155,18 +193,22 @@ def test_a_stop_is_seen_with_workers_as_well_and_they_outlive_its_signal(run, st
                 os.kill(process.pid, signal.SIGINT)
             time.sleep(0.3)
             assert all(process.is_alive() for process in workers)
-            monkeypatch.setattr(training.F, "cross_entropy", original)
+            monkeypatch.setattr(torch.nn.functional, "cross_entropy", original)
             os.kill(os.getpid(), signal.SIGTERM)
         return original(*arguments, **options)
 
-    monkeypatch.setattr(training.F, "cross_entropy", cross_entropy)
+    monkeypatch.setattr(torch.nn.functional, "cross_entropy", cross_entropy)
     assert run(*flags, "--save-dir", "stopped")[0] == 143
-    assert set(multiprocessing.active_children()) <= others  # the interpreter would wait ten seconds for one
+    assert (
+        set(multiprocessing.active_children()) <= others
+    )  # the interpreter would wait ten seconds for one
     assert run("--resume", "--save-dir", "stopped", "-j", "0", base=False)[0] == 0
     assert differences(Path("whole"), Path("stopped")) == []
 
 
-@pytest.mark.parametrize("name", ["checkpoint.pt", "metrics.csv", "log_folder.txt", "args.json", "epoch_2.npz"])
+@pytest.mark.parametrize(
+    "name", ["checkpoint.pt", "metrics.csv", "log_folder.txt", "args.json", "epoch_2.npz"]
+)
 @pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
 def test_a_kill_around_any_replaced_file_loses_nothing(name, after, run, monkeypatch):
     assert run("--max-epoch", "3", "--save-features", "--save-dir", "whole")[0] == 0
@@ -175,7 +217,9 @@ def test_a_kill_around_any_replaced_file_loses_nothing(name, after, run, monkeyp
     def replace(source, target):
         if Path(target).name == name:
             times.append(target)
-        if Path(target).name == name and len(times) == (2 if name in ("checkpoint.pt", "metrics.csv") else 1):
+        if Path(target).name == name and len(times) == (
+            2 if name in ("checkpoint.pt", "metrics.csv") else 1
+        ):
             if after:
                 original(source, target)
             raise Killed
@@ -196,8 +240,12 @@ def test_a_kill_around_any_replaced_file_loses_nothing(name, after, run, monkeyp
 @pytest.mark.slow
 def test_real_processes_killed_ten_times_at_random_moments():
     script = Path(__file__).with_name("kill_runs.py")
-    done = subprocess.run([PYTHON, script, "--kills", "10", "--seed", str(os.getpid())], capture_output=True, text=True,
-                          env=os.environ | {"OMP_NUM_THREADS": "1"})  # fmt: skip
+    done = subprocess.run(
+        [PYTHON, script, "--kills", "10", "--seed", str(os.getpid())],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert re.search(r"^10 kills .* 0 runs differ", done.stdout, re.MULTILINE)
 
@@ -217,8 +265,15 @@ def test_the_comparison_sees_a_single_bit(run, tmp_path):
     for name in ("one", "two"):
         Path(name, "train.gif").write_text(name)
     assert differences(Path("two"), Path("one")) == [
-        "centers", "model.body.0.weight", "center_loss.centers", "optimizer_model.state.0.momentum_buffer",
-        "metrics.csv", "log_folder.txt", "train.gif", "epochs in metrics.csv: [1, 3]"]  # fmt: skip
+        "centers",
+        "model.body.0.weight",
+        "center_loss.centers",
+        "optimizer_model.state.0.momentum_buffer",
+        "metrics.csv",
+        "log_folder.txt",
+        "train.gif",
+        "epochs in metrics.csv: [1, 3]",
+    ]
 
 
 # ------------------------------------------------------------------------------------------------- where and how far
@@ -229,15 +284,24 @@ def test_resuming_elsewhere_takes_the_whole_run_along_and_leaves_the_old_one(run
     run("--max-epoch", "2", "--save-dir", "whole", *written)
     run("--max-epoch", "1", "--save-dir", "old", *written)
     before = {path: path.read_bytes() for path in Path("old").rglob("*.*")}
-    status, out, _ = run("--resume", "old/checkpoint.pt", "--save-dir", "new", "--max-epoch", "2", base=False)
+    status, out, _ = run(
+        "--resume", "old/checkpoint.pt", "--save-dir", "new", "--max-epoch", "2", base=False
+    )
     assert status == 0 and "Resuming after epoch 1" in out
     assert {path: path.read_bytes() for path in Path("old").rglob("*.*")} == before
     assert differences(Path("whole"), Path("new")) == []
-    whole, new = ({path.relative_to(root): path for path in Path(root).rglob("*.*")} for root in ("whole", "new"))
+    whole, new = (
+        {path.relative_to(root): path for path in Path(root).rglob("*.*")}
+        for root in ("whole", "new")
+    )
     assert whole.keys() == new.keys()
     pictures = [path for path in whole if path.suffix in (".png", ".gif")]
-    assert len(pictures) == 7 and all(whole[path].read_bytes() == new[path].read_bytes() for path in pictures)
-    assert Path("new/log_folder.txt").read_bytes().startswith(before[Path("old/log_folder.txt")][:500])
+    assert len(pictures) == 7 and all(
+        whole[path].read_bytes() == new[path].read_bytes() for path in pictures
+    )
+    assert (
+        Path("new/log_folder.txt").read_bytes().startswith(before[Path("old/log_folder.txt")][:500])
+    )
 
 
 def test_a_checkpoint_is_resumed_in_its_own_directory(run):
@@ -268,7 +332,9 @@ def test_what_may_differ_from_the_checkpoint_can_be_switched_off_too(run):
 def test_resuming_into_the_directory_of_another_run_says_that_it_is_replaced(run):
     run("--max-epoch", "1", "--save-dir", "one")
     run("--max-epoch", "3", "--save-dir", "two", "--save-features")
-    status, out, _ = run("--resume", "one/checkpoint.pt", "--save-dir", "two", "--max-epoch", "2", base=False)
+    status, out, _ = run(
+        "--resume", "one/checkpoint.pt", "--save-dir", "two", "--max-epoch", "2", base=False
+    )
     assert status == 0 and "Replacing the earlier run in two" in out
     assert not list(Path("two/features").iterdir())
 
@@ -278,7 +344,9 @@ def test_a_finished_run_says_so_and_changes_nothing(run):
     before = {path: path.read_bytes() for path in Path("log").iterdir()}
     status, out, _ = run("--resume", base=False)
     assert status == 0
-    assert out.endswith("The run of log/checkpoint.pt is finished after 2 epochs; a larger --max-epoch goes on\n")
+    assert out.endswith(
+        "The run of log/checkpoint.pt is finished after 2 epochs; a larger --max-epoch goes on\n"
+    )
     assert {path: path.read_bytes() for path in Path("log").iterdir()} == before
 
 
@@ -286,13 +354,26 @@ def test_a_finished_run_is_resumed_elsewhere_with_all_it_has(run):
     run("--save-dir", "old", "--plot", "--verify", "--max-epoch", "1", "--feat-dim", "3")
     before = {path: path.read_bytes() for path in Path("old").rglob("*.*")}
     for flags in ([], ["--no-plot"]):
-        status, out, _ = run("--resume", "old/checkpoint.pt", "--save-dir", "new", *flags, base=False)
+        status, out, _ = run(
+            "--resume", "old/checkpoint.pt", "--save-dir", "new", *flags, base=False
+        )
         assert status == 0 and "is finished after 1 epochs" in out and "Finished." in out
-        new = {Path("old") / path.relative_to("new"): path.read_bytes() for path in Path("new").rglob("*.*")}
+        new = {
+            Path("old") / path.relative_to("new"): path.read_bytes()
+            for path in Path("new").rglob("*.*")
+        }
         drawn = {"train.gif", "test.gif", "curves.png", "report.html", "run.json"}
-        assert before.keys() - new.keys() == ({Path("old") / name for name in drawn} if flags else set())
+        assert before.keys() - new.keys() == (
+            {Path("old") / name for name in drawn} if flags else set()
+        )
         different = {path.name for path in new if before[path] != new[path]}
-        assert different <= {"args.json", "checkpoint.pt", "log_folder.txt", "report.html", "run.json"}
+        assert different <= {
+            "args.json",
+            "checkpoint.pt",
+            "log_folder.txt",
+            "report.html",
+            "run.json",
+        }
         assert differences(Path("old"), Path("new")) == [] or flags
         shutil.rmtree("new")
     assert {path: path.read_bytes() for path in Path("old").rglob("*.*")} == before
@@ -303,17 +384,29 @@ def test_a_finished_run_draws_pictures_that_a_kill_has_kept_back(run):
     for name in ("train/epoch_2.png", "train.gif", "curves.png"):
         Path("log", name).unlink()
     assert run("--resume", base=False)[0] == 0
-    assert all(Path("log", name).exists() for name in ("train/epoch_2.png", "train.gif", "curves.png"))
+    assert all(
+        Path("log", name).exists() for name in ("train/epoch_2.png", "train.gif", "curves.png")
+    )
 
 
 def test_an_epoch_begun_without_its_features_is_not_shown_as_whole(run, stop_at):
     stop_at(2, signal.SIGTERM)
     run("--max-epoch", "2")
     status, out, _ = run("--resume", "--save-features", "--plot", base=False)
-    assert status == 0 and out.count("Epoch 1 was begun without --plot and --save-features: it has neither") == 1
+    assert (
+        status == 0
+        and out.count("Epoch 1 was begun without --plot and --save-features: it has neither") == 1
+    )
     assert sorted(str(path) for path in Path("log").rglob("epoch_*")) == [
-        f"log/{name}" for name in ("features/epoch_2.npz", "test/epoch_2.npz", "test/epoch_2.png", "train/epoch_2.npz",
-                                   "train/epoch_2.png")]  # fmt: skip
+        f"log/{name}"
+        for name in (
+            "features/epoch_2.npz",
+            "test/epoch_2.npz",
+            "test/epoch_2.png",
+            "train/epoch_2.npz",
+            "train/epoch_2.png",
+        )
+    ]
 
 
 def test_a_run_stopped_twice_in_an_epoch_has_the_centers_of_now(run, stop_at):
@@ -325,12 +418,17 @@ def test_a_run_stopped_twice_in_an_epoch_has_the_centers_of_now(run, stop_at):
     assert checkpoint["partial"]["batches"] == 2
 
 
-@pytest.mark.parametrize("flags", [[], ["--weight-cent", "0", "--save-features"], ["--max-iter", "5", "-j", "1"]])
+@pytest.mark.parametrize(
+    "flags", [[], ["--weight-cent", "0", "--save-features"], ["--max-iter", "5", "-j", "1"]]
+)
 def test_a_signal_within_a_test_ends_it_and_the_test_is_made_again(flags, run, monkeypatch):
     """12 test images in batches of 10, and the last epoch of --max-iter 5 is shorter than the data."""
     assert run(*flags, "--save-dir", "whole")[0] == 0
     original, ends = datasets.Batches.__iter__, 0
-    for number in (signal.SIGTERM, signal.SIGINT):  # in the first epoch's test, then in the second's
+    for number in (
+        signal.SIGTERM,
+        signal.SIGINT,
+    ):  # in the first epoch's test, then in the second's
         seen = []
 
         def send(batches, number=number, seen=seen, ends=ends):
@@ -339,9 +437,14 @@ def test_a_signal_within_a_test_ends_it_and_the_test_is_made_again(flags, run, m
                 yield batch
 
         monkeypatch.setattr(datasets.Batches, "__iter__", send)
-        status, _, err = run(*flags if not ends else ["--resume"], "--save-dir", "stopped", base=not ends)
+        status, _, err = run(
+            *flags if not ends else ["--resume"], "--save-dir", "stopped", base=not ends
+        )
         last = 2 if "--max-iter" in flags and ends else 3
-        assert status == 128 + number and f"holds all up to epoch {ends // 2} and {last} batches" in err
+        assert (
+            status == 128 + number
+            and f"holds all up to epoch {ends // 2} and {last} batches" in err
+        )
         assert len(seen) == ends + 1
         ends = 2
     monkeypatch.setattr(datasets.Batches, "__iter__", original)
@@ -349,7 +452,9 @@ def test_a_signal_within_a_test_ends_it_and_the_test_is_made_again(flags, run, m
     assert differences(Path("whole"), Path("stopped")) == []
 
 
-@pytest.mark.parametrize("signals, status", [([signal.SIGTERM], 143), ([signal.SIGINT, signal.SIGINT], 130)])
+@pytest.mark.parametrize(
+    "signals, status", [([signal.SIGTERM], 143), ([signal.SIGINT, signal.SIGINT], 130)]
+)
 def test_a_film_in_hand_keeps_no_one_waiting(signals, status, run, monkeypatch):
     original = plots.Plotter.finish
 
@@ -375,7 +480,7 @@ def test_a_worker_that_is_killed_is_one_line_and_resume_goes_on(run, monkeypatch
     import multiprocessing
 
     assert run("--save-dir", "whole")[0] == 0
-    original, others, calls = training.F.cross_entropy, set(multiprocessing.active_children()), []
+    original, others, calls = torch.nn.functional.cross_entropy, set(multiprocessing.active_children()), []
 
     def cross_entropy(*arguments, **options):
         calls.append(1)
@@ -385,7 +490,7 @@ def test_a_worker_that_is_killed_is_one_line_and_resume_goes_on(run, monkeypatch
         return original(*arguments, **options)
 
     with monkeypatch.context() as patched:
-        patched.setattr(training.F, "cross_entropy", cross_entropy)
+        patched.setattr(torch.nn.functional, "cross_entropy", cross_entropy)
         status, _, err = run("-j", "1", "--save-dir", "killed")
     assert status == 1 and err.count("\n") == 1 and err.endswith("to go on: --resume\n")
     assert err.startswith("main.py: error: a worker has died, and a smaller -j needs less memory: ")
@@ -393,23 +498,58 @@ def test_a_worker_that_is_killed_is_one_line_and_resume_goes_on(run, monkeypatch
     assert differences(Path("whole"), Path("killed")) == []
 
 
-@pytest.mark.parametrize("flags, contradiction, message", [
-    ([], ["--seed", "2"], "--seed must be 1, as in log/checkpoint.pt, got 2"),
-    ([], ["--model", "bn-deep"], "--model must be cnn, as in log/checkpoint.pt, got bn-deep"),
-    ([], ["--feat-dim", "3"], "--feat-dim must be 2, as in log/checkpoint.pt, got 3"),
-    ([], ["--recipe", "wen2016"], "--recipe must be zhou2018, as in log/checkpoint.pt, got wen2016"),
-    ([], ["--dataset", "digits"], "--dataset must be folder, as in log/checkpoint.pt, got digits"),
-    ([], ["--batch-size", "128"], "--batch-size must be 10, as in log/checkpoint.pt, got 128"),  # 128: the default
-    (["--weight-cent", "0.5"], ["--weight-cent", "1"], "--weight-cent must be 0.5, as in log/checkpoint.pt, got 1.0"),
-    ([], ["--amp"], "--amp must be False, as in log/checkpoint.pt, got True"),
-    ([], ["--mirror"], "--mirror must be False, as in log/checkpoint.pt, got True"),
-    (["--amp"], ["--no-amp"], "--amp must be True, as in log/checkpoint.pt, got False"),
-    ([], ["--max-iter", "9"], "--max-iter must be 0, as in log/checkpoint.pt, got 9"),
-    (["--max-iter", "2"], ["--max-iter", "9"], "--max-iter must be 2, as in log/checkpoint.pt, got 9"),
-    (["--max-iter", "2"], ["--max-epoch", "9"], "--max-epoch must be 1, as in log/checkpoint.pt, got 9"),
-    (["--schedule", "onecycle"], ["--max-epoch", "9"], "--max-epoch must be 1, as in log/checkpoint.pt, got 9"),
-    ([], ["--evaluate", "log/checkpoint.pt"], "--evaluate tests and --resume trains on: give one of them"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "flags, contradiction, message",
+    [
+        ([], ["--seed", "2"], "--seed must be 1, as in log/checkpoint.pt, got 2"),
+        ([], ["--model", "bn-deep"], "--model must be cnn, as in log/checkpoint.pt, got bn-deep"),
+        ([], ["--feat-dim", "3"], "--feat-dim must be 2, as in log/checkpoint.pt, got 3"),
+        (
+            [],
+            ["--recipe", "wen2016"],
+            "--recipe must be zhou2018, as in log/checkpoint.pt, got wen2016",
+        ),
+        (
+            [],
+            ["--dataset", "digits"],
+            "--dataset must be folder, as in log/checkpoint.pt, got digits",
+        ),
+        (
+            [],
+            ["--batch-size", "128"],
+            "--batch-size must be 10, as in log/checkpoint.pt, got 128",
+        ),  # 128: the default
+        (
+            ["--weight-cent", "0.5"],
+            ["--weight-cent", "1"],
+            "--weight-cent must be 0.5, as in log/checkpoint.pt, got 1.0",
+        ),
+        ([], ["--amp"], "--amp must be False, as in log/checkpoint.pt, got True"),
+        ([], ["--mirror"], "--mirror must be False, as in log/checkpoint.pt, got True"),
+        (["--amp"], ["--no-amp"], "--amp must be True, as in log/checkpoint.pt, got False"),
+        ([], ["--max-iter", "9"], "--max-iter must be 0, as in log/checkpoint.pt, got 9"),
+        (
+            ["--max-iter", "2"],
+            ["--max-iter", "9"],
+            "--max-iter must be 2, as in log/checkpoint.pt, got 9",
+        ),
+        (
+            ["--max-iter", "2"],
+            ["--max-epoch", "9"],
+            "--max-epoch must be 1, as in log/checkpoint.pt, got 9",
+        ),
+        (
+            ["--schedule", "onecycle"],
+            ["--max-epoch", "9"],
+            "--max-epoch must be 1, as in log/checkpoint.pt, got 9",
+        ),
+        (
+            [],
+            ["--evaluate", "log/checkpoint.pt"],
+            "--evaluate tests and --resume trains on: give one of them",
+        ),
+    ],
+)
 def test_flags_that_contradict_the_checkpoint_are_refused(flags, contradiction, message, run):
     run("--max-epoch", "1", *flags)
     before = {path: path.read_bytes() for path in Path("log").iterdir()}
@@ -437,20 +577,44 @@ def test_other_data_than_the_checkpoints_are_refused(run, tmp_path):
 def finished(tmp_path_factory, folder) -> Path:
     """The directory of a run of one epoch."""
     directory = tmp_path_factory.mktemp("finished") / "log"
-    assert program(["--dataset", "folder", "--data-root", folder, "--image-size", "8", "--batch-size", "10",
-                    "--max-epoch", "1", "--use-cpu", "--save-dir", directory]) == 0  # fmt: skip
+    assert (
+        program(
+            [
+                "--dataset",
+                "folder",
+                "--data-root",
+                folder,
+                "--image-size",
+                "8",
+                "--batch-size",
+                "10",
+                "--max-epoch",
+                "1",
+                "--use-cpu",
+                "--save-dir",
+                directory,
+            ]
+        )
+        == 0
+    )
     return directory
 
 
 SUMS = dict(batches=1, samples=10, sums=torch.zeros(3), kept=None)
 TAMPERED = {
-    "no elapsed": dict(elapsed=None), "endless": dict(elapsed=math.inf), "past": dict(log_bytes=-1),
-    "other centers": dict(centers=torch.zeros(5, 2)), "whole centers": dict(centers=torch.zeros(3, 2, dtype=torch.int)),
-    "no partial": dict(partial={}), "no sums": dict(partial=SUMS | dict(sums=None)),
+    "no elapsed": dict(elapsed=None),
+    "endless": dict(elapsed=math.inf),
+    "past": dict(log_bytes=-1),
+    "other centers": dict(centers=torch.zeros(5, 2)),
+    "whole centers": dict(centers=torch.zeros(3, 2, dtype=torch.int)),
+    "no partial": dict(partial={}),
+    "no sums": dict(partial=SUMS | dict(sums=None)),
     "few kept": dict(partial=SUMS | dict(kept=[torch.zeros(9, 2), torch.zeros(9), torch.zeros(9)])),
-    "no args": dict(args={}), "negative epoch": dict(epoch=-5), "later epoch": dict(epoch=7),
+    "no args": dict(args={}),
+    "negative epoch": dict(epoch=-5),
+    "later epoch": dict(epoch=7),
     "no history": dict(history=[3]),
-}  # fmt: skip
+}
 
 
 def damage(path: Path, how: str) -> None:
@@ -483,9 +647,22 @@ def damage(path: Path, how: str) -> None:
 
 
 @pytest.mark.parametrize("flag", ["--resume", "--evaluate"])
-@pytest.mark.parametrize("how", ["truncated", "flipped bit", "empty", "text", "a directory", "weights alone",
-                                 "wrong types", "other network", "other random state", "other optimizer",
-                                 *TAMPERED])  # fmt: skip
+@pytest.mark.parametrize(
+    "how",
+    [
+        "truncated",
+        "flipped bit",
+        "empty",
+        "text",
+        "a directory",
+        "weights alone",
+        "wrong types",
+        "other network",
+        "other random state",
+        "other optimizer",
+        *TAMPERED,
+    ],
+)
 def test_a_damaged_or_foreign_checkpoint_is_one_line(how, flag, finished, run):
     shutil.copytree(finished, "log")
     damage(Path("log/checkpoint.pt"), how)
@@ -497,26 +674,52 @@ def test_a_damaged_or_foreign_checkpoint_is_one_line(how, flag, finished, run):
 
 
 values = st.recursive(
-    st.none() | st.booleans() | st.integers(-2**60, 2**60) | st.floats(allow_nan=False) | st.text(),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**60), 2**60)
+    | st.floats(allow_nan=False)
+    | st.text(),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3)
+    ),
     max_leaves=8,
-)  # fmt: skip
+)
 tensors = st.builds(
-    lambda shape, kind, seed: torch.randn(shape, generator=torch.Generator().manual_seed(seed)).mul(100).to(kind),
+    lambda shape, kind, seed: (
+        torch.randn(shape, generator=torch.Generator().manual_seed(seed)).mul(100).to(kind)
+    ),
     st.lists(st.integers(0, 4), max_size=4),
     st.sampled_from([torch.float32, torch.bfloat16, torch.float64, torch.int64, torch.uint8]),
     st.integers(0, 99),
 )
 
 
-@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(args=st.dictionaries(st.text(max_size=8), values, max_size=4), epoch=st.integers(0, 10**9),
-       history=st.lists(st.dictionaries(st.text(max_size=5), st.floats(allow_nan=False) | st.none()), max_size=3),
-       state=st.dictionaries(st.text(max_size=8), tensors, max_size=4), centers=tensors)  # fmt: skip
+@settings(
+    max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    args=st.dictionaries(st.text(max_size=8), values, max_size=4),
+    epoch=st.integers(0, 10**9),
+    history=st.lists(
+        st.dictionaries(st.text(max_size=5), st.floats(allow_nan=False) | st.none()), max_size=3
+    ),
+    state=st.dictionaries(st.text(max_size=8), tensors, max_size=4),
+    centers=tensors,
+)
 def test_a_checkpoint_comes_back_as_it_was_saved(tmp_path, args, epoch, history, state, centers):
-    checkpoint = dict(args=args, data={}, epoch=epoch, partial=None, history=history, centers=centers,
-                      rng=torch.get_rng_state(), model=state, center_loss=state, scheduler=args,
-                      optimizer_model=dict(state={0: state}, param_groups=[args]))  # fmt: skip
+    checkpoint = dict(
+        args=args,
+        data={},
+        epoch=epoch,
+        partial=None,
+        history=history,
+        centers=centers,
+        rng=torch.get_rng_state(),
+        model=state,
+        center_loss=state,
+        scheduler=args,
+        optimizer_model=dict(state={0: state}, param_groups=[args]),
+    )
     utils.save_checkpoint(tmp_path / "c.pt", checkpoint)
     loaded = utils.load_checkpoint(tmp_path / "c.pt")
 
@@ -533,17 +736,34 @@ def test_a_checkpoint_comes_back_as_it_was_saved(tmp_path, args, epoch, history,
     assert os.listdir(tmp_path) == ["c.pt"]
 
 
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(data=st.data())
 def test_no_damage_of_a_checkpoint_goes_unseen(tmp_path, data):
     path = tmp_path / "c.pt"
     state = {"weight": torch.arange(64.0)}
-    utils.save_checkpoint(path, dict(args={}, data={}, epoch=1, partial=None, history=[], centers=torch.zeros(2),
-                                     rng=torch.get_rng_state(), model=state, center_loss={}, scheduler={},
-                                     optimizer_model={}))  # fmt: skip
+    utils.save_checkpoint(
+        path,
+        dict(
+            args={},
+            data={},
+            epoch=1,
+            partial=None,
+            history=[],
+            centers=torch.zeros(2),
+            rng=torch.get_rng_state(),
+            model=state,
+            center_loss={},
+            scheduler={},
+            optimizer_model={},
+        ),
+    )
     whole = path.read_bytes()
     at = data.draw(st.integers(0, len(whole) - 1))
-    path.write_bytes(whole[:at] + bytes([whole[at] ^ 1 << data.draw(st.integers(0, 7))]) + whole[at + 1 :])
+    path.write_bytes(
+        whole[:at] + bytes([whole[at] ^ 1 << data.draw(st.integers(0, 7))]) + whole[at + 1 :]
+    )
     try:
         loaded = utils.load_checkpoint(path)
     except utils.RunError as error:
@@ -555,31 +775,46 @@ def test_no_damage_of_a_checkpoint_goes_unseen(tmp_path, data):
 # ----------------------------------------------------------------------------------------------------------- divergence
 
 
-@pytest.mark.parametrize("flags, term", [
-    (["--lr-model", "1e20"], "cross entropy and center loss"),
-    (["--lr-model", "1e20", "--weight-cent", "0"], "cross entropy"),
-    (["--lr-model", "1e-30", "--lr-cent", "1e30"], "center loss"),
-    (["--lr-model", "1e30", "--batch-size", "24"], "cross entropy of the test and distances from the centers"),
-    (["--lr-model", "3e38", "--weight-cent", "1e6", "--batch-size", "24"], "network's weights"),
-    (["--lr-model", "1e-30", "--lr-cent", "3e38", "--batch-size", "24"], "centers"),
-    (["--lr-model", "1e-30", "--lr-cent", "1e25", "--batch-size", "24"], "distances from the centers"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "flags, term",
+    [
+        (["--lr-model", "1e20"], "cross entropy and center loss"),
+        (["--lr-model", "1e20", "--weight-cent", "0"], "cross entropy"),
+        (["--lr-model", "1e-30", "--lr-cent", "1e30"], "center loss"),
+        (
+            ["--lr-model", "1e30", "--batch-size", "24"],
+            "cross entropy of the test and distances from the centers",
+        ),
+        (["--lr-model", "3e38", "--weight-cent", "1e6", "--batch-size", "24"], "network's weights"),
+        (["--lr-model", "1e-30", "--lr-cent", "3e38", "--batch-size", "24"], "centers"),
+        (
+            ["--lr-model", "1e-30", "--lr-cent", "1e25", "--batch-size", "24"],
+            "distances from the centers",
+        ),
+    ],
+)
 def test_divergence_is_told_within_the_epoch_and_no_checkpoint_has_it(flags, term, run):
     status, _, err = run("--print-freq", "1000", *flags)
     assert status == 3 and err.count("\n") == 1
-    assert err.startswith(f"main.py: error: the training has diverged in epoch 1: {term} no longer finite, with --w")
+    assert err.startswith(
+        f"main.py: error: the training has diverged in epoch 1: {term} no longer finite, with --w"
+    )
     for name in ("--lr-model", "--lr-cent", "--weight-cent", "lower"):
         assert name in err
     checkpoint = torch.load("log/checkpoint.pt", weights_only=True)
     assert checkpoint["epoch"] == 0 and checkpoint["partial"] is None
-    assert all(each.isfinite().all() for each in [*checkpoint["model"].values(), checkpoint["centers"]])
+    assert all(
+        each.isfinite().all() for each in [*checkpoint["model"].values(), checkpoint["centers"]]
+    )
 
 
 def test_looking_for_divergence_never_waits_for_the_device_within_an_epoch(run, monkeypatch):
     waits = []
     for name in ("item", "tolist", "__bool__", "__float__"):
         original = getattr(torch.Tensor, name)
-        monkeypatch.setattr(torch.Tensor, name, lambda self, original=original: (waits.append(1), original(self))[1])
+        monkeypatch.setattr(
+            torch.Tensor, name, lambda self, original=original: (waits.append(1), original(self))[1]
+        )
     counts = []
     for size in ("8", "2"):  # 3 and 12 steps
         waits.clear()
@@ -591,12 +826,22 @@ def test_looking_for_divergence_never_waits_for_the_device_within_an_epoch(run, 
 def test_the_last_good_checkpoint_is_untouched_by_a_divergence(run, monkeypatch):
     run("--max-epoch", "1")
     before = torch.load("log/checkpoint.pt", weights_only=True)["model"]
-    original = training.F.cross_entropy
-    monkeypatch.setattr(training.F, "cross_entropy", lambda *given, **options: original(*given, **options) * math.nan)
+    original = torch.nn.functional.cross_entropy
+    monkeypatch.setattr(
+        torch.nn.functional,
+        "cross_entropy",
+        lambda *given, **options: original(*given, **options) * math.nan,
+    )
     saved = []
     original_save = utils.save_checkpoint
-    monkeypatch.setattr(utils, "save_checkpoint", lambda path, checkpoint: (
-        saved.append(checkpoint["epoch"]), original_save(path, checkpoint)))
+    monkeypatch.setattr(
+        utils,
+        "save_checkpoint",
+        lambda path, checkpoint: (
+            saved.append(checkpoint["epoch"]),
+            original_save(path, checkpoint),
+        ),
+    )
     status, _, err = run("--resume", "--max-epoch", "3", base=False)
     assert status == 3 and "has diverged in epoch 2: cross entropy no longer finite" in err
     assert saved == [1]  # as it was, when the run began
@@ -619,9 +864,13 @@ def small_disk(tmp_path):
     """A file system of its own, with little room."""
     path = tmp_path / "disk"
     path.mkdir()
-    if sys.platform != "linux" or os.geteuid() != 0 or subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=20m", "tmpfs", path], capture_output=True
-    ).returncode:
+    if (
+        sys.platform != "linux"
+        or os.geteuid() != 0
+        or subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", "size=20m", "tmpfs", path], capture_output=True
+        ).returncode
+    ):
         pytest.skip("this user may not mount a file system")
     yield path
     subprocess.run(["umount", "-l", path], check=True)
@@ -634,13 +883,15 @@ def fill(path: Path, leave: int) -> None:
 
 
 @pytest.mark.parametrize("leave", [0, 40_000, 400_000])
-def test_a_full_disk_is_one_line_and_the_run_goes_on_once_there_is_room(leave, run, small_disk, monkeypatch):
+def test_a_full_disk_is_one_line_and_the_run_goes_on_once_there_is_room(
+    leave, run, small_disk, monkeypatch
+):
     run("--max-epoch", "3", "--save-features", "--save-dir", "whole")
     log = small_disk / "log"
     flags = ["--max-epoch", "1", "--save-features", "--save-dir", log]
     assert run(*flags)[0] == 0
     before = torch.load(log / "checkpoint.pt", weights_only=True)
-    original = training.train_epoch
+    original = epoch.train_epoch
 
     def train(*arguments):
         fill(small_disk, leave)
@@ -649,7 +900,10 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on_once_there_is_room(leave, r
     monkeypatch.setattr(training, "train_epoch", train)
     status, _, err = run("--resume", "--max-epoch", "3", "--save-dir", log, base=False)
     assert status == 1 and err.count("\n") == 1
-    assert re.match(r"main.py: error: cannot write .*: No space left on device; the earlier files are whole", err)
+    assert re.match(
+        r"main.py: error: cannot write .*: No space left on device; the earlier files are whole",
+        err,
+    )
     now = torch.load(log / "checkpoint.pt", weights_only=True)
     assert all(torch.equal(now["model"][name], value) for name, value in before["model"].items())
     assert not list(log.rglob("*.part"))
@@ -659,14 +913,18 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on_once_there_is_room(leave, r
     assert differences(Path("whole"), log) == []
 
 
-@pytest.mark.parametrize("name", ["checkpoint.pt", "metrics.csv", "args.json", "log_folder.txt", "features", "train"])
+@pytest.mark.parametrize(
+    "name", ["checkpoint.pt", "metrics.csv", "args.json", "log_folder.txt", "features", "train"]
+)
 def test_a_file_that_cannot_be_written_is_named(name, run, monkeypatch):
     original = utils.replace_file
 
     def replace_file(path, write):
         if name in str(path):
+
             def write(part):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
         original(path, write)
 
     monkeypatch.setattr(utils, "replace_file", replace_file)
@@ -676,7 +934,7 @@ def test_a_file_that_cannot_be_written_is_named(name, run, monkeypatch):
 
 
 def test_a_picture_that_cannot_be_drawn_is_told_and_drawn_when_there_is_room(run, monkeypatch):
-    original = training.train_epoch
+    original = epoch.train_epoch
 
     def train(*arguments):
         Path("log/train/epoch_1.png/x").mkdir(parents=True)  # a directory in the picture's place
@@ -684,7 +942,12 @@ def test_a_picture_that_cannot_be_drawn_is_told_and_drawn_when_there_is_room(run
 
     monkeypatch.setattr(training, "train_epoch", train)
     status, out, err = run("--plot", "--max-epoch", "1")
-    assert status == 1 and err.count("\n") == 1 and "log/train/epoch_1.png" in err and "--resume draws" in err
+    assert (
+        status == 1
+        and err.count("\n") == 1
+        and "log/train/epoch_1.png" in err
+        and "--resume draws" in err
+    )
     assert "A picture could not be drawn" in out and "Finished." in out
     shutil.rmtree("log/train/epoch_1.png")
     assert run("--resume", base=False)[0] == 0
@@ -693,8 +956,10 @@ def test_a_picture_that_cannot_be_drawn_is_told_and_drawn_when_there_is_room(run
 
 @pytest.mark.parametrize("stopped", [False, True], ids=["at the epoch's end", "in its middle"])
 @pytest.mark.parametrize("then", ["gone", "replaced", "moved"])
-def test_a_directory_that_vanishes_ends_the_run_with_one_line(then, stopped, run, stop_at, monkeypatch):
-    original = training.train_epoch
+def test_a_directory_that_vanishes_ends_the_run_with_one_line(
+    then, stopped, run, stop_at, monkeypatch
+):
+    original = epoch.train_epoch
 
     def train(*arguments):
         shutil.move("log", "elsewhere") if then == "moved" else shutil.rmtree("log")
@@ -705,12 +970,18 @@ def test_a_directory_that_vanishes_ends_the_run_with_one_line(then, stopped, run
     monkeypatch.setattr(training, "train_epoch", train)
     stop_at(2 if stopped else 0, signal.SIGTERM)
     status, _, err = run("--max-epoch", "1", "--save-features")
-    assert status == 1 and err == "main.py: error: --save-dir log has been removed while the run was writing to it\n"
+    assert (
+        status == 1
+        and err
+        == "main.py: error: --save-dir log has been removed while the run was writing to it\n"
+    )
     assert sorted(os.listdir()) == dict(gone=[], replaced=["log"], moved=["elsewhere"])[then]
     assert not Path("log").exists() or os.listdir("log") == []
 
 
-@pytest.mark.parametrize("target, reason", [("/dev/full", "No space left on device"), ("pipe", "Broken pipe")])
+@pytest.mark.parametrize(
+    "target, reason", [("/dev/full", "No space left on device"), ("pipe", "Broken pipe")]
+)
 def test_an_output_that_is_full_or_closed_is_one_line(target, reason, folder, tmp_path):
     if target == "/dev/full" and not os.path.exists(target):
         pytest.skip("there is no /dev/full")
@@ -720,15 +991,21 @@ def test_an_output_that_is_full_or_closed_is_one_line(target, reason, folder, tm
     else:
         output = os.open(target, os.O_WRONLY)
     buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
-    done = subprocess.run([PYTHON, MAIN, "--dataset", "folder", "--data-root", folder, "--use-cpu"], cwd=tmp_path,
-                          env=buffered, stdout=output, stderr=subprocess.PIPE, text=True)  # fmt: skip
+    done = subprocess.run(
+        [PYTHON, MAIN, "--dataset", "folder", "--data-root", folder, "--use-cpu"],
+        cwd=tmp_path,
+        env=buffered,
+        stdout=output,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     os.close(output)
     assert done.returncode == 1
     assert done.stderr == f"main.py: error: cannot write to the standard output: {reason}\n"
 
 
 def test_a_second_run_in_the_same_directory_is_refused_while_the_first_lives(run, monkeypatch):
-    original, seen = training.train_epoch, []
+    original, seen = epoch.train_epoch, []
 
     def train(*arguments):
         monkeypatch.setattr(training, "train_epoch", original)
@@ -741,7 +1018,10 @@ def test_a_second_run_in_the_same_directory_is_refused_while_the_first_lives(run
     monkeypatch.setattr(training, "train_epoch", train)
     status, _, err = run("--max-epoch", "1")
     assert status == 0 and seen == [2, 2]
-    assert err == "main.py: error: --save-dir log is in use by another run; give this one its own\n" * 2
+    assert (
+        err
+        == "main.py: error: --save-dir log is in use by another run; give this one its own\n" * 2
+    )
 
 
 # ------------------------------------------------------------------------------------------------------- other records
@@ -752,7 +1032,10 @@ def read_scalars(directory: str) -> dict[str, list[tuple[int, float]]]:
 
     events = EventAccumulator(directory)
     events.Reload()
-    return {tag: [(each.step, each.value) for each in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+    return {
+        tag: [(each.step, each.value) for each in events.Scalars(tag)]
+        for tag in events.Tags()["scalars"]
+    }
 
 
 def test_tensorboard_has_the_records_and_each_epoch_once(run, monkeypatch):
@@ -773,7 +1056,11 @@ def test_tensorboard_has_the_records_and_each_epoch_once(run, monkeypatch):
     scalars = read_scalars("log/tensorboard")
     assert scalars.keys() == history[0].keys() - {"epoch"}
     for name, shown in scalars.items():
-        expected = [(row["epoch"], pytest.approx(row[name], rel=1e-6)) for row in history if row[name] is not None]
+        expected = [
+            (row["epoch"], pytest.approx(row[name], rel=1e-6))
+            for row in history
+            if row[name] is not None
+        ]
         assert shown == expected
     assert [step for step, _ in scalars["test_accuracy"]] == [2, 3]
     assert run("--max-epoch", "1")[0] == 0 and not os.listdir("log/tensorboard")
@@ -791,21 +1078,31 @@ def test_tensorboard_has_the_settings_and_the_pictures_of_each_epoch_once(run):
     for tag, epochs in (("train features", [1, 2]), ("test features", [1, 2])):
         assert [event.step for event in events.Images(tag)] == epochs
         assert [event.encoded_image_string for event in events.Images(tag)] == [
-            Path("log", tag.split()[0], f"epoch_{epoch}.png").read_bytes() for epoch in epochs]  # fmt: skip
+            Path("log", tag.split()[0], f"epoch_{epoch}.png").read_bytes() for epoch in epochs
+        ]
     started = events.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
     settings = HParamsPluginData.FromString(started).session_start_info.hparams
-    assert settings["lr_model"].number_value == 0.125 and settings["dataset"].string_value == "folder"
+    assert (
+        settings["lr_model"].number_value == 0.125 and settings["dataset"].string_value == "folder"
+    )
 
 
-def test_tensorboard_has_the_earlier_epochs_of_a_run_that_goes_on_elsewhere_or_asks_for_it_late(run):
+def test_tensorboard_has_the_earlier_epochs_of_a_run_that_goes_on_elsewhere_or_asks_for_it_late(
+    run,
+):
     pytest.importorskip("tensorboard")
     run("--tensorboard", "--max-epoch", "2", "--save-dir", "whole")
     run("--tensorboard", "--max-epoch", "1", "--save-dir", "one")
     shutil.copytree("one", "late")
     shutil.rmtree("late/tensorboard")
     for resumed, flags in (("one", ["--save-dir", "two"]), ("late", [])):
-        assert run("--resume", f"{resumed}/checkpoint.pt", "--max-epoch", "2", *flags, base=False)[0] == 0
-        assert read_scalars(f"{flags[-1] if flags else resumed}/tensorboard") == read_scalars("whole/tensorboard")
+        assert (
+            run("--resume", f"{resumed}/checkpoint.pt", "--max-epoch", "2", *flags, base=False)[0]
+            == 0
+        )
+        assert read_scalars(f"{flags[-1] if flags else resumed}/tensorboard") == read_scalars(
+            "whole/tensorboard"
+        )
 
 
 def test_tensorboard_without_its_package_is_refused_before_any_work(run, monkeypatch):
@@ -831,8 +1128,19 @@ def test_two_runs_with_one_seed_are_the_same_to_the_bit(flags, run):
 def test_deterministic_algorithms_are_there_for_every_network(model, run, tmp_path):
     make_folder(tmp_path / "data", train=3, test=1, size=(28, 28))
     try:
-        status, _, err = run("--data-root", tmp_path / "data", "--image-size", "28", "--model", model, "--max-iter",
-                             "1", "--deterministic", "--weight-cent", "0" if model == "cnn" else "1")
+        status, _, err = run(
+            "--data-root",
+            tmp_path / "data",
+            "--image-size",
+            "28",
+            "--model",
+            model,
+            "--max-iter",
+            "1",
+            "--deterministic",
+            "--weight-cent",
+            "0" if model == "cnn" else "1",
+        )
         assert (status, err) == (0, "") and torch.are_deterministic_algorithms_enabled()
     finally:
         torch.use_deterministic_algorithms(False)

@@ -11,7 +11,7 @@ import sys
 
 import torch
 
-from bench import loss, train
+from tools.bench import loss, train
 
 
 def main(argv: list[str] | None = None) -> None:

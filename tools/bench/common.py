@@ -23,7 +23,11 @@ def hardware() -> str:
     """One line that says where a number comes from."""
     model, cpuinfo = platform.processor() or platform.machine(), Path("/proc/cpuinfo")
     if cpuinfo.exists():
-        names = [line.split(":", 1)[1] for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
+        names = [
+            line.split(":", 1)[1]
+            for line in cpuinfo.read_text().splitlines()
+            if line.startswith("model name")
+        ]
         model = names[0].strip() if names else model
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
     threads = f"{os.cpu_count()} cores, {torch.get_num_threads()} threads"

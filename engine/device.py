@@ -1,4 +1,4 @@
-"""The device of a run, and what it can do."""
+"""Which device, and what it can do."""
 
 import argparse
 import contextlib
@@ -48,5 +48,8 @@ def multiplies_bfloat16(gpu: int | None) -> bool:
 
 def load_libraries(device: torch.device) -> None:
     """Loads CUDA's convolutions, which takes a second but not Python's lock: for a thread during imports."""
-    with contextlib.suppress(RuntimeError), torch.no_grad():  # the main thread will meet the same error
+    with (
+        contextlib.suppress(RuntimeError),
+        torch.no_grad(),
+    ):  # the main thread will meet the same error
         F.conv2d(torch.zeros(8, 1, 8, 8, device=device), torch.zeros(1, 1, 5, 5, device=device))

@@ -28,10 +28,12 @@ from torch import nn
 import cli
 import datasets
 import models
-import training
-from bench.common import hardware, matrix_loss, positive, synchronize
 from center_loss import CenterLoss
+from engine import epoch as epoch_
+from engine.cuda_graph import captured
+from engine.step import Step
 from recipes import SCHEDULES, create_optimizers
+from tools.bench.common import hardware, matrix_loss, positive, synchronize
 
 FORMS = {"default": [], "--amp": ["--amp"], "--amp --compile": ["--amp", "--compile"]}
 CUDA_FORMS = {"--no-cuda-graph": ["--no-cuda-graph"]}
@@ -39,15 +41,21 @@ WARM_UP = 10  # batches before the clock starts: four workers have read eight ah
 
 
 def add_command(commands: argparse._SubParsersAction) -> None:
-    parser = commands.add_parser("train", help="steps and epochs, against a plain script and the machine's peak",
-                                 description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser = commands.add_parser(
+        "train",
+        help="steps and epochs, against a plain script and the machine's peak",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     device = "cuda" if torch.cuda.is_available() else "cpu"
     add = parser.add_argument
     add("--device", choices=("cpu", "cuda"), default=device, help="(default: %(default)s)")
     add("--batch-size", type=positive, default=128, metavar="B", help="(default: %(default)s)")
     add("--steps", type=positive, help="of each form in a turn (default: 20, on CUDA 469)")
     add("--turns", type=positive, default=5, help="(default: %(default)s)")
-    add("--quick", action="store_true", help="one turn of 3 small steps: a check, not a measurement")
+    add(
+        "--quick", action="store_true", help="one turn of 3 small steps: a check, not a measurement"
+    )
     parser.set_defaults(run=run)
 
 
@@ -58,10 +66,17 @@ def run(args: argparse.Namespace) -> None:
     size = 256 if args.quick else 8192 if args.device == "cuda" else 2048
     print(hardware())
     work = step_flops(args.batch_size)
-    print(f"zhou2018's recipe, B = {args.batch_size}, {args.device}: {work / 1e9:.1f} GFLOP a step\n", flush=True)
+    print(
+        f"zhou2018's recipe, B = {args.batch_size}, {args.device}: {work / 1e9:.1f} GFLOP a step\n",
+        flush=True,
+    )
 
     with tempfile.TemporaryDirectory() as root:
-        write_mnist(Path(root), args.batch_size * (WARM_UP + args.steps), args.batch_size * (WARM_UP + args.steps // 3))
+        write_mnist(
+            Path(root),
+            args.batch_size * (WARM_UP + args.steps),
+            args.batch_size * (WARM_UP + args.steps // 3),
+        )
         passes = {"plain": plain_passes(root, args)}
         forms = FORMS if args.device == "cpu" else FORMS | CUDA_FORMS
         passes |= {name: product_passes(root, flags, args) for name, flags in forms.items()}
@@ -70,24 +85,41 @@ def run(args: argparse.Namespace) -> None:
         first = {name: run() for name, run in passes.items()}  # compilation, cuDNN's choice, memory
         turns = []
         for _ in range(args.turns):
-            peaks = {dtype: matmul_flops(dtype, size, args.device) for dtype in (torch.float32, torch.bfloat16)}
+            peaks = {
+                dtype: matmul_flops(dtype, size, args.device)
+                for dtype in (torch.float32, torch.bfloat16)
+            }
             turns.append((peaks, {name: run() for name, run in passes.items()}))
 
-    print("| form | step, ms | steps/s | images/s | test, ms/image | epoch with test, s | plain / form | % of peak |")
+    print(
+        "| form | step, ms | steps/s | images/s | test, ms/image | epoch with test, s | plain / form | % of peak |"
+    )
     print("| --- " + "| ---: " * 7 + "|")
     for name in passes:
         dtype = torch.bfloat16 if "--amp" in name else torch.float32
-        step, test = (statistics.median(times[name][index] for _, times in turns) for index in (0, 1))
-        ratio = statistics.median(epoch_seconds(*times["plain"]) / epoch_seconds(*times[name]) for _, times in turns)
+        step, test = (
+            statistics.median(times[name][index] for _, times in turns) for index in (0, 1)
+        )
+        ratio = statistics.median(
+            epoch_seconds(*times["plain"]) / epoch_seconds(*times[name]) for _, times in turns
+        )
         share = statistics.median(work / times[name][0] / peaks[dtype] for peaks, times in turns)
-        print(f"| {name} | {1e3 * step:,.2f} | {1 / step:,.2f} | {args.batch_size / step:,.0f} | {1e3 * test:.3f} "
-              f"| {epoch_seconds(step, test):,.2f} | {ratio:.2f} | {100 * share:.0f} |")  # fmt: skip
+        print(
+            f"| {name} | {1e3 * step:,.2f} | {1 / step:,.2f} | {args.batch_size / step:,.0f} | {1e3 * test:.3f} "
+            f"| {epoch_seconds(step, test):,.2f} | {ratio:.2f} | {100 * share:.0f} |"
+        )
     for dtype in (torch.float32, torch.bfloat16):
         peak = statistics.median(peaks[dtype] for peaks, _ in turns)
-        print(f"\npeak, {dtype}: {peak / 1e9:,.0f} GFLOP/s in a product of {size} x {size} matrices", end="")
+        print(
+            f"\npeak, {dtype}: {peak / 1e9:,.0f} GFLOP/s in a product of {size} x {size} matrices",
+            end="",
+        )
     print(f"\ncompilation: {first['--amp --compile'][2] - first['--amp'][2]:.0f} s")
     if args.device == "cuda":
-        print("memory, MiB: " + ", ".join(f"{name} {times[3] / 2**20:,.0f}" for name, times in first.items()))
+        print(
+            "memory, MiB: "
+            + ", ".join(f"{name} {times[3] / 2**20:,.0f}" for name, times in first.items())
+        )
     print(start_of_fast(args))
 
 
@@ -96,7 +128,9 @@ def start_of_fast(args: argparse.Namespace) -> str:
 
     def output_of(*command: str) -> list[tuple[float, str]]:
         begun = time.perf_counter()
-        with subprocess.Popen([sys.executable, *command], stdout=subprocess.PIPE, text=True) as process:
+        with subprocess.Popen(
+            [sys.executable, *command], stdout=subprocess.PIPE, text=True
+        ) as process:
             lines = [(time.perf_counter() - begun, line) for line in process.stdout]
         if process.returncode:
             sys.exit(f"{' '.join(command)} has ended with status {process.returncode}")
@@ -105,11 +139,26 @@ def start_of_fast(args: argparse.Namespace) -> str:
     with tempfile.TemporaryDirectory() as root:
         write_mnist(Path(root), *((512, 256) if args.quick else (60_000, 10_000)))
         (imports, _), *_ = output_of("-c", "import torch, torchvision")
-        flags = ["--recipe", "fast", "--data-root", root, "--save-dir", f"{root}/log", "--print-freq", "1"]
-        lines = output_of(cli.__file__.replace("cli.py", "main.py"), *flags, *["--use-cpu"] * (args.device == "cpu"))
+        flags = [
+            "--recipe",
+            "fast",
+            "--data-root",
+            root,
+            "--save-dir",
+            f"{root}/log",
+            "--print-freq",
+            "1",
+        ]
+        lines = output_of(
+            cli.__file__.replace("cli.py", "main.py"),
+            *flags,
+            *["--use-cpu"] * (args.device == "cpu"),
+        )
     steps = [seconds for seconds, line in lines if line.startswith("Batch")]
-    return (f"--recipe fast, s: imports alone {imports:.1f}, first step {steps[0]:.1f}, last step {steps[-1]:.1f}, "
-            f"prompt {lines[-1][0]:.1f}")  # fmt: skip
+    return (
+        f"--recipe fast, s: imports alone {imports:.1f}, first step {steps[0]:.1f}, last step {steps[-1]:.1f}, "
+        f"prompt {lines[-1][0]:.1f}"
+    )
 
 
 def epoch_seconds(step: float, test: float, *_) -> float:
@@ -146,7 +195,10 @@ def write_mnist(root: Path, train: int, test: int) -> None:
     raw, random = root / "MNIST" / "raw", np.random.default_rng(0)
     raw.mkdir(parents=True)
     for split, count in (("train", train), ("t10k", test)):
-        for name, high, shape in (("images-idx3", 256, (count, 28, 28)), ("labels-idx1", 10, (count,))):
+        for name, high, shape in (
+            ("images-idx3", 256, (count, 28, 28)),
+            ("labels-idx1", 10, (count,)),
+        ):
             header = struct.pack(f">HBB{len(shape)}I", 0, 8, len(shape), *shape)
             values = random.integers(high, size=shape, dtype=np.uint8)
             (raw / f"{split}-{name}-ubyte").write_bytes(header + values.tobytes())
@@ -166,7 +218,9 @@ class Clock:
                 start, skipped = time.perf_counter(), seen
             yield batch
             seen += len(batch[0])
-            if number == len(self.batches):  # before workers end: that happens once an epoch, and is not a step's time
+            if number == len(
+                self.batches
+            ):  # before workers end: that happens once an epoch, and is not a step's time
                 synchronize(self.device)
                 self.seconds = (time.perf_counter() - start) / (seen - skipped)
 
@@ -181,17 +235,31 @@ def plain_passes(root: str, args: argparse.Namespace) -> Pass:
 
     transform = Compose([ToTensor(), Normalize((0.1307,), (0.3081,))])
     trainloader, testloader = (
-        torch.utils.data.DataLoader(MNIST(root, train=train, transform=transform), args.batch_size, shuffle=train,
-                                    num_workers=4, pin_memory=args.device == "cuda")
+        torch.utils.data.DataLoader(
+            MNIST(root, train=train, transform=transform),
+            args.batch_size,
+            shuffle=train,
+            num_workers=4,
+            pin_memory=args.device == "cuda",
+        )
         for train in (True, False)
-    )  # fmt: skip
+    )
     layers = []
     for inside, outside in ((1, 32), (32, 64), (64, 128)):
-        layers += [nn.Conv2d(inside, outside, 5, padding=2), nn.PReLU(), nn.Conv2d(outside, outside, 5, padding=2)]
+        layers += [
+            nn.Conv2d(inside, outside, 5, padding=2),
+            nn.PReLU(),
+            nn.Conv2d(outside, outside, 5, padding=2),
+        ]
         layers += [nn.PReLU(), nn.MaxPool2d(2)]
     body = nn.Sequential(*layers, nn.Flatten(), nn.Linear(1152, 2), nn.PReLU()).to(args.device)
-    classifier, centers = nn.Linear(2, 10).to(args.device), nn.Parameter(torch.randn(10, 2).to(args.device))
-    sgd = torch.optim.SGD([*body.parameters(), *classifier.parameters()], 0.001, momentum=0.9, weight_decay=5e-4)
+    classifier, centers = (
+        nn.Linear(2, 10).to(args.device),
+        nn.Parameter(torch.randn(10, 2).to(args.device)),
+    )
+    sgd = torch.optim.SGD(
+        [*body.parameters(), *classifier.parameters()], 0.001, momentum=0.9, weight_decay=5e-4
+    )
     sgd_centers = torch.optim.SGD([centers], 0.5)
 
     def train(batches) -> None:
@@ -221,7 +289,9 @@ def plain_passes(root: str, args: argparse.Namespace) -> Pass:
     return functools.partial(timed, train, test, trainloader, testloader, args)
 
 
-def product_passes(root: str, flags: list[str], args: argparse.Namespace, own_prelu: bool = True) -> Pass:
+def product_passes(
+    root: str, flags: list[str], args: argparse.Namespace, own_prelu: bool = True
+) -> Pass:
     """By main.py with these flags."""
     settings = cli.parse_args(["--data-root", root, "--batch-size", str(args.batch_size), *flags])
     data = datasets.create("mnist", root, args.batch_size, device=args.device)
@@ -233,17 +303,19 @@ def product_passes(root: str, flags: list[str], args: argparse.Namespace, own_pr
     center_loss = CenterLoss(use_gpu=False).to(args.device)
     net = models.Compiled(model, args.batch_size) if settings.compile else model
     optimizers = create_optimizers(model, center_loss, settings)
-    scheduler = SCHEDULES[settings.schedule].create(optimizers["optimizer_model"], settings, 10**6, 10**6)
-    step = training.Step(net, center_loss, optimizers, weight=settings.weight_cent, amp=settings.amp)
+    scheduler = SCHEDULES[settings.schedule].create(
+        optimizers["optimizer_model"], settings, 10**6, 10**6
+    )
+    step = Step(net, center_loss, optimizers, weight=settings.weight_cent, amp=settings.amp)
     if settings.cuda_graph:
-        step = training.captured(step, args.batch_size)
+        step = captured(step, args.batch_size)
 
     def train(batches) -> None:
         torch.backends.cudnn.benchmark = False
-        training.train_epoch(step, batches, scheduler).results()
+        epoch_.train_epoch(step, batches, scheduler).results()
 
     def test(batches) -> None:
-        training.test(model, batches, settings.amp)
+        epoch_.test(model, batches, settings.amp)
 
     return functools.partial(timed, train, test, data.train, data.test, args)
 

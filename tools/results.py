@@ -21,12 +21,24 @@ import cli
 from recipes import RECIPES
 from utils import RunError
 
-REFERENCE = sorted(path.parent for path in Path(__file__).parent.glob("log/reference/*/metrics.csv"))
-LAMBDA = sorted(path.parent for path in Path(__file__).parent.glob("log/reference/lambda/*/metrics.csv"))
+REFERENCE = sorted(
+    path.parent for path in Path(__file__).parents[1].glob("log/reference/*/metrics.csv")
+)
+LAMBDA = sorted(
+    path.parent for path in Path(__file__).parents[1].glob("log/reference/lambda/*/metrics.csv")
+)
 COLUMNS = (
-    "`python main.py` with", "device", "seeds", "epochs", "test accuracy, %", "nearest center, %", "intra", "inter",
-    "intra/inter", "98 % at epoch",
-)  # fmt: skip
+    "`python main.py` with",
+    "device",
+    "seeds",
+    "epochs",
+    "test accuracy, %",
+    "nearest center, %",
+    "intra",
+    "inter",
+    "intra/inter",
+    "98 % at epoch",
+)
 # The columns of --verification: path in evaluation.json, and decimals.
 VERIFICATION = {
     "accuracy, %": (("accuracy",), 2),
@@ -40,8 +52,12 @@ VERIFICATION = {
     "EER among them, %": (("unknown", "verification", "l2", "eer"), 1),
 }
 # The panels of --curve, by their y label: columns of --verification.
-PANELS = {"accuracy (%)": "accuracy, %", "EER (%)": "EER, %", "AUROC of the unknown": "unknown: AUROC by distance",
-          "EER among the unknown (%)": "EER among them, %"}  # fmt: skip
+PANELS = {
+    "accuracy (%)": "accuracy, %",
+    "EER (%)": "EER, %",
+    "AUROC of the unknown": "unknown: AUROC by distance",
+    "EER among the unknown (%)": "EER among them, %",
+}
 
 
 def flags(args: dict) -> str:
@@ -50,7 +66,11 @@ def flags(args: dict) -> str:
     args = vars(parser.parse_args([])) | args  # flags that are newer than the run
     parser.set_defaults(**RECIPES[args["recipe"]])
     defaults = vars(parser.parse_args([]))
-    silent = parser.free - {"max_epoch"} | {"recipe", "seed"} | ({"max_epoch"} if args["max_iter"] else set())
+    silent = (
+        parser.free - {"max_epoch"}
+        | {"recipe", "seed"}
+        | ({"max_epoch"} if args["max_iter"] else set())
+    )
     given = [f"--recipe {args['recipe']}"]
     for name, default in defaults.items():
         value, flag = args[name], name.replace("_", "-")
@@ -59,7 +79,9 @@ def flags(args: dict) -> str:
         if isinstance(value, bool):
             given.append(f"--{flag}" if value else f"--no-{flag}")
         else:
-            given.append(f"--{flag} " + " ".join(map(short, value if isinstance(value, list) else [value])))
+            given.append(
+                f"--{flag} " + " ".join(map(short, value if isinstance(value, list) else [value]))
+            )
     return " ".join(given)
 
 
@@ -71,8 +93,16 @@ def read(directory: Path) -> dict:
     """A run's flags, device and metrics, from its args.json, metrics.csv and log; RunError if one cannot be read."""
     try:
         return _read(directory)
-    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:  # cut or edited by hand
-        raise RunError(f"cannot read the run in {directory}: {type(error).__name__}: {error}") from error
+    except (
+        AttributeError,
+        IndexError,
+        KeyError,
+        TypeError,
+        ValueError,
+    ) as error:  # cut or edited by hand
+        raise RunError(
+            f"cannot read the run in {directory}: {type(error).__name__}: {error}"
+        ) from error
 
 
 def _read(directory: Path) -> dict:
@@ -92,9 +122,18 @@ def _read(directory: Path) -> dict:
         flags=flags(args),
         device="GPU" if "Currently using GPU" in log else "CPU",
         epochs=len(rows),
-        metrics=[last[name] for name in ("test_accuracy", "nearest_center_accuracy", "intra_distance",
-                                         "inter_distance")],  # fmt: skip
-        passed=next((int(row["epoch"]) for row in rows if float(row["test_accuracy"] or 0) >= 98), None),
+        metrics=[
+            last[name]
+            for name in (
+                "test_accuracy",
+                "nearest_center_accuracy",
+                "intra_distance",
+                "inter_distance",
+            )
+        ],
+        passed=next(
+            (int(row["epoch"]) for row in rows if float(row["test_accuracy"] or 0) >= 98), None
+        ),
     )
 
 
@@ -136,7 +175,10 @@ def verification_table(directories: list[Path]) -> str:
 
     rows = [(COLUMNS[0], "seeds", *VERIFICATION)]
     for (given, *_), runs in sorted(grouped(directories).items(), key=by_weight):
-        cells = [spread([measured(run, path) for run in runs], digits) for path, digits in VERIFICATION.values()]
+        cells = [
+            spread([measured(run, path) for run in runs], digits)
+            for path, digits in VERIFICATION.values()
+        ]
         rows.append([f"`{given}`", str(len(runs)), *cells])
     return markdown(rows)
 
@@ -146,10 +188,22 @@ def table(directories: list[Path]) -> str:
     lines = [COLUMNS]
     for (given, device, epochs), runs in grouped(directories).items():
         metrics = list(zip(*(run["metrics"] for run in runs), strict=True))
-        ratio = [intra / inter if inter else math.inf for intra, inter in zip(*metrics[2:], strict=True)]
-        passed = sorted({run["passed"] or "–" for run in runs}, key=lambda epoch: (epoch == "–", epoch))
-        lines.append([f"`{given}`", device, str(len(runs)), str(epochs), *map(spread, [*metrics, ratio]),
-                      ", ".join(map(str, passed))])  # fmt: skip
+        ratio = [
+            intra / inter if inter else math.inf for intra, inter in zip(*metrics[2:], strict=True)
+        ]
+        passed = sorted(
+            {run["passed"] or "–" for run in runs}, key=lambda epoch: (epoch == "–", epoch)
+        )
+        lines.append(
+            [
+                f"`{given}`",
+                device,
+                str(len(runs)),
+                str(epochs),
+                *map(spread, [*metrics, ratio]),
+                ", ".join(map(str, passed)),
+            ]
+        )
     return markdown(lines)
 
 
@@ -169,7 +223,10 @@ def draw_curve(directories: list[Path], path: Path) -> None:
     for run in runs:
         others = re.sub(r" --feat-dim \S+", "", without_weight(run))
         series.setdefault(run["title"], {}).setdefault(others, []).append(run)
-    series = {title: max(by_flags.values(), key=len) for title, by_flags in sorted(series.items(), reverse=True)}
+    series = {
+        title: max(by_flags.values(), key=len)
+        for title, by_flags in sorted(series.items(), reverse=True)
+    }
     dims = sorted({run["args"]["feat_dim"] for runs in series.values() for run in runs})
     figure = Figure(figsize=(12, 0.6 + 2.6 * len(series)), dpi=110, layout="constrained")
     grid, legend = figure.subplots(len(series), len(PANELS), squeeze=False, sharex=True), {}
@@ -190,25 +247,47 @@ def draw_curve(directories: list[Path], path: Path) -> None:
                 axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5, 7)))
                 axes.yaxis.set_major_formatter("{x:g}")
                 axes.yaxis.set_minor_formatter("")
-            legend |= {label: mark for mark, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+            legend |= {
+                label: mark for mark, label in zip(*axes.get_legend_handles_labels(), strict=True)
+            }
         row[0].set_title(title, loc="left", fontsize=11)
     for axes in grid[-1]:
         axes.set_xlabel("λ · D")
-    figure.legend(legend.values(), legend.keys(), loc="outside lower center", ncols=6, fontsize=9, frameon=False)
+    figure.legend(
+        legend.values(),
+        legend.keys(),
+        loc="outside lower center",
+        ncols=6,
+        fontsize=9,
+        frameon=False,
+    )
     figure.savefig(path)
 
 
-def draw_line(axes, by_weight: dict[float, list[float]], label: str, color: str, marker: str) -> None:
+def draw_line(
+    axes, by_weight: dict[float, list[float]], label: str, color: str, marker: str
+) -> None:
     """Draws values over λ · D, and softmax alone (0) as a horizontal line, with their standard deviations."""
     if alone := by_weight.pop(0.0, []):
         mean, spread = statistics.mean(alone), deviation(alone)
         axes.axhspan(mean - spread, mean + spread, color=color, alpha=0.1, linewidth=0)
-        axes.axhline(mean, color=color, linestyle="--", linewidth=1, label=f"{label}, softmax alone")
+        axes.axhline(
+            mean, color=color, linestyle="--", linewidth=1, label=f"{label}, softmax alone"
+        )
     if weights := sorted(by_weight):
         means = np.array([statistics.mean(by_weight[weight]) for weight in weights])
         spreads = np.array([deviation(by_weight[weight]) for weight in weights])
-        axes.fill_between(weights, means - spreads, means + spreads, color=color, alpha=0.2, linewidth=0)
-        axes.plot(weights, means, color=color, marker=marker, markersize=4, label=f"{label}, with center loss")
+        axes.fill_between(
+            weights, means - spreads, means + spreads, color=color, alpha=0.2, linewidth=0
+        )
+        axes.plot(
+            weights,
+            means,
+            color=color,
+            marker=marker,
+            markersize=4,
+            label=f"{label}, with center loss",
+        )
 
 
 def deviation(values: list[float]) -> float:
@@ -216,10 +295,16 @@ def deviation(values: list[float]) -> float:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("directories", nargs="*", type=Path, help="--save-dir of each run")
-    parser.add_argument("--verification", action="store_true", help="the table of what --verify has measured")
-    parser.add_argument("--curve", type=Path, metavar="FILE", help="draw what --verify has measured over λ")
+    parser.add_argument(
+        "--verification", action="store_true", help="the table of what --verify has measured"
+    )
+    parser.add_argument(
+        "--curve", type=Path, metavar="FILE", help="draw what --verify has measured over λ"
+    )
     return parser
 
 

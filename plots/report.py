@@ -25,7 +25,15 @@ EPOCHS = 100  # of more, as many evenly spaced ones
 SPRITE_BYTES = 3_000_000  # of the test images; above it they become JPEG
 LOG_CHARACTERS = 200_000  # of a longer log, the end
 GRID = 65_534  # steps between the smallest and the largest coordinate of an epoch; one more means "not finite"
-ARRAYS = ("points", "labels", "predictions", "centers", "classes", "axes", "title")  # of <split>/epoch_<N>.npz
+ARRAYS = (
+    "points",
+    "labels",
+    "predictions",
+    "centers",
+    "classes",
+    "axes",
+    "title",
+)  # of <split>/epoch_<N>.npz
 
 
 @dataclass
@@ -53,7 +61,9 @@ class Run:
         """The arrays of an epoch; RunError if it has none, or a damaged file."""
         if number not in self.files[split]:
             known = ", ".join(map(str, self.files[split]))
-            raise utils.RunError(f"--epochs must be among those of {self.directory / split}, {known}, got {number}")
+            raise utils.RunError(
+                f"--epochs must be among those of {self.directory / split}, {known}, got {number}"
+            )
         return read_arrays(self.files[split][number], ARRAYS)
 
 
@@ -62,15 +72,26 @@ def read_run(directory: Path) -> Run:
     try:
         args = json.loads((directory / "args.json").read_text())
         with open(directory / "metrics.csv", newline="") as file:
-            rows = [{name: measured(value) for name, value in row.items()} for row in csv.DictReader(file)]
+            rows = [
+                {name: measured(value) for name, value in row.items()}
+                for row in csv.DictReader(file)
+            ]
         history = [row | dict(epoch=int(row["epoch"])) for row in rows]
-        log = utils.read_start(directory / f"log_{args['dataset']}.txt", 2**30).decode(errors="replace")
+        log = utils.read_start(directory / f"log_{args['dataset']}.txt", 2**30).decode(
+            errors="replace"
+        )
         facts = utils.read_facts(directory)
     except OSError as error:
-        raise utils.RunError(f"{directory} is no run: {error.strerror}: {error.filename}") from error
+        raise utils.RunError(
+            f"{directory} is no run: {error.strerror}: {error.filename}"
+        ) from error
     except (KeyError, TypeError, ValueError) as error:
-        raise utils.RunError(f"{directory} is no run: args.json, metrics.csv or run.json is damaged") from error
-    files = {split: dict(utils.epoch_files(directory / split, ["epoch_*.npz"])) for split in utils.SPLITS}
+        raise utils.RunError(
+            f"{directory} is no run: args.json, metrics.csv or run.json is damaged"
+        ) from error
+    files = {
+        split: dict(utils.epoch_files(directory / split, ["epoch_*.npz"])) for split in utils.SPLITS
+    }
     files = {split: numbers for split, numbers in files.items() if numbers}
     if "train" not in files or len(files) < 2:
         raise utils.RunError(f"{directory} has no points of a tested epoch: train with --plot")
@@ -92,7 +113,9 @@ def read_arrays(path: Path, names: Sequence[str] = ()) -> dict[str, np.ndarray]:
     except Exception as error:  # of zip, numpy and others, depending on where the file is damaged
         raise utils.RunError(f"cannot read {path}: {' '.join(str(error).split())}") from error
     if missing := [name for name in names if name not in arrays]:
-        raise utils.RunError(f"{path} has no {', '.join(missing)}: train again, with --plot of this version")
+        raise utils.RunError(
+            f"{path} has no {', '.join(missing)}: train again, with --plot of this version"
+        )
     return arrays
 
 
@@ -110,17 +133,25 @@ def check_comparable(runs: Sequence[Run]) -> None:
     """Raises RunError unless the runs have the same data set, classes and test labels."""
     labels = [run.last()["labels"] for run in runs]
     for run, tested in zip(runs, labels, strict=True):
-        for what, mine, first in (("dataset", run.args["dataset"], runs[0].args["dataset"]),
-                                  ("classes", run.classes, runs[0].classes),
-                                  ("test images", tested.tolist(), labels[0].tolist())):  # fmt: skip
+        for what, mine, first in (
+            ("dataset", run.args["dataset"], runs[0].args["dataset"]),
+            ("classes", run.classes, runs[0].classes),
+            ("test images", tested.tolist(), labels[0].tolist()),
+        ):
             if mine != first:
-                raise utils.RunError(f"--compare needs runs of the same data, but {runs[0].directory} and "
-                                     f"{run.directory} differ in their {what}")  # fmt: skip
+                raise utils.RunError(
+                    f"--compare needs runs of the same data, but {runs[0].directory} and "
+                    f"{run.directory} differ in their {what}"
+                )
 
 
 def sample(count: int, limit: int) -> np.ndarray:
     """Ascending row numbers: all `count` of them, or a fixed random sample of `limit`."""
-    return np.arange(count) if count <= limit else np.sort(np.random.default_rng(0).permutation(count)[:limit])
+    return (
+        np.arange(count)
+        if count <= limit
+        else np.sort(np.random.default_rng(0).permutation(count)[:limit])
+    )
 
 
 def pack(values: np.ndarray) -> str:
@@ -135,7 +166,11 @@ def quantise(points: np.ndarray) -> tuple[np.ndarray, list[float]]:
     A point that is not finite becomes GRID + 1.
     """
     finite = np.isfinite(points).all(1)
-    low, high = (points[finite].min(0), points[finite].max(0)) if finite.any() else (np.zeros(2), np.zeros(2))
+    low, high = (
+        (points[finite].min(0), points[finite].max(0))
+        if finite.any()
+        else (np.zeros(2), np.zeros(2))
+    )
     low, step = low.astype(np.float64), np.maximum(high.astype(np.float64) - low, 1e-30) / GRID
     steps = np.full(points.shape, GRID + 1.0)
     steps[finite] = ((points[finite] - low) / step).round()
@@ -162,13 +197,21 @@ def pack_split(run: Run, split: str) -> dict:
         # Training images are shuffled in each epoch; by class, their labels take no room.
         order = rows[np.argsort(shown["labels"][rows], kind="stable")] if split == "train" else rows
         points, grid = quantise(shown["points"][order])
-        centers = [[float(x), float(y)] if np.isfinite([x, y]).all() else None for x, y in shown["centers"]]
+        centers = [
+            [float(x), float(y)] if np.isfinite([x, y]).all() else None for x, y in shown["centers"]
+        ]
         for name, value in dict(epochs=number, grids=grid, centers=centers, points=points).items():
             kept[name].append(value)
         kept["labels"].append(np.minimum(shown["labels"][order], len(run.classes)))
         kept["predictions"].append(shown["predictions"][order])
     packed = {name: pack(np.stack(kept.pop(name))) for name in ("points", "labels", "predictions")}
-    return kept | packed | dict(rows=[] if split == "train" else rows.tolist(), count=len(rows), of=len(last["labels"]))
+    return (
+        kept
+        | packed
+        | dict(
+            rows=[] if split == "train" else rows.tolist(), count=len(rows), of=len(last["labels"])
+        )
+    )
 
 
 def spaced(count: int) -> list[int]:
@@ -193,8 +236,13 @@ def pack_images(run: Run, rows: Sequence[int]) -> dict | None:
     tiles = padded.reshape(-1, columns, channels, height, width).transpose(0, 3, 1, 4, 2)
     pixels = tiles.reshape(-1, columns * width, channels)
     sprite = Image.fromarray(pixels[:, :, 0] if channels == 1 else pixels[:, :, :3])
-    lossless = [("PNG", dict(optimize=True))] if pixels.size < 4 * SPRITE_BYTES else []  # else too large
-    for format, options in (*lossless, *(("JPEG", dict(quality=quality)) for quality in (90, 75, 50, 30))):
+    lossless = (
+        [("PNG", dict(optimize=True))] if pixels.size < 4 * SPRITE_BYTES else []
+    )  # else too large
+    for format, options in (
+        *lossless,
+        *(("JPEG", dict(quality=quality)) for quality in (90, 75, 50, 30)),
+    ):
         file = io.BytesIO()
         sprite.save(file, format, **options)
         if file.tell() <= SPRITE_BYTES:
@@ -228,6 +276,13 @@ def write(part: Path, runs: Sequence[Run], **looks: Sequence[str]) -> None:
             run["images"] = "as the first run"  # they are stored once
     data = dict(classes=runs[0].classes, runs=packed, **looks)
     # A class may be called </script>: within the page's <script>, JSON has no "<".
-    parts = dict(json=json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c"))
-    parts |= {kind: (PAGE / f"report.{kind}").read_text(encoding="utf-8").strip() for kind in ("html", "css", "js")}
-    part.write_text(re.sub(r"{{(css|js|json)}}", lambda name: parts[name[1]], parts["html"]), encoding="utf-8")
+    parts = dict(
+        json=json.dumps(data, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
+    )
+    parts |= {
+        kind: (PAGE / f"report.{kind}").read_text(encoding="utf-8").strip()
+        for kind in ("html", "css", "js")
+    }
+    part.write_text(
+        re.sub(r"{{(css|js|json)}}", lambda name: parts[name[1]], parts["html"]), encoding="utf-8"
+    )

@@ -1,4 +1,4 @@
-"""Other processes: signals that ask this one to stop, and the ranks that torchrun has started."""
+"""The processes of torchrun, and the signals that ask a run to stop."""
 
 import contextlib
 import os
@@ -9,8 +9,6 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 from torch import nn
-
-from utils import RunError
 
 
 class Interrupted(Exception):
@@ -27,7 +25,9 @@ class StopRequest:
         self.signal: int | None = None
 
     def __enter__(self) -> "StopRequest":
-        self.handlers = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+        self.handlers = {
+            number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)
+        }
         return self
 
     def __exit__(self, *error) -> None:
@@ -61,7 +61,11 @@ class Ranks(NamedTuple):
     @classmethod
     def of_environment(cls) -> "Ranks":
         names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-        return cls(*(int(os.environ[name]) for name in names)) if all(name in os.environ for name in names) else cls()
+        return (
+            cls(*(int(os.environ[name]) for name in names))
+            if all(name in os.environ for name in names)
+            else cls()
+        )
 
     @contextlib.contextmanager
     def joined(self) -> Iterator[None]:
@@ -114,7 +118,7 @@ class Ranks(NamedTuple):
         """Raises RunError if the ranks' values differ, as far as their sums show."""
         sums = torch.stack([values.double().sum(), values.double().square().sum()]).cpu()
         if len(self.gather(sums.unsqueeze(0)).unique(dim=0)) > 1:
-            raise RunError(f"the ranks' {name} are no longer the same")
+            raise RuntimeError(f"the ranks' {name} are no longer the same")
 
     def parallel(self, model: nn.Module) -> nn.Module:
         """The model with averaged gradients and BatchNorm over the joined batch; without other ranks, as it is."""

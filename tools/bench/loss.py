@@ -23,19 +23,35 @@ from multiprocessing import get_context
 import torch
 from torch import Tensor, nn
 
-from bench.common import hardware, matrix_loss, median_ms, positive
 from center_loss import CenterLoss
+from tools.bench.common import hardware, matrix_loss, median_ms, positive
 
 BATCH_SIZE = 128
 WEIGHT, ALPHA = 0.01, 0.5  # λ and the centers' learning rate; neither matters for the cost
 
 
 def add_command(commands: argparse._SubParsersAction) -> None:
-    parser = commands.add_parser("loss", help="time and memory of a step as the number of classes grows",
-                                 description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser = commands.add_parser(
+        "loss",
+        help="time and memory of a step as the number of classes grows",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     add = parser.add_argument
-    add("--classes", type=positive, nargs="+", metavar="C", help="numbers of classes (default: 10 to 1,000,000)")
-    add("--feat-dim", type=positive, default=128, metavar="D", help="dimensions (default: %(default)s)")
+    add(
+        "--classes",
+        type=positive,
+        nargs="+",
+        metavar="C",
+        help="numbers of classes (default: 10 to 1,000,000)",
+    )
+    add(
+        "--feat-dim",
+        type=positive,
+        default=128,
+        metavar="D",
+        help="dimensions (default: %(default)s)",
+    )
     add("--device", choices=("cpu", "cuda"), default="cpu", help="(default: %(default)s)")
     add("--quick", action="store_true", help="few classes and steps: a check, not a measurement")
     parser.set_defaults(run=run)
@@ -45,14 +61,19 @@ def run(args: argparse.Namespace) -> None:
     classes = args.classes or ([10, 1000] if args.quick else [10**power for power in range(1, 7)])
     print(hardware())
     print(f"one step of the loss, B = {BATCH_SIZE}, D = {args.feat_dim}, float32, {args.device}\n")
-    print(f"| classes | {', ms | '.join(FORMS)}, ms | matrix/dense | matrix/sparse | {', MiB | '.join(FORMS)}, MiB |")
+    print(
+        f"| classes | {', ms | '.join(FORMS)}, ms | matrix/dense | matrix/sparse | {', MiB | '.join(FORMS)}, MiB |"
+    )
     print("| ---: " * 9 + "|")
     for num_classes in classes:
         rows = [measure_apart(form, num_classes, args) for form in FORMS]
         (matrix, dense, sparse), memory = zip(*rows, strict=True)
-        print(f"| {num_classes:,} | {matrix:,.2f} | {dense:,.2f} | {sparse:,.2f} "
-              f"| {matrix / dense:,.1f} | {matrix / sparse:,.1f} | "
-              f"{' | '.join('< 1' if mib < 1 else f'{mib:,.0f}' for mib in memory)} |", flush=True)  # fmt: skip
+        print(
+            f"| {num_classes:,} | {matrix:,.2f} | {dense:,.2f} | {sparse:,.2f} "
+            f"| {matrix / dense:,.1f} | {matrix / sparse:,.1f} | "
+            f"{' | '.join('< 1' if mib < 1 else f'{mib:,.0f}' for mib in memory)} |",
+            flush=True,
+        )
 
 
 def measure_apart(form: str, num_classes: int, args: argparse.Namespace) -> tuple[float, float]:
@@ -115,9 +136,16 @@ def matrix_step(num_classes: int, args: argparse.Namespace) -> Callable[[], None
     return step
 
 
-def center_loss_step(num_classes: int, args: argparse.Namespace, sparse: bool = False) -> Callable[[], None]:
-    center_loss = CenterLoss(num_classes, args.feat_dim, use_gpu=False, sparse=sparse).to(args.device)
-    optimizer, drawn = torch.optim.SGD(center_loss.parameters(), lr=ALPHA), batches(num_classes, args)
+def center_loss_step(
+    num_classes: int, args: argparse.Namespace, sparse: bool = False
+) -> Callable[[], None]:
+    center_loss = CenterLoss(num_classes, args.feat_dim, use_gpu=False, sparse=sparse).to(
+        args.device
+    )
+    optimizer, drawn = (
+        torch.optim.SGD(center_loss.parameters(), lr=ALPHA),
+        batches(num_classes, args),
+    )
 
     def step() -> None:
         features, labels = next(drawn)

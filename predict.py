@@ -24,18 +24,30 @@ from center_loss import pairwise
 class Trained:
     """A trained network in evaluation mode; called with image files, it returns their features and logits."""
 
-    def __init__(self, checkpoint: dict, device: str | torch.device = "cpu", mirror: bool | None = None):
+    def __init__(
+        self, checkpoint: dict, device: str | torch.device = "cpu", mirror: bool | None = None
+    ):
         args, data = checkpoint["args"], checkpoint["data"]
-        self.classes, self.size, self.mode = data["classes"], data["image_size"], datasets.MODES[data["in_channels"]]
+        self.classes, self.size, self.mode = (
+            data["classes"],
+            data["image_size"],
+            datasets.MODES[data["in_channels"]],
+        )
         self.amp, self.device = args["amp"], torch.device(device)
-        self.model = models.create(args["model"], len(self.classes), data["in_channels"], self.size, args["feat_dim"])
+        self.model = models.create(
+            args["model"], len(self.classes), data["in_channels"], self.size, args["feat_dim"]
+        )
         self.model.load_state_dict(checkpoint["model"])
         self.mirror = args.get("mirror", False) if mirror is None else mirror
         self.model.to(self.device, memory_format=torch.channels_last).eval()
         self.centers = checkpoint["centers"].to(self.device)  # (C, D)
         spec = datasets.SPECS[args["dataset"]]
-        scaling = models.pretrained_scaling(args["model"]) if args.get("pretrained") else args["scaling"]
-        self.normalise = datasets.Normalise(*datasets.moments(spec, scaling, data["in_channels"]), self.device)
+        scaling = (
+            models.pretrained_scaling(args["model"]) if args.get("pretrained") else args["scaling"]
+        )
+        self.normalise = datasets.Normalise(
+            *datasets.moments(spec, scaling, data["in_channels"]), self.device
+        )
 
     def read(self, paths: Sequence[str | Path]) -> Tensor:
         """The network's input (N, C, H, W): images in its channels, resized and cropped to its size, normalised."""
@@ -52,14 +64,18 @@ class Trained:
             return model(self.read(paths))
 
 
-def load(path: str | Path, device: str | torch.device = "cpu", mirror: bool | None = None) -> Trained:
+def load(
+    path: str | Path, device: str | torch.device = "cpu", mirror: bool | None = None
+) -> Trained:
     """The network of a checkpoint, which needs no data set. Raises RunError if it is damaged or not one of main.py.
 
     `mirror`: return the means over images and their mirror images; None: as the run did in its tests.
     """
     checkpoint = utils.load_checkpoint(path)
     if not {"in_channels", "image_size"} <= checkpoint["data"].keys():
-        raise utils.RunError(f"the checkpoint {path} lacks the shape of its images, which a resumed run adds")
+        raise utils.RunError(
+            f"the checkpoint {path} lacks the shape of its images, which a resumed run adds"
+        )
     return Trained(checkpoint, device, mirror)
 
 
@@ -92,11 +108,21 @@ def image_paths(roots: Sequence[str]) -> list[str]:
     paths = []
     for root in roots:
         if not os.path.exists(root):
-            raise utils.RunError(f"--predict must name images and directories, but there is no {root or 'empty path'}")
-        found = sorted(os.path.join(base, file) for base, _, files in os.walk(root) for file in files)
-        found = [path for path in found if path.lower().endswith(IMG_EXTENSIONS)] if os.path.isdir(root) else [root]
+            raise utils.RunError(
+                f"--predict must name images and directories, but there is no {root or 'empty path'}"
+            )
+        found = sorted(
+            os.path.join(base, file) for base, _, files in os.walk(root) for file in files
+        )
+        found = (
+            [path for path in found if path.lower().endswith(IMG_EXTENSIONS)]
+            if os.path.isdir(root)
+            else [root]
+        )
         if not found:
-            raise utils.RunError(f"--predict must name images and directories of images, but {root} holds none")
+            raise utils.RunError(
+                f"--predict must name images and directories of images, but {root} holds none"
+            )
         paths += found
     return paths
 
@@ -110,5 +136,10 @@ def predictions(network: Trained, paths: Sequence[str], batch_size: int) -> Iter
         distances, nearest = pairwise(features, network.centers, "euclidean").min(1)
         values = (each.tolist() for each in (classes, probabilities, nearest, distances))
         for path, label, probability, center, distance in zip(batch, *values, strict=True):
-            yield {"path": path, "class": network.classes[label], "probability": round(probability, 6),
-                   "nearest_center": network.classes[center], "distance": round(distance, 6)}  # fmt: skip
+            yield {
+                "path": path,
+                "class": network.classes[label],
+                "probability": round(probability, 6),
+                "nearest_center": network.classes[center],
+                "distance": round(distance, 6),
+            }

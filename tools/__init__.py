@@ -1,0 +1,1 @@
+"""Commands beside main.py: `python -m tools.results`, `python -m tools.bench`."""
