@@ -12,10 +12,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from engine.backbone import Backbone, ModelError, Size, pretrained_scaling, shown
-from engine.prelu import PReLU
-
-__all__ = ["INITS", "MODELS", "Compiled", "Mirrored", "ModelError", "create", "pretrained_scaling"]
+from engine.backbone import Backbone, ModelError, Size, shown
+from engine.backbone import pretrained_scaling as pretrained_scaling
+from engine.layers import GlobalMax, PReLU, Residual, SmallConv2d
 
 # Layers: their order is that of state dicts and of the random numbers that they draw.
 
@@ -99,7 +98,7 @@ def colour(in_channels: int) -> list[nn.Module]:
         *conv_bn(256, 256, kernel=3),
         *conv_pool_bn(256, 256, kernel=3, padding=1),
         *conv_bn(256, 256, kernel=3),
-        nn.AdaptiveMaxPool2d(1),
+        GlobalMax(),
     ]
     convolutions = [layer for layer in layers if isinstance(layer, nn.Conv2d)]
     begin_as_patches(convolutions[0].weight)
@@ -136,7 +135,7 @@ def output_shape(layers: Sequence[nn.Module], image_size: Size) -> tuple[int, in
             size = size[0] + growth, size[1] + growth
         elif isinstance(layer, nn.MaxPool2d):
             size = tuple((side - layer.kernel_size) // layer.stride + 1 for side in size)
-        elif isinstance(layer, nn.AdaptiveMaxPool2d):
+        elif isinstance(layer, GlobalMax):
             size = 1, 1
         # A BatchNorm of one pixel could not train on a batch of one image.
         smallest = 2 if isinstance(layer, nn.BatchNorm2d) else 1
@@ -214,6 +213,43 @@ def resnet18_small(num_classes: int, in_channels: int, image_size: Size, feat_di
     return model
 
 
+def faces(in_channels: int) -> list[nn.Module]:
+    """Of the face network in the authors' Caffe files."""
+
+    def layer(inputs: int, outputs: int) -> list[nn.Module]:
+        return [nn.Conv2d(inputs, outputs, 3), PReLU(outputs)]
+
+    return [
+        *layer(in_channels, 32),
+        *layer(32, 64),
+        nn.MaxPool2d(2),
+        Residual(64),
+        *layer(64, 128),
+        nn.MaxPool2d(2),
+        Residual(128),
+        Residual(128),
+        *layer(128, 256),
+        nn.MaxPool2d(2),
+        Residual(256),
+        Residual(256),
+        Residual(256),
+        Residual(256),
+        Residual(256),
+        *layer(256, 512),
+        nn.MaxPool2d(2),
+        Residual(512),
+        Residual(512),
+        Residual(512),
+    ]
+
+
+def face_resnet(num_classes: int, in_channels: int, image_size: Size, feat_dim: int) -> ConvNet:
+    """wen2016's network for faces of 112 x 96 pixels, with feat_dim 512; begins as there."""
+    model = ConvNet(faces(in_channels), num_classes, image_size, feat_dim)
+    initialise(model, "xavier")
+    return model
+
+
 MODELS: dict[str, Callable[..., nn.Module]] = {
     "cnn": cnn,
     "cnn-wen2016": cnn_wen2016,
@@ -222,6 +258,7 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "bn-fast": of_layers(fast),
     "bn-images": of_layers(colour),
     "resnet18-small": resnet18_small,
+    "face-resnet": face_resnet,
 }
 
 
@@ -235,20 +272,34 @@ def is_known(name: str) -> bool:
 
 
 class Mirrored(nn.Module):
-    """The mean features and logits of images and of their mirror images.
+    """The features of images and of their mirror images, and the mean logits of both.
 
-    Wen et al. (ECCV 2016, section 4.1) test faces so, with the two features side by side. As the
-    classifiers here are linear, the mean logits are those of the mean features.
+    `mode`: "mean", of the two features (B, D), or "concat", both side by side (B, 2 D), as Wen et
+    al. (ECCV 2016, section 4.1) test faces. As the classifiers here are linear, the mean logits
+    are those of the mean features.
     """
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, mode: str = "mean"):
         super().__init__()
+        if mode not in MIRRORS:
+            raise ModelError(f"mirror must be one of {', '.join(MIRRORS)}, got {mode}")
         self.model = model
+        self.mode = mode
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         features, logits = self.model(images)
         mirrored_features, mirrored_logits = self.model(images.flip(3))
-        return (features + mirrored_features) / 2, (logits + mirrored_logits) / 2
+        logits = (logits + mirrored_logits) / 2
+        if self.mode == "concat":
+            return torch.cat([features, mirrored_features], 1), logits
+        return (features + mirrored_features) / 2, logits
+
+    def centers(self, centers: Tensor) -> Tensor:
+        """Class centers (C, D) in the space of these features."""
+        return torch.cat([centers, centers], 1) if self.mode == "concat" else centers
+
+
+MIRRORS = ("mean", "concat")
 
 
 class Compiled(nn.Module):
@@ -285,6 +336,14 @@ def xavier_(parameter: Tensor) -> Tensor:
 INITS = {"default": keep_, "xavier": xavier_}
 
 
+def initialise(model: nn.Module, init: str) -> None:
+    """Initialises convolutions and linear layers by INITS[init]."""
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d | nn.Linear) and not isinstance(module, SmallConv2d):
+            for parameter in module.parameters():
+                INITS[init](parameter)
+
+
 def create(
     name: str,
     num_classes: int = 10,
@@ -304,8 +363,5 @@ def create(
         model = MODELS[name](num_classes, in_channels, size, feat_dim)
     else:
         model = Backbone(name, num_classes, in_channels, size, feat_dim, pretrained)
-    for module in model.modules():
-        if isinstance(module, nn.Conv2d | nn.Linear):
-            for parameter in module.parameters():
-                INITS[init](parameter)
+    initialise(model, init)
     return model

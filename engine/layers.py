@@ -1,4 +1,4 @@
-"""PReLU whose training is faster on the CPU."""
+"""Layers that torch lacks, or has slower."""
 
 import torch
 import torch.nn.functional as F
@@ -36,3 +36,43 @@ class PReLU(nn.PReLU):
         if self.training and inputs.device.type == "cpu":
             return PReLUOnCPU.apply(inputs, self.weight)
         return F.prelu(inputs, self.weight)
+
+
+class GlobalMax(nn.Module):
+    """The largest pixel of each channel: (B, C, H, W) to (B, C).
+
+    Pixels that share the maximum share its gradient, where AdaptiveMaxPool2d gives it to the first;
+    but that has no deterministic backward pass on GPUs.
+    """
+
+    def forward(self, images: Tensor) -> Tensor:
+        return images.amax((2, 3))
+
+
+class SmallConv2d(nn.Conv2d):
+    """A 3x3 convolution without bias that begins near 0 whatever the initialisation of a network.
+
+    wen2016's blocks have biases that begin at 0 and stay there, at rate 0; so these have none.
+    """
+
+    def __init__(self, channels: int):
+        super().__init__(channels, channels, 3, padding=1, bias=False)
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.weight, std=0.01)
+
+
+class Residual(nn.Module):
+    """Two convolutions with PReLU, added to their input (B, C, H, W)."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.body = nn.Sequential(
+            SmallConv2d(channels),
+            PReLU(channels),
+            SmallConv2d(channels),
+            PReLU(channels),
+        )
+
+    def forward(self, images: Tensor) -> Tensor:
+        return images + self.body(images)
