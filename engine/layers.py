@@ -33,8 +33,9 @@ class PReLU(nn.PReLU):
     """PReLU whose training is faster on the CPU."""
 
     def forward(self, inputs: Tensor) -> Tensor:
-        if self.training and inputs.device.type == "cpu":
-            return PReLUOnCPU.apply(inputs, self.weight)
+        if not torch.jit.is_scripting():
+            if self.training and inputs.device.type == "cpu":
+                return PReLUOnCPU.apply(inputs, self.weight)
         return F.prelu(inputs, self.weight)
 
 
