@@ -16,7 +16,7 @@ import os
 import runpy
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -32,6 +32,7 @@ with own_modules():  # others may have modules of these names
     import models
     import utils
     from center_loss import pairwise
+    from engine.images import ENDINGS, MODES, DatasetError, ReadImage
 
 COLUMNS = ["path", "class", "probability", "nearest_center", "distance", "error"]
 
@@ -40,7 +41,7 @@ class Trained:
     """A trained network in evaluation mode: image files to their features and logits.
 
     Attributes: `classes`, the names of those trained; their `centers` (C, D); `size` (H, W) of the
-    network's images.
+    network's images; read(path), an image of that size, uint8 (C, H, W).
     """
 
     def __init__(self, checkpoint: dict, device: str | torch.device, mirror: bool | str | None):
@@ -68,8 +69,7 @@ class Trained:
             scaling = models.pretrained_scaling(args["model"])
         moments = datasets.moments(datasets.SPECS[args["dataset"]], scaling, channels)
         self._normalise = datasets.Normalise(*moments, self.device)
-        self._read = datasets.ReadImage(datasets.MODES[channels])
-        self._crop = datasets.square(self.size[0])
+        self.read = ReadImage(MODES[channels], self.size)
 
     def __call__(self, paths: str | Path | Sequence[str | Path]) -> tuple[Tensor, Tensor]:
         """Features (N, D) and logits (N, C) of image files. DatasetError if one cannot be read."""
@@ -78,15 +78,15 @@ class Trained:
         with ThreadPoolExecutor() as pool:
             return self.outputs(list(pool.map(self.read, paths)))
 
-    def read(self, path: str | Path) -> Tensor:
-        """An image file, uint8 (C, H, W): resized and cropped."""
-        return self._crop(self._read(str(path)))
+    def scale(self, images: Sequence[Tensor]) -> Tensor:
+        """The network's input (N, C, H, W), from images that have been read."""
+        return self._normalise(torch.stack(list(images)).to(self.device))
 
     @torch.no_grad()
     def outputs(self, images: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Features and logits of images that have been read."""
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
-            return self.net(self._normalise(torch.stack(list(images)).to(self.device)))
+            return self.net(self.scale(images))
 
 
 def load(
@@ -109,42 +109,46 @@ def load(
         raise utils.RunError(f"{path} is no whole checkpoint of main.py: {reason}") from error
 
 
-class Batch(NamedTuple):
-    """Some images: outputs of those that could be read, and why the others could not."""
+class Outputs(NamedTuple):
+    """What a network makes of image files, of which some may be unreadable."""
 
-    paths: list[str]
+    paths: list[str]  # of those that could be read
     features: Tensor  # (N, D)
     logits: Tensor  # (N, C)
-    errors: dict[str, str]  # by path
+    errors: dict[str, str]  # why others could not, by path
 
 
-def in_batches(network: Trained, paths: Sequence[str], batch_size: int) -> Iterator[Batch]:
-    """The outputs of a network for image files, of which some may be unreadable."""
-
+def outputs_of(network: Trained, paths: Sequence[str], batch_size: int = 128) -> Outputs:
     def read(path: str) -> Tensor | str:
         try:
             return network.read(path)
-        except datasets.DatasetError as error:
+        except DatasetError as error:
             return str(error)
 
-    for start in range(0, len(paths), batch_size):
-        batch = paths[start : start + batch_size]
-        with ThreadPoolExecutor() as pool:
+    whole = []
+    features = [network.centers[:0]]
+    logits = [network.centers.new_empty(0, len(network.classes))]
+    errors = {}
+    with ThreadPoolExecutor() as pool:
+        for start in range(0, len(paths), batch_size):
+            batch = paths[start : start + batch_size]
             found = dict(zip(batch, pool.map(read, batch), strict=True))
-        errors = {path: image for path, image in found.items() if isinstance(image, str)}
-        images = {path: image for path, image in found.items() if path not in errors}
-        outputs = network.centers[:0], network.centers.new_empty(0, len(network.classes))
-        if images:
-            outputs = network.outputs(list(images.values()))
-        yield Batch(list(images), *outputs, errors)
+            errors |= {path: image for path, image in found.items() if isinstance(image, str)}
+            images = {path: image for path, image in found.items() if path not in errors}
+            if images:
+                outputs = network.outputs(list(images.values()))
+                whole += images
+                features.append(outputs[0])
+                logits.append(outputs[1])
+    return Outputs(whole, torch.cat(features), torch.cat(logits), errors)
 
 
-def predictions(network: Trained, batch: Batch) -> list[dict]:
-    """A row of predictions.csv for each image; those that could not be read come last."""
-    probabilities, labels = batch.logits.softmax(1).max(1)
-    distances, nearest = pairwise(batch.features, network.centers, "euclidean").min(1)
+def predictions(network: Trained, outputs: Outputs) -> list[dict]:
+    """A row of predictions.csv for each image that could be read."""
+    probabilities, labels = outputs.logits.softmax(1).max(1)
+    distances, nearest = pairwise(outputs.features, network.centers, "euclidean").min(1)
     rows = []
-    for number, path in enumerate(batch.paths):
+    for number, path in enumerate(outputs.paths):
         row = {
             "path": path,
             "class": network.classes[labels[number]],
@@ -153,13 +157,11 @@ def predictions(network: Trained, batch: Batch) -> list[dict]:
             "distance": round(distances[number].item(), 6),
         }
         rows.append(row)
-    return rows + [{"path": path, "error": error} for path, error in batch.errors.items()]
+    return rows
 
 
 def find_images(roots: Sequence[str]) -> list[str]:
     """The files among `roots`, and the images below the directories, but for hidden ones."""
-    from torchvision.datasets.folder import IMG_EXTENSIONS
-
     paths = []
     for root in roots:
         if not os.path.exists(root):
@@ -167,7 +169,7 @@ def find_images(roots: Sequence[str]) -> list[str]:
         found = [] if os.path.isdir(root) else [root]
         for path in sorted(Path(root).rglob("*")):
             hidden = any(part.startswith(".") for part in path.relative_to(root).parts)
-            if path.suffix.lower() in IMG_EXTENSIONS and not hidden:
+            if path.suffix.lower() in ENDINGS and not hidden:
                 found.append(str(path))
         if not found:
             raise utils.RunError(f"PATH must be an image or a directory of them, got {root}")
@@ -175,70 +177,55 @@ def find_images(roots: Sequence[str]) -> list[str]:
     return paths
 
 
-def write_predictions(network: Trained, batches: Iterator[Batch], target: Path) -> dict[str, str]:
-    """Writes predictions.csv and prints a summary; returns the errors by path."""
-    read = []
-    errors = {}
+def write_predictions(network: Trained, outputs: Outputs, target: Path) -> None:
+    """Writes predictions.csv, in which images that could not be read come last; and a summary."""
+    rows = predictions(network, outputs)
     target.parent.mkdir(parents=True, exist_ok=True)
 
     def write(part: Path) -> None:
         with open(part, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
             writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
             writer.writeheader()
-            for batch in batches:
-                for row in predictions(network, batch):
-                    texts = {name: utils.spreadsheet_text(str(row[name])) for name in row}
-                    writer.writerow(texts)
-                    read.extend([row] if "class" in row else [])
-                errors.update(batch.errors)
+            unreadable = [dict(path=path, error=error) for path, error in outputs.errors.items()]
+            for row in rows + unreadable:
+                writer.writerow({name: utils.spreadsheet_text(str(row[name])) for name in row})
 
     utils.replace_file(target, write)
-    counts = Counter(row["class"] for row in read).most_common()
-    unsure = sum(row["probability"] < 0.5 for row in read)
-    apart = sum(row["class"] != row["nearest_center"] for row in read)
-    print(f"{len(read)} images: " + ", ".join(f"{name} {count}" for name, count in counts))
+    counts = Counter(row["class"] for row in rows).most_common()
+    unsure = sum(row["probability"] < 0.5 for row in rows)
+    apart = sum(row["class"] != row["nearest_center"] for row in rows)
+    print(f"{len(rows)} images: " + ", ".join(f"{name} {count}" for name, count in counts))
     print(f"Probability below 0.5: {unsure}\t Nearest center of another class: {apart}")
     print(f"Predictions: {target}")
-    return errors
 
 
-def write_features(batches: Iterator[Batch], roots: Sequence[str], target: Path) -> dict[str, str]:
-    """Writes paths, features and, of a directory of classes, labels; returns the errors by path."""
-    paths = []
-    features = []
-    errors = {}
-    for batch in batches:
-        paths += batch.paths
-        features.append(batch.features.float().cpu().numpy())
-        errors.update(batch.errors)
-    arrays = dict(paths=np.array(paths), features=np.concatenate(features))
-    names = [Path(os.path.relpath(path, roots[0])).parts[0] for path in paths]
+def write_features(outputs: Outputs, roots: Sequence[str], target: Path) -> None:
+    """Writes paths, features and, of a directory of directories, these as classes and labels."""
+    arrays = dict(paths=np.array(outputs.paths), features=outputs.features.float().cpu().numpy())
+    names = [Path(os.path.relpath(path, roots[0])).parts[0] for path in outputs.paths]
     if len(roots) == 1 and all(os.path.isdir(os.path.join(roots[0], name)) for name in names):
         arrays["classes"], arrays["labels"] = np.unique(names, return_inverse=True)
     utils.save_arrays(target, arrays)
-    shapes = ", ".join(f"{name} {array.shape}" for name, array in arrays.items())
-    print(f"{target}: {shapes}")
-    return errors
+    print(f"{target}: " + ", ".join(f"{name} {array.shape}" for name, array in arrays.items()))
 
 
-def read_thresholds(path: Path) -> tuple[str, dict, bool | str]:
+def read_thresholds(path: Path) -> tuple[str, dict, bool | str | None]:
     """What evaluation.json has of pairs, of unknown or else of trained classes, and its --mirror.
 
     Empty if there is no such file, or it has none of these.
     """
-    if path.exists():
-        try:
-            found = json.loads(path.read_text(encoding="utf-8"))
-            places = {
-                "the pairs": found.get("pairs", {}),
-                "the unknown classes": found.get("unknown", {}).get("verification", {}),
-                "the trained classes": found.get("verification", {}),
-            }
-        except (AttributeError, ValueError) as error:
-            raise utils.RunError(f"{path} is not an evaluation.json of main.py") from error
-        for of, values in places.items():
-            if "l2" in values:
-                return of, values, found.get("mirror")
+    try:
+        found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        places = {
+            "the pairs": found.get("pairs", {}),
+            "the unknown classes": found.get("unknown", {}).get("verification", {}),
+            "the trained classes": found.get("verification", {}),
+        }
+    except (AttributeError, ValueError) as error:
+        raise utils.RunError(f"{path} is not an evaluation.json of main.py") from error
+    for of, values in places.items():
+        if "l2" in values:
+            return of, values, found.get("mirror")
     return "", {}, None
 
 
@@ -307,21 +294,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.same:
             compare(args)
             return 0
+        paths = find_images(args.paths)
         network = load(args.checkpoint, args.device, args.mirror)
-        batches = in_batches(network, find_images(args.paths), args.batch_size)
+        outputs = outputs_of(network, paths, args.batch_size)
         if args.embed:
-            errors = write_features(batches, args.paths, Path(args.embed))
+            write_features(outputs, args.paths, Path(args.embed))
         else:
             directory = args.save_dir or Path(args.checkpoint).parent
-            errors = write_predictions(network, batches, Path(directory, "predictions.csv"))
-    except (utils.RunError, datasets.DatasetError) as error:
+            write_predictions(network, outputs, Path(directory, "predictions.csv"))
+    except (utils.RunError, DatasetError) as error:
         print(f"predict.py: error: {error}", file=sys.stderr)
         return getattr(error, "status", 2)
     except KeyboardInterrupt:
         return 130
+    errors = list(outputs.errors.values())
     if errors:
-        first = next(iter(errors.values()))
-        print(f"{len(errors)} could not be read; the first: {first}", file=sys.stderr)
+        print(f"{len(errors)} could not be read; the first: {errors[0]}", file=sys.stderr)
     return 1 if errors else 0
 
 

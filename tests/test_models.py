@@ -282,7 +282,7 @@ def test_features_of_mirror_images(mode):
     [(1, (5, 6, 7, 7)), (6, (5, 6, 7, 7)), (1, (5, 2)), (2, (5, 2)), (6, (0, 6, 2, 2))],
 )
 def test_prelu_has_the_values_and_gradients_of_torchs(slopes, shape, dtype, channels_last):
-    """Also at 0, where the gradient is that of the negative side, and for slopes of any sign and above 1."""
+    """Also at 0, where it is that of the negative side, and for slopes of any sign and size."""
     generator = torch.Generator().manual_seed(0)
     images = (
         torch.randint(-3, 4, shape, generator=generator).to(dtype) * 0.37
@@ -348,7 +348,7 @@ def test_a_networks_gradients_with_ours_are_those_with_torchs(monkeypatch):
     for kind in (nn.PReLU, models.PReLU):
         monkeypatch.setattr(models, "PReLU", kind)
         torch.manual_seed(0)
-        model = models.create("cnn-wen2016", image_size=16).double()
+        model = models.create("cnn", image_size=16).double()
         features, logits = model(torch.randn(4, 1, 16, 16, dtype=torch.float64))
         (F.cross_entropy(logits, torch.arange(4)) + features.square().sum()).backward()
         gradients.append([parameter.grad for parameter in model.parameters()])

@@ -13,10 +13,10 @@ import torch
 from conftest import make_folder
 from PIL import Image
 
-import datasets
 import models
 import predict
 import utils
+from engine.images import ReadImage
 
 ROOT = Path(predict.__file__).parent
 
@@ -77,7 +77,7 @@ def outputs_by_hand(checkpoint, path, views):
     saved = torch.load(checkpoint, weights_only=True)
     model = models.create("cnn", 3, 3, 8, 3).eval()
     model.load_state_dict(saved["model"])
-    image = datasets.square(8)(datasets.ReadImage("RGB")(str(path))) / 255
+    image = ReadImage("RGB", 8)(str(path)) / 255
     images = [(each[None] - 0.5) / 0.5 for each in (image, image.flip(-1))][:views]
     with torch.no_grad():
         outputs = list(zip(*map(model, images), strict=True))
@@ -145,8 +145,8 @@ def test_the_distance_is_exact_in_a_large_batch():
 
     offsets = 0.01 * torch.arange(64.0)[:, None].expand(-1, 2)
     paths = list(map(str, range(64)))
-    batch = predict.Batch(paths, Network.centers[:1] + offsets, torch.zeros(64, 2), {})
-    found = [row["distance"] for row in predict.predictions(Network, batch)]
+    outputs = predict.Outputs(paths, Network.centers[:1] + offsets, torch.zeros(64, 2), {})
+    found = [row["distance"] for row in predict.predictions(Network, outputs)]
     assert found == pytest.approx([0.01 * 2**0.5 * number for number in range(64)], abs=1e-4)
 
 
