@@ -23,6 +23,7 @@ ACCURACIES = (
     ("test_accuracy", "test: softmax", COLORS[6], "-o"),
     ("nearest_center_accuracy", "test: nearest center", COLORS[4], "--s"),
 )
+LINES = ("-", "--", ":", "-.")  # of distances in ROC curves
 
 
 def draw_curves(part: Path, history: Sequence[dict], format: str = "") -> None:
@@ -134,11 +135,19 @@ def write_counts(axes, counts: np.ndarray, shares: np.ndarray, room: float, size
 
 
 def draw_roc(part: Path, fars: Sequence[float], curves: dict[str, Sequence[float]]) -> None:
-    """Draws the true positive rate of each curve over the false accept rate, as PNG."""
+    """Draws the true positive rate of each curve over the false accept rate, as PNG.
+
+    Curves called "images, distance" have a colour for the images and a line for the distance.
+    """
     figure, ((axes,),) = new_figure(6.4, 4.8)
-    for (name, curve), color in zip(curves.items(), palette(len(curves)), strict=True):
-        axes.plot(fars, curve, label=name, color=color)
-    axes.plot(fars, fars, ":", color="black", label="chance")
+    parts = [name.partition(", ") for name in curves]
+    images = list(dict.fromkeys(first for first, _, _ in parts))
+    distances = list(dict.fromkeys(last for _, _, last in parts))
+    for (name, curve), (first, _, last) in zip(curves.items(), parts, strict=True):
+        line = LINES[distances.index(last) % len(LINES)]
+        color = palette(len(images))[images.index(first)]
+        axes.plot(fars, curve, line, label=name, color=color)
+    axes.plot(fars, fars, color="0.6", linewidth=0.8, label="chance")
     axes.set(xscale="log", xlim=(fars[0], 1), ylim=(0, 1.01), title="verification")
     axes.set_xlabel("false accept rate (pairs of two classes)")
     axes.set_ylabel("true accept rate (pairs of one class)")

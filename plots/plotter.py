@@ -100,7 +100,7 @@ class Plotter:
 
     def _complain(self, error: str) -> None:
         if not self.has_complained:
-            self.log(f"A picture is tried again after the next epoch: {error}")
+            self.log(f"A picture could not be written and is tried again later: {error}")
         self.has_complained = True
 
     def finish(self, stop: Callable[[], bool] = lambda: False) -> list[str]:

@@ -16,20 +16,14 @@ import numpy as np
 
 import utils
 from plots.looks import Looks
-from plots.saved import (
-    TEST_POINTS,
-    TRAIN_POINTS,
-    Run,
-    names_of,
-    read_arrays,
-    read_run,
-    sample,
-)
+from plots.saved import Run, names_of, read_arrays, read_run, sample
 
 PAGE = Path(__file__).parent / "page"
 # In this order they become one script; `start` is called by the last.
 SCRIPTS = ("base", "data", "view", "points", "panels", "epochs", "legend", "curves", "confusion")
 SCRIPTS += ("run", "start")
+TEST_POINTS = 10_000  # of more images, a fixed sample
+TRAIN_POINTS = 5_000
 EPOCHS = 100  # of more, as many evenly spaced ones
 SPRITE_BYTES = 3_000_000  # of the test images; above it they become JPEG
 LOG_CHARACTERS = 200_000  # of a longer log, the end
@@ -108,7 +102,10 @@ def pack_split(run: Run, split: str) -> dict:
             order = rows[np.argsort(labels[rows], kind="stable")]
         points, grid = quantise(shown["points"][order])
         kept["grids"].append(grid)
-        kept["centers"].append([finite_or_none(center) for center in shown["centers"]])
+        centers = shown["centers"]
+        finite = np.isfinite(centers).all(1).tolist()
+        centers = zip(centers.tolist(), finite, strict=True)
+        kept["centers"].append([center if known else None for center, known in centers])
         values["points"].append(points)
         values["labels"].append(labels[order])
         values["predictions"].append(shown["predictions"][order])
@@ -124,10 +121,6 @@ def pack_split(run: Run, split: str) -> dict:
 def spaced(count: int) -> list[int]:
     """At most EPOCHS of `count` indices, evenly spaced, with the first and the last."""
     return sorted(set(np.linspace(0, count - 1, min(count, EPOCHS)).round().astype(int).tolist()))
-
-
-def finite_or_none(center: np.ndarray) -> list[float] | None:
-    return center.tolist() if np.isfinite(center).all() else None
 
 
 def quantise(points: np.ndarray) -> tuple[np.ndarray, list[float]]:
@@ -174,12 +167,9 @@ def encode(pixels: np.ndarray) -> str:
     from PIL import Image
 
     image = Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels[:, :, :3])
-    attempts = [("JPEG", {"quality": quality}) for quality in (90, 75, 50, 30)]
-    if pixels.size < 4 * SPRITE_BYTES:
-        attempts.insert(0, ("PNG", {"optimize": True}))
-    for format, options in attempts:
+    for format, quality in (("PNG", None), ("JPEG", 80), ("JPEG", 40)):
         file = io.BytesIO()
-        image.save(file, format, **options)
+        image.save(file, format, quality=quality)
         if file.tell() <= SPRITE_BYTES:
             break
     return f"data:image/{format.lower()};base64,{base64.b64encode(file.getvalue()).decode()}"

@@ -10,8 +10,10 @@ from plots.charts import draw_curves
 from plots.film import draw_film
 from plots.plotter import Plotter
 from plots.points import draw_points, plane
-from plots.report import write_page
-from plots.saved import TEST_POINTS, TSNE_POINTS, sample
+from plots.report import TEST_POINTS, write_page
+from plots.saved import sample
+
+TSNE_POINTS = 5_000  # of more images, a fixed sample
 
 
 def plot_epoch(

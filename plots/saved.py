@@ -11,10 +11,6 @@ import numpy as np
 
 import utils
 
-# Of more images, a fixed sample is shown.
-TEST_POINTS = 10_000
-TRAIN_POINTS = 5_000
-TSNE_POINTS = 5_000
 # What <split>/epoch_<N>.npz holds.
 ARRAYS = ("points", "labels", "predictions", "centers", "classes", "axes", "title")
 
@@ -45,10 +41,8 @@ class Run:
         """The arrays of an epoch; RunError if it has none, or a damaged file."""
         if number not in self.files[split]:
             known = ", ".join(map(str, self.files[split]))
-            directory = self.directory / split
-            raise utils.RunError(
-                f"--epochs must be among those of {directory}, {known}, got {number}"
-            )
+            where = self.directory / split
+            raise utils.RunError(f"--epochs must be among those of {where}, {known}, got {number}")
         return read_epoch(self.files[split][number])
 
 
@@ -67,11 +61,10 @@ def read_run(directory: Path) -> Run:
         raise utils.RunError(
             f"{directory} is no run: args.json, metrics.csv or run.json is damaged"
         ) from error
-    files = {}
-    for split in utils.SPLITS:
-        epochs = dict(utils.epoch_files(directory / split, ["epoch_*.npz"]))
-        if epochs:
-            files[split] = epochs
+    files = {
+        split: dict(utils.epoch_files(directory / split, ["epoch_*.npz"])) for split in utils.SPLITS
+    }
+    files = {split: epochs for split, epochs in files.items() if epochs}
     if "train" not in files or len(files) < 2:
         raise utils.RunError(f"{directory} has no points of a tested epoch: train with --plot")
     run = Run(directory, args, history, facts, log, files, [], [])
@@ -135,31 +128,27 @@ def read_epoch(path: Path, names: Sequence[str] = ARRAYS) -> dict[str, np.ndarra
 
 
 def names_of(runs: Sequence[Run]) -> list[str]:
-    """The directories of the runs, with as much of the paths as makes them different."""
-    parts = [run.directory.resolve().parts for run in runs]
-    for length in range(1, max(map(len, parts))):
-        short = ["/".join(each[-length:]) for each in parts]
-        if len(set(short)) == len(short):
-            break
-    return short
+    """The names of the directories of the runs, or their paths where two have the same name."""
+    paths = [run.directory.resolve() for run in runs]
+    names = [path.name for path in paths]
+    return names if len(set(names)) == len(names) else list(map(str, paths))
 
 
 def check_comparable(runs: Sequence[Run]) -> None:
     """Raises RunError unless the runs have the same data set, classes and test labels."""
-    first = what_was_tested(runs[0])
+    first = runs[0]
     for run in runs[1:]:
-        for what, value in what_was_tested(run).items():
-            if value != first[what]:
+        same = {
+            "dataset": run.args["dataset"] == first.args["dataset"],
+            "classes": (run.classes, run.unseen) == (first.classes, first.unseen),
+            "test images": np.array_equal(run.last()["labels"], first.last()["labels"]),
+        }
+        for what, is_same in same.items():
+            if not is_same:
                 raise utils.RunError(
-                    f"--compare needs runs of the same data, but {runs[0].directory} and "
+                    f"--compare needs runs of the same data, but {first.directory} and "
                     f"{run.directory} differ in their {what}"
                 )
-
-
-def what_was_tested(run: Run) -> dict:
-    labels = run.last()["labels"].tolist()
-    classes = run.classes + run.unseen
-    return {"dataset": run.args["dataset"], "classes": classes, "test images": labels}
 
 
 def sample(count: int, limit: int) -> np.ndarray:

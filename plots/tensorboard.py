@@ -25,7 +25,10 @@ class Board:
         last = history[-1]["epoch"] if history else 0
         self.added = {path for epoch, path in self._pictures() if recorded and epoch <= last}
         self.writer = SummaryWriter(directory / "tensorboard", purge_step=last + 1)
-        plain = {name: as_plain(value) for name, value in settings.items()}
+        plain = {
+            name: value if isinstance(value, bool | int | float | str) else str(value)
+            for name, value in settings.items()
+        }
         for summary in hparams(plain, dict.fromkeys(METRICS)):
             self.writer.file_writer.add_summary(summary)
         if not recorded:
@@ -65,8 +68,3 @@ class Board:
             value = Summary.Value(tag=f"{path.parent.name} features", image=image)
             self.writer.file_writer.add_summary(Summary(value=[value]), epoch)
             self.added.add(path)
-
-
-def as_plain(value) -> bool | int | float | str:
-    """A setting as hparams takes it."""
-    return value if isinstance(value, bool | int | float | str) else str(value)

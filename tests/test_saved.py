@@ -83,4 +83,5 @@ def test_names_of_runs_are_as_long_as_makes_them_different(directory, tmp_path):
     (tmp_path / "b").mkdir()
     other = Path(shutil.copytree(directory, tmp_path / "b" / "run"))
     runs = [read_run(directory), read_run(other)]
-    assert names_of(runs) == [f"{tmp_path.name}/run", "b/run"] and names_of(runs[:1]) == ["run"]
+    assert names_of(runs) == [str(tmp_path / "run"), str(tmp_path / "b" / "run")]
+    assert names_of(runs[:1]) == ["run"]
