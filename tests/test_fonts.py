@@ -33,12 +33,17 @@ def only_dejavu(fonts) -> list:
     return [font for font in fonts if font.name == "DejaVu Sans"]
 
 
-def test_names_are_shown_letter_by_letter_and_escaped_where_that_cannot_be(system_fonts):
+def test_names_are_no_formulas_and_bytes_that_are_not_utf8_are_escaped(system_fonts):
     system_fonts()
-    not_utf8 = os.fsdecode(b"caf\xe9")
-    with pytest.warns(UserWarning, match="No font of this system has 中 文: "):
-        names = drawable(["naïve", "a$x_$b", not_utf8, "two\nlines", "中文"])
-    assert names == ["naïve", r"a\$x_\$b", r"caf\xe9", r"two\nlines", r"\u4e2d\u6587"]
+    names = drawable(["naïve", "a$x_$b", os.fsdecode(b"caf\xe9"), "two\nlines", "中文"])
+    assert names == ["naïve", r"a\$x_\$b", r"caf\xe9", "two\nlines", "中文"]
+
+
+def test_letters_that_no_font_has_are_said_and_stop_no_picture(system_fonts, tmp_path):
+    system_fonts()
+    drawing = (draw_confusion, np.eye(2, dtype=int), ["中", "a"], "test")
+    notes = draw_to(tmp_path / "c.png", *drawing)
+    assert len(notes) == 1 and "missing from font" in notes.pop()
 
 
 def test_a_font_of_the_system_is_chosen_for_letters_that_the_default_lacks(system_fonts, tmp_path):
