@@ -32,7 +32,11 @@ DISTANCES = {"squared": _squared, "euclidean": _euclidean}
 
 # What a center's sum of offsets is divided by, as a function of the class's count in the batch; None: the centers
 # receive the gradient of the loss.
-CENTER_UPDATES = {"gradient": None, "paper": lambda counts: 1 + counts, "mean": lambda counts: counts}
+CENTER_UPDATES = {
+    "gradient": None,
+    "paper": lambda counts: 1 + counts,
+    "mean": lambda counts: counts,
+}
 
 
 class CenterLoss(nn.Module):
@@ -101,16 +105,32 @@ class CenterLoss(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        _check("num_classes", num_classes, Integral, "an integer of at least 1", lambda size: size >= 1)
+        _check(
+            "num_classes", num_classes, Integral, "an integer of at least 1", lambda size: size >= 1
+        )
         _check("feat_dim", feat_dim, Integral, "an integer of at least 1", lambda size: size >= 1)
         _check("distance", distance, str, f"one of {tuple(DISTANCES)}", DISTANCES.__contains__)
-        _check("radius", radius, Real, "a finite number >= 0", lambda radius: 0 <= radius < math.inf)
+        _check(
+            "radius", radius, Real, "a finite number >= 0", lambda radius: 0 <= radius < math.inf
+        )
         _check("scale", scale, Real, "a finite number > 0", lambda scale: 0 < scale < math.inf)
-        _check("center_update", center_update, str, f"one of {tuple(CENTER_UPDATES)}", CENTER_UPDATES.__contains__)
+        _check(
+            "center_update",
+            center_update,
+            str,
+            f"one of {tuple(CENTER_UPDATES)}",
+            CENTER_UPDATES.__contains__,
+        )
         if ignore_index is not None:
             _check("ignore_index", ignore_index, Integral, "an integer or None")
         if dtype is not None:
-            _check("dtype", dtype, torch.dtype, "a floating-point dtype", lambda dtype: dtype.is_floating_point)
+            _check(
+                "dtype",
+                dtype,
+                torch.dtype,
+                "a floating-point dtype",
+                lambda dtype: dtype.is_floating_point,
+            )
         self.num_classes, self.feat_dim, self.use_gpu = num_classes, feat_dim, use_gpu
         self.distance, self.radius, self.scale = distance, radius, scale
         self.class_average, self.center_update, self.sparse = class_average, center_update, sparse
@@ -121,7 +141,9 @@ class CenterLoss(nn.Module):
     def forward(self, features: Tensor, labels: Tensor) -> Tensor:
         """Return the scalar loss of features (B, D) with integer labels (B,) in [0, num_classes)."""
         features, labels, kept = self._prepare(features, labels)
-        centers = F.embedding(labels, self.centers, sparse=self.sparse).to(features.dtype)  # (B, D), one per sample
+        centers = F.embedding(labels, self.centers, sparse=self.sparse).to(
+            features.dtype
+        )  # (B, D), one per sample
         return self._loss(features, centers, labels, kept)
 
     @torch.no_grad()
@@ -139,7 +161,9 @@ class CenterLoss(nn.Module):
         features, labels, kept = self._prepare(features, labels)
         with torch.enable_grad():
             centers = self.centers.detach()[labels].to(features.dtype).requires_grad_()  # (B, D)
-            (grad,) = torch.autograd.grad(self._loss(features.detach(), centers, labels, kept), centers)
+            (grad,) = torch.autograd.grad(
+                self._loss(features.detach(), centers, labels, kept), centers
+            )
         self.centers.index_add_(0, labels, grad.to(self.centers.dtype), alpha=-alpha)
 
     def distances(self, features: Tensor) -> Tensor:
@@ -176,20 +200,34 @@ class CenterLoss(nn.Module):
         kept = labels != self.ignore_index
         return features, labels.where(kept, 0), kept
 
-    def _loss(self, features: Tensor, centers: Tensor, labels: Tensor, kept: Tensor | None) -> Tensor:
+    def _loss(
+        self, features: Tensor, centers: Tensor, labels: Tensor, kept: Tensor | None
+    ) -> Tensor:
         """Return the loss of features (B, D), each with its center (B, D)."""
         divisor = CENTER_UPDATES[self.center_update] if centers.requires_grad else None
-        distances = DISTANCES[self.distance](self._offsets(features, centers.detach() if divisor else centers, kept))
+        distances = DISTANCES[self.distance](
+            self._offsets(features, centers.detach() if divisor else centers, kept)
+        )
         if self.class_average or divisor:
             classes = labels if kept is None else labels.where(kept, -1)
             ordered = classes.sort().values  # counts without an array over all classes
-            counts = torch.searchsorted(ordered, classes, right=True) - torch.searchsorted(ordered, classes)
+            counts = torch.searchsorted(ordered, classes, right=True) - torch.searchsorted(
+                ordered, classes
+            )
         if self.class_average:
             distances = distances / counts
-        loss = self.scale * distances.sum() / (max(labels.shape[0], 1) if kept is None else kept.sum().clamp(min=1))
+        loss = (
+            self.scale
+            * distances.sum()
+            / (max(labels.shape[0], 1) if kept is None else kept.sum().clamp(min=1))
+        )
         if divisor:
             # Delta is the gradient of this sum with respect to the centers; its value must not count.
-            pull = _squared(self._offsets(features.detach(), centers, kept)).div(2 * divisor(counts)).sum()
+            pull = (
+                _squared(self._offsets(features.detach(), centers, kept))
+                .div(2 * divisor(counts))
+                .sum()
+            )
             loss = loss + (pull - pull.detach())
         return loss
 
@@ -200,7 +238,9 @@ class CenterLoss(nn.Module):
         if kept is not None:
             offsets = offsets.masked_fill(~kept[:, None], 0)
         if self.radius:
-            offsets = offsets * (1 - self.radius / _euclidean(offsets).clamp(min=self.radius))[:, None]
+            offsets = (
+                offsets * (1 - self.radius / _euclidean(offsets).clamp(min=self.radius))[:, None]
+            )
         return offsets
 
     def _check_features(self, features: Tensor) -> Tensor:
@@ -213,8 +253,12 @@ class CenterLoss(nn.Module):
         if len(shape) != 2 or shape[1] != self.feat_dim:
             raise ValueError(f"features must have shape (B, {self.feat_dim}), got {tuple(shape)}")
         if features.device != centers.device:
-            raise ValueError(f"features must be on {centers.device} like centers, got {features.device}")
-        return features.to(torch.float64 if torch.float64 in (dtype, centers.dtype) else torch.float32)
+            raise ValueError(
+                f"features must be on {centers.device} like centers, got {features.device}"
+            )
+        return features.to(
+            torch.float64 if torch.float64 in (dtype, centers.dtype) else torch.float32
+        )
 
     def _check_labels(self, labels: Tensor, features: Tensor) -> Tensor:
         """Return them as int64."""
@@ -224,9 +268,13 @@ class CenterLoss(nn.Module):
         if dtype.is_floating_point or dtype.is_complex or dtype == torch.bool:
             raise TypeError(f"labels must be integers, got {dtype}")
         if labels.shape != features.shape[:1]:
-            raise ValueError(f"labels must have shape ({features.shape[0]},), got {tuple(labels.shape)}")
+            raise ValueError(
+                f"labels must have shape ({features.shape[0]},), got {tuple(labels.shape)}"
+            )
         if labels.device != features.device:
-            raise ValueError(f"labels must be on {features.device} like centers, got {labels.device}")
+            raise ValueError(
+                f"labels must be on {features.device} like centers, got {labels.device}"
+            )
         labels = labels.long().contiguous()
         if labels.is_cpu and not torch.compiler.is_compiling():
             try:
@@ -235,35 +283,49 @@ class CenterLoss(nn.Module):
             except RuntimeError:  # vmap hides the labels' values; the lookup refuses wrong ones
                 low = high = 0
             if low < 0 or high >= self.num_classes:
-                raise ValueError(f"labels must be in [0, {self.num_classes}), got {low if low < 0 else high}")
+                raise ValueError(
+                    f"labels must be in [0, {self.num_classes}), got {low if low < 0 else high}"
+                )
         return labels
 
 
-def pairwise(features: Tensor, centers: Tensor, distance: str = "squared", block: int = 2**20) -> Tensor:
+def pairwise(
+    features: Tensor, centers: Tensor, distance: str = "squared", block: int = 2**20
+) -> Tensor:
     """Return the distances (B, C) of features (B, D) from centers (C, D), computed block numbers at a time."""
     from torch.utils.checkpoint import checkpoint  # torch 2.5 takes a third of a second to load it
 
     def distances(features: Tensor, centers: Tensor) -> Tensor:
-        return DISTANCES[distance](features[:, None] - centers)  # a difference is exact also far from the origin
+        return DISTANCES[distance](
+            features[:, None] - centers
+        )  # a difference is exact also far from the origin
 
     parts = centers.split(max(1, block // max(1, features.numel())))
     if len(parts) == 1:
         return distances(features, centers)
     # A checkpoint computes the offsets (B, C, D) again in backward() instead of keeping them.
-    return torch.cat([checkpoint(distances, features, part, use_reentrant=False) for part in parts], 1)
+    return torch.cat(
+        [checkpoint(distances, features, part, use_reentrant=False) for part in parts], 1
+    )
 
 
-def _check(name: str, value: object, kind: type, rule: str, holds: Callable[..., bool] = lambda value: True) -> None:
+def _check(
+    name: str, value: object, kind: type, rule: str, holds: Callable[..., bool] = lambda value: True
+) -> None:
     if not isinstance(value, kind) or isinstance(value, bool):
         raise TypeError(f"{name} must be {rule}, got {value!r}")
     if not holds(value):
         raise ValueError(f"{name} must be {rule}, got {value!r}")
 
 
-def _choose_device(use_gpu: bool | str | torch.device, device: torch.device | str | int | None) -> torch.device | None:
+def _choose_device(
+    use_gpu: bool | str | torch.device, device: torch.device | str | int | None
+) -> torch.device | None:
     if isinstance(use_gpu, str | torch.device):
         if device is not None:
-            raise ValueError(f"device must be left out where use_gpu is a device, got {device!r} and {use_gpu!r}")
+            raise ValueError(
+                f"device must be left out where use_gpu is a device, got {device!r} and {use_gpu!r}"
+            )
         device = use_gpu
     elif device is None:
         return torch.device("cuda") if use_gpu and torch.cuda.is_available() else None
