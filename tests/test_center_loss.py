@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracles import (
     ALL,
+    NORMALIZED,
     VARIANTS,
     Sizes,
     assert_equal,
@@ -294,3 +295,85 @@ def test_half_precision_centers_are_computed_with_in_float32(dtype):
     other.update_centers(x, y)
     error = 2 * torch.finfo(dtype).eps  # a rounding for each of the two additions to a center
     torch.testing.assert_close(loss.centers.float(), other.centers, rtol=error, atol=error)
+
+
+def test_normalized_with_half_the_scale_it_is_one_minus_the_cosine():
+    x, y, c = batch()
+    x.requires_grad_()
+    own = c.clone().requires_grad_()
+    expected = (1 - nn.functional.cosine_similarity(x, own[y])).mean()
+    grad_x, grad_c = torch.autograd.grad(expected, (x, own))
+    loss = build(c, scale=0.5, normalize=True)
+    assert_equal(run(loss, x.detach(), y), (expected.detach(), grad_x, grad_c), 1e-12, 1e-15)
+    cosines = nn.functional.cosine_similarity(x[:, None], c, dim=2)
+    torch.testing.assert_close(loss.distances(x), 2 * (1 - cosines))
+
+
+@pytest.mark.parametrize("variant", NORMALIZED, ids=name)
+def test_normalized_features_of_any_length_have_finite_gradients(variant):
+    _, y, c = batch(torch.float32)
+    c[4] = 0
+    for length in (0, 1e-30, 1e-3, 1e15):
+        value, grad_x, grad_c = run(build(c, **variant), torch.full((8, 3), float(length)), y)
+        assert value.isfinite() and grad_x.isfinite().all() and grad_c.isfinite().all()
+
+
+def test_normalized_centers_start_on_the_sphere():
+    torch.manual_seed(0)
+    centers = CenterLoss(5, 64, use_gpu=False, normalize=True).centers
+    torch.testing.assert_close(centers.norm(dim=1), torch.ones(5))
+    torch.manual_seed(0)
+    torch.testing.assert_close(centers, nn.functional.normalize(torch.randn(5, 64)))
+
+
+@pytest.mark.parametrize("many", [0, module.MANY])
+def test_samples_are_counted_alike_among_few_and_many_classes(many, monkeypatch):
+    monkeypatch.setattr(module, "MANY", many)
+    generator = torch.Generator().manual_seed(0)
+    loss = CenterLoss(7, 2, use_gpu=False)
+    for size in (0, 1, 40):
+        labels = torch.randint(7, (size,), generator=generator)
+        expected = [labels.tolist().count(label) for label in labels.tolist()]
+        assert loss._count(labels, None).tolist() == expected
+        kept = torch.rand(size, generator=generator) < 0.5
+        counts = loss._count(labels, kept)
+        assert counts[kept].tolist() == [labels[kept].tolist().count(j) for j in labels[kept]]
+        assert (counts >= 1).all()  # ignored ones too, since everything is divided by it
+
+
+# ------------------------------------------------------------------------------------- start_from
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+def test_start_from_sets_class_means_over_batches(normalize):
+    x, y, c = batch()
+    y[6] = -1
+    loss = build(c, normalize=normalize, ignore_index=-1)
+    drawn = []
+
+    def batches():
+        for part in (slice(0, 3), slice(3, 8), slice(8, 8)):
+            drawn.append(torch.is_grad_enabled())
+            yield x[part], y[part]
+
+    loss.start_from(batches())
+    assert drawn == [False] * 3
+    for j in range(5):
+        own = nn.functional.normalize(x[y == j]) if normalize else x[y == j]
+        mean = own.mean(0)
+        mean = nn.functional.normalize(mean, dim=0) if normalize else mean
+        torch.testing.assert_close(loss.centers[j].detach(), mean if len(own) else c[j])
+    assert loss.centers.requires_grad and loss.centers.is_leaf
+
+
+def test_start_from_takes_half_precision_and_inference_and_refuses_what_the_loss_refuses():
+    x, y, c = batch(torch.float32)
+    loss = build(c.bfloat16())
+    with torch.inference_mode():
+        features = x.half() + 0
+    loss.start_from([(features, y)])
+    torch.testing.assert_close(loss.centers[1].float(), x[1:3].mean(0), rtol=1e-2, atol=1e-2)
+    before = loss.centers.detach().clone()
+    with pytest.raises(ValueError, match=r"labels must be in \[0, 5\), got 5"):
+        loss.start_from([(x, y), (x, y + 1)])
+    assert torch.equal(loss.centers, before)

@@ -15,6 +15,7 @@ from oracles import (
     build,
     run,
 )
+from torch import nn
 
 import center_loss as module
 from center_loss import CenterLoss
@@ -87,11 +88,26 @@ def test_wrong_arguments_are_refused(arguments, error, message):
         (X, Y.float(), TypeError, "labels must be integers, got torch.float32"),
         (X, Y.bool(), TypeError, "labels must be integers, got torch.bool"),
         (X, Y.cfloat(), TypeError, "labels must be integers, got torch.complex64"),
-        (X[:, :1], Y, ValueError, r"features must have shape \(B, 2\), got \(4, 1\)"),
+        (
+            X[:, :1],
+            Y,
+            ValueError,
+            r"features must have shape \(B, 2\), got \(4, 1\): feat_dim is 2 \(the default\)$",
+        ),
         (X[0], Y, ValueError, r"features must have shape \(B, 2\), got \(2,\)"),
-        (X[None], Y, ValueError, r"features must have shape \(B, 2\), got \(1, 4, 2\)"),
-        (X, Y[:3], ValueError, r"labels must have shape \(4,\), got \(3,\)"),
-        (X, Y[:, None], ValueError, r"labels must have shape \(4,\), got \(4, 1\)"),
+        (
+            X[None],
+            Y[None],
+            ValueError,
+            r"features must have shape \(B, 2\), got \(1, 4, 2\): flatten\(0, 1\) features",
+        ),
+        (X, Y[:3], ValueError, r"labels must have shape \(4,\), got \(3,\)$"),
+        (
+            X,
+            Y[:, None],
+            ValueError,
+            r"labels must have shape \(4,\), got \(4, 1\): squeeze\(1\) them",
+        ),
         (X, Y + 10, ValueError, r"labels must be in \[0, 10\), got 10"),
         (X, Y - 1, ValueError, r"labels must be in \[0, 10\), got -1"),
         (X, torch.tensor([3, 0, 99, 1]), ValueError, r"labels must be in \[0, 10\), got 99"),
@@ -226,3 +242,51 @@ def test_the_snippets_in_the_docstrings_run():
 def test_any_integer_type_is_a_label(dtype):
     x, y, c = batch()
     assert torch.equal(build(c)(x, y.to(dtype)), build(c)(x, y))
+
+
+def test_a_width_that_was_given_is_not_called_a_default():
+    with pytest.raises(ValueError, match=r"features must have shape \(B, 3\), got \(4, 2\)$"):
+        CenterLoss(10, 3, use_gpu=False)(X, Y)
+
+
+def test_rescale_takes_the_weight_by_its_old_name_too():
+    x, y, c = batch()
+    grads = []
+    for arguments in (dict(weight=0.25), dict(alpha=0.25)):
+        loss = build(c)
+        run(loss, x, y)
+        loss.rescale_center_grad(lr_ratio=2, **arguments)
+        grads.append(loss.centers.grad)
+    assert torch.equal(*grads)
+    with pytest.raises(TypeError, match="rescale_center_grad needs the weight λ"):
+        loss.rescale_center_grad()
+
+
+def test_fixed_centers_have_no_gradient_to_rescale():
+    x, y, c = batch()
+    loss = build(c).requires_grad_(False)
+    loss(x.requires_grad_(), y).backward()
+    with pytest.raises(RuntimeError, match="centers.requires_grad is False: there is no gradient"):
+        loss.rescale_center_grad(0.1)
+
+
+class Unit(nn.Module):
+    def forward(self, centers):
+        return nn.functional.normalize(centers)
+
+
+def test_parametrized_centers_train_but_are_not_changed_in_place():
+    x, y, c = batch()
+    loss = build(c)
+    nn.utils.parametrize.register_parametrization(loss, "centers", Unit())
+    original = loss.parametrizations.centers.original
+    loss(x, y).backward()
+    assert original.grad.any()
+    for change in (
+        lambda: loss.rescale_center_grad(0.1),
+        lambda: loss.update_centers(x, y),
+        lambda: loss.start_from([(x, y)]),
+    ):
+        with pytest.raises(RuntimeError, match="centers are parametrized: change their original"):
+            change()
+    assert torch.equal(original, c)

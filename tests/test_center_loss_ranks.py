@@ -73,6 +73,14 @@ def rank_main(rank, folder):
             for variant in VARIANTS:
                 steps = ddp_steps(features, labels, centers, variant, 2, own)
                 results["ddp", split, name(variant)] = steps
+    features, labels, centers = batch()
+    shares = [
+        [slice(0, 3), slice(3, 5)],
+        [slice(5, 8)],
+    ]  # two batches on one rank, one on the other
+    loss = build(centers)
+    loss.start_from((features[part], labels[part]) for part in shares[rank])
+    results["started"] = loss.centers.detach()
     half = batch(torch.bfloat16)
     results["bfloat16"] = run(
         build(half[2].float()), half[0][4 * rank :][:4], half[1][4 * rank :][:4]
@@ -125,3 +133,12 @@ def test_two_ranks_with_bfloat16_features(ranks):
     joined = torch.cat([first[1], second[1]])
     assert joined.dtype == torch.bfloat16
     assert_equal((first[0], joined, first[2]), (value, grad_x, grad_c), 1e-6, 1e-7)
+
+
+def test_two_ranks_start_from_the_means_over_both(ranks):
+    features, labels, centers = batch()
+    loss = build(centers)
+    loss.start_from([(features, labels)])
+    first, second = (results["started"] for results in ranks)
+    torch.testing.assert_close(first, loss.centers.detach(), rtol=1e-13, atol=1e-15)
+    assert torch.equal(first, second) and torch.equal(first[3], centers[3])

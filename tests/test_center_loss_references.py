@@ -99,3 +99,69 @@ def test_defaults_positions_and_random_numbers_are_those_of_the_widespread_file(
     assert (loss.num_classes, loss.feat_dim, loss.use_gpu) == (10, 2, True)
     assert loss.centers.device.type == ("cuda" if torch.cuda.is_available() else "cpu")
     assert CenterLoss(use_gpu=False).centers.device.type == "cpu"
+
+
+def facenet_step(x, y, c, alfa):
+    """facenet: each sample moves its center, by the centers that the batch began with."""
+    loss = ((x - c[y]) ** 2).mean()
+    return loss, c.index_add(0, y, (1 - alfa) * (c[y] - x), alpha=-1)
+
+
+def test_facenets_centers_add_up_their_offsets():
+    x, y, c = batch()
+    value, moved = facenet_step(x, y, c, alfa=0.95)
+    loss = build(c, scale=1 / 3)
+    torch.testing.assert_close(loss(x, y), value)
+    loss.update_centers(x, y, alpha=(1 - 0.95) * 8 * 3 / 2)
+    torch.testing.assert_close(loss.centers.detach(), moved)
+
+
+def eq_4(x, y, c):
+    """Delta of Eq. 4, class by class; divided by 1 + n_j."""
+    rows = [(c[j] - x[y == j]).sum(0) / (1 + (y == j).sum()) for j in range(len(c))]
+    return torch.stack(rows)
+
+
+def test_jxgu1016_and_torcheeg_divide_equation_4_by_the_batch_size_and_leave_out_the_weight():
+    x, y, c = batch()
+    weight = 0.3
+    loss = build(c, scale=0.5, center_update="paper")
+    value, grad_x, _ = run(loss, x, y, weight)
+    loss.rescale_center_grad(weight, lr_ratio=1 / len(y))
+    torch.testing.assert_close(value, ((x - c[y]) ** 2).sum() / 2 / len(y))
+    torch.testing.assert_close(grad_x, weight * (x - c[y]) / len(y))
+    torch.testing.assert_close(loss.centers.grad, eq_4(x, y, c) / len(y))
+
+
+def test_keras_insightface_and_paddle_take_half_the_square_and_equation_4():
+    x, y, c = batch()
+    samples = 0.5 * ((x - c[y]) ** 2).sum(1)  # Paddle's are one a sample
+    loss = build(c, scale=0.5, center_update="paper")
+    torch.testing.assert_close(loss(x, y), samples.mean())
+    loss.update_centers(x, y, alpha=0.1)
+    torch.testing.assert_close(loss.centers.detach(), c - 0.1 * eq_4(x, y, c))
+
+
+def test_pytorch_ood_divides_by_the_classes_and_ignores_unknown_samples():
+    x, y, c = batch()
+    y[2] = -1
+    known = y >= 0
+    distances = torch.cdist(x[known], c) ** 2
+    mask = nn.functional.one_hot(y[known], 5)
+    value = (mask * distances).clamp(0, 1e6).mean()
+    torch.testing.assert_close(build(c, scale=1 / 5, ignore_index=-1)(x, y), value)
+
+
+def test_neomls_value_and_gradient_are_of_two_scales():
+    x, y, c = batch()
+    offsets = x - c[y]
+    value, gradient = (offsets**2).sum() / len(y), offsets / len(y)
+    torch.testing.assert_close(run(build(c, scale=1), x, y)[0], value)
+    torch.testing.assert_close(run(build(c, scale=0.5), x, y)[1], gradient)
+
+
+def test_quaterion_normalizes_the_features_alone():
+    x, y, c = batch()
+    unit = x / x.norm(dim=1, keepdim=True)
+    value = nn.functional.mse_loss(unit, c[y]) / 2
+    torch.testing.assert_close(build(c, scale=0.5 / 3)(unit, y), value)

@@ -303,3 +303,15 @@ def test_torch_func_gives_the_same_gradients(variant):
     # vmap hides the labels from the range check, not from the lookup.
     with pytest.raises(IndexError):
         torch.func.vmap(pure, in_dims=(None, 0, 0))(c, x[:, None], y[:, None] + 1)
+
+
+@pytest.mark.parametrize("variant", [VARIANTS[0], *NORMALIZED], ids=name)
+def test_update_centers_takes_features_of_inference_mode(variant):
+    x, y, c = batch(torch.float32)
+    expected = build(c, **variant)
+    expected.update_centers(x, y)
+    loss = build(c, **variant)
+    with torch.inference_mode():
+        loss.update_centers(x + 0, y + 0)
+    assert torch.equal(loss.centers, expected.centers)
+    assert not torch.equal(loss.centers, c) and not loss.centers.is_inference()
