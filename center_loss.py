@@ -143,7 +143,6 @@ class CenterLoss(nn.Module):
         centers = F.embedding(labels, self.centers, sparse=self.sparse)  # (B, D), one per sample
         return self._loss(features, centers.to(features.dtype), labels, kept)
 
-    @torch.inference_mode(False)
     @torch.no_grad()
     def update_centers(self, features: Tensor, labels: Tensor, alpha: float = 0.5) -> None:
         """Move the centers by center_update as an SGD of their own with learning rate alpha would.
@@ -153,8 +152,8 @@ class CenterLoss(nn.Module):
         """
         _check("alpha", alpha, Real, "a finite number >= 0", lambda alpha: 0 <= alpha < math.inf)
         features, labels, kept = self._prepare(features, labels)
-        features = features.clone() if features.is_inference() else features.detach()
-        with torch.enable_grad():
+        with torch.inference_mode(False), torch.enable_grad():
+            features = features.clone() if features.is_inference() else features.detach()
             centers = self.centers.detach()[labels].to(features.dtype).requires_grad_()  # (B, D)
             loss = self._pull if CENTER_UPDATES[self.center_update] else self._loss
             (grad,) = torch.autograd.grad(loss(features, centers, labels, kept), centers)

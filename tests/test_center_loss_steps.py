@@ -312,6 +312,12 @@ def test_update_centers_takes_features_of_inference_mode(variant):
     expected.update_centers(x, y)
     loss = build(c, **variant)
     with torch.inference_mode():
-        loss.update_centers(x + 0, y + 0)
-    assert torch.equal(loss.centers, expected.centers)
-    assert not torch.equal(loss.centers, c) and not loss.centers.is_inference()
+        features, labels = x + 0, y + 0
+        loss.update_centers(features, labels)
+        made_there = build(c, **variant).requires_grad_(False)
+        made_there.update_centers(features, labels)
+    outside = build(c, **variant)
+    outside.update_centers(features, labels)
+    assert not torch.equal(expected.centers, c) and not loss.centers.is_inference()
+    for other in (loss, made_there, outside):
+        assert torch.equal(other.centers, expected.centers)
