@@ -8,18 +8,7 @@ import numpy as np
 COLUMN = 3.15  # inches, 8 cm: the width of a paper's column
 
 # Petroff's ten colours, which red-green blind readers can tell apart: at least 17 CIELAB units.
-COLORS = (
-    "#3f90da",
-    "#ffa90e",
-    "#bd1f01",
-    "#94a4a2",
-    "#832db6",
-    "#a96b59",
-    "#e76300",
-    "#b9ac70",
-    "#717581",
-    "#92dadd",
-)
+COLORS = "#3f90da #ffa90e #bd1f01 #94a4a2 #832db6 #a96b59 #e76300 #b9ac70 #717581 #92dadd".split()
 
 PRINT_STYLE = {
     "font.size": 7,
@@ -68,20 +57,20 @@ class Looks:
         self.has_known = bool((shown["labels"] < count).any())
         self.colors = palette(count + len(self.unseen))
         if not self.has_known:
-            self.colors = palette(count) + palette(len(self.unseen))
-        self.marks = marks(self.known)
+            self.colors[count:] = palette(len(self.unseen))
+        # The text at each center: the names if all are short, else numbers.
+        is_short = max(map(len, self.known)) <= 3
+        self.marks = self.known if is_short else [str(label) for label in range(count)]
 
     def short(self, width: int) -> list[str]:
         return shorten(self.known + self.unseen, width)
 
     def styles(self) -> list[dict]:
         """How the points of each class are drawn; those of unknown ones are hollow."""
-        styles = [{"color": color, "marker": "o", "linestyle": ""} for color in self.colors]
-        for style in styles[: len(self.known)]:
-            style["markeredgewidth"] = 0
-        for style in styles[len(self.known) :]:
-            style |= {"markerfacecolor": "none", "markeredgewidth": 0.6}
-        return styles
+        known = {"marker": "o", "linestyle": "", "markeredgewidth": 0}
+        unknown = known | {"markerfacecolor": "none", "markeredgewidth": 0.6}
+        kinds = [known] * len(self.known) + [unknown] * len(self.unseen)
+        return [kind | {"color": color} for kind, color in zip(kinds, self.colors, strict=True)]
 
     def cross(self, size: float) -> dict:
         """How centers are drawn: thin, so that they hide no cluster."""
@@ -95,13 +84,6 @@ def edge(width: float) -> list:
     from matplotlib.patheffects import withStroke
 
     return [withStroke(linewidth=width, foreground="white")]
-
-
-def marks(classes: Sequence[str]) -> list[str]:
-    """The text at each center: the names of the classes if all are short, else their numbers."""
-    if max(map(len, classes)) <= 3:
-        return list(classes)
-    return list(map(str, range(len(classes))))
 
 
 def shorten(names: Sequence[str], width: int) -> list[str]:
