@@ -37,9 +37,8 @@ class Run:
 
     def epoch(self, split: str, number: int) -> dict[str, np.ndarray]:
         if number not in self.files[split]:
-            known = ", ".join(map(str, self.files[split]))
-            where = self.directory / split
-            raise utils.RunError(f"--epochs must be among those of {where}, {known}, got {number}")
+            known = f"{', '.join(map(str, self.files[split]))} of {self.directory / split}"
+            raise utils.RunError(f"--epochs must be among {known}, got {number}")
         return read_epoch(self.files[split][number])
 
 
