@@ -5,7 +5,9 @@ import contextlib
 import importlib.util
 import math
 import os
+import signal
 import sys
+import threading
 from collections.abc import Callable
 
 import torch
@@ -14,11 +16,13 @@ import center_loss
 import datasets
 import models
 import utils
-from engine import device
+from engine.device import multiplies_bfloat16
 from engine.ranks import Ranks
 from recipes import OPTIMIZERS, RECIPES, SCHEDULES
 
-TINY = 1e-30  # with smaller factors, 1/λ or the gradients would leave the range of float32
+# Beyond these, 1/λ, rates or gradients would leave the range of float32.
+TINY = 1e-30
+HUGE = 1e30
 
 
 class Parser(argparse.ArgumentParser):
@@ -33,55 +37,76 @@ class Parser(argparse.ArgumentParser):
         )
         self.free = set()
 
-    def group(self, title: str) -> Callable[..., None]:
-        """A new group of flags: returns a function that adds a flag, with its default in the help."""
-        section = self.add_argument_group(title)
-
-        def add(*names: str, help: str, free: bool = False, **options) -> None:
-            action = section.add_argument(*names, help=help, **options)
-            if "default" in options:
-                action.help += " (default: %(default)s)"
-            if free:
-                self.free.add(action.dest)
-
-        return add
+    def group(self, title: str) -> "Group":
+        return Group(self, title)
 
     def error(self, message: str):
-        self.exit(
-            2, f"{self.prog}: error: {message}\n" if Ranks.of_environment().rank == 0 else None
-        )
+        first = os.environ.get("RANK", "0") == "0"
+        self.exit(2, f"{self.prog}: error: {message}\n" if first else None)
+
+
+class Group:
+    """Flags under a title; `free`: a resumed run may change the flag."""
+
+    def __init__(self, parser: Parser, title: str):
+        self.parser = parser
+        self.section = parser.add_argument_group(title)
+
+    def __call__(self, *names: str, help: str, free: bool = False, **options) -> None:
+        """Adds a flag as argparse does, with its default in the help."""
+        action = self.section.add_argument(*names, help=help, **options)
+        if "default" in options:
+            action.help += " (default: %(default)s)"
+        if free:
+            self.parser.free.add(action.dest)
+
+    def value(self, name: str, type: Callable, default, help: str, **options) -> None:
+        self(name, type=type, default=default, help=help, **options)
+
+    def choice(self, name: str, table: dict, default: str, help: str, **options) -> None:
+        self(name, choices=sorted(table), default=default, help=help, **options)
+
+    def switch(self, name: str, help: str, default: bool = False, **options) -> None:
+        """--name and --no-name."""
+        action = argparse.BooleanOptionalAction
+        self(name, action=action, default=default, help=help, **options)
 
 
 def number(
-    kind: type, low: float, high: float = math.inf, *, above: bool = False, or_zero: bool = False
+    kind: type, low: float, high: float | None = None, *, above: bool = False, or_zero: bool = False
 ) -> Callable[[str], float]:
-    """A type for argparse: a finite int or float of at least low, or above it, and at most high; or 0."""
-    rule = f"must be {'0 or ' * or_zero}{'an integer' if kind is int else 'a number'} "
-    rule += f"{'above' if above else 'of at least'} {low}"
-    rule += f" and at most {high}" if high < math.inf else ""
+    """A type for argparse: an int or float of at least low, or above it, and at most high; or 0."""
+    if high is None:
+        high = 10**9 if kind is int else HUGE
+    rule = "must be 0 or " if or_zero else "must be "
+    rule += "an integer " if kind is int else "a number "
+    rule += f"above {low}" if above else f"of at least {low}"
+    rule += f" and at most {high}"
 
     def convert(text: str) -> float:
         with contextlib.suppress(ValueError):
             value = kind(text)
-            if (
-                math.isfinite(value)
-                and low <= value <= high
-                and not (above and value == low)
-                or or_zero
-                and not value
-            ):
+            inside = low < value <= high if above else low <= value <= high
+            if inside or (or_zero and value == 0):
                 return value
         raise argparse.ArgumentTypeError(f"{rule}, got {text}")
 
     return convert
 
 
+def path(text: str) -> str:
+    """A type for argparse: a path, in which ~ is the home directory."""
+    if not text:
+        raise argparse.ArgumentTypeError("must be a path, got an empty one")
+    return os.path.expanduser(text)
+
+
 def model_name(text: str) -> str:
     """A type for argparse: a network."""
     if not models.is_known(text):
         raise argparse.ArgumentTypeError(
-            f"must be one of {', '.join(sorted(models.MODELS))} or a classification network of torchvision, such as "
-            f"resnet18, got {text}"
+            f"must be one of {', '.join(sorted(models.MODELS))} or a classification network of "
+            f"torchvision, such as resnet18, got {text}"
         )
     return text
 
@@ -91,7 +116,8 @@ def gpu_index(text: str) -> str:
     indices = text.replace(" ", "").split(",")
     if len(indices) > 1 and all(index.isdecimal() for index in indices):
         raise argparse.ArgumentTypeError(
-            f"takes one index, got {text}; for several GPUs: CUDA_VISIBLE_DEVICES={','.join(indices)} "
+            f"takes one index, got {text}; for several GPUs: "
+            f"CUDA_VISIBLE_DEVICES={','.join(indices)} "
             f"torchrun --standalone --nproc_per_node={len(indices)} main.py and the other flags"
         )
     if not text.isdecimal():
@@ -99,28 +125,32 @@ def gpu_index(text: str) -> str:
     return text
 
 
+class ImageSize(argparse.Action):
+    """One number, a square, or height and width."""
+
+    def __call__(self, parser, args, values, option=None):
+        if len(values) > 2:
+            parser.error(
+                f"{option} must be a number, or height and width, got {len(values)} numbers"
+            )
+        args.image_size = values[0] if len(values) == 1 else values
+
+
 def build_parser(description: str = "") -> Parser:
     parser = Parser(prog="main.py", description=description)
-    switch = dict(action=argparse.BooleanOptionalAction, default=False)
+    share = number(float, 0, 1)
+
     add = parser.group("experiment")
-    add(
+    add.choice(
         "--recipe",
-        choices=sorted(RECIPES),
-        default="zhou2018",
-        help="defaults of the other flags; -h shows those of the recipe",
+        RECIPES,
+        "zhou2018",
+        "the defaults of the other flags; with -h, shows those of the recipe",
     )
-    add(
-        "--seed",
-        type=number(int, 0, 2**63 - 1),
-        default=1,
-        help="of the network, the centers and the batches",
-    )
-    add("--max-epoch", type=number(int, 1), default=100, free=True, help="epochs")
-    add(
-        "--max-iter",
-        type=number(int, 0),
-        default=0,
-        help="training steps, instead of --max-epoch; 0: use that",
+    add.value("--seed", number(int, 0, 2**63 - 1), 1, "of the network, the centers and the batches")
+    add.value("--max-epoch", number(int, 1), 100, "epochs", free=True)
+    add.value(
+        "--max-iter", number(int, 0), 0, "training steps, instead of --max-epoch; 0: use that"
     )
 
     add = parser.group("data")
@@ -131,272 +161,220 @@ def build_parser(description: str = "") -> Parser:
         default="mnist",
         help="data set; for folder, cifar10 and cifar100 use --recipe images",
     )
-    add(
+    add.value(
         "--data-root",
-        default="data",
+        path,
+        "data",
+        "directory of the data sets, downloaded to it on first use; for folder the one that "
+        "holds train/<class>/* and test/<class>/*",
         free=True,
-        help="directory of the data sets, downloaded to it on first use; for "
-        "--dataset folder the directory that holds train/<class>/* and test/<class>/*",
-    )
-    add(
-        "--val-share",
-        type=number(float, 0, 1),
-        default=0.0,
-        help="share of each class's training images that "
-        "chooses the best epoch, the only one that is tested then; 0: none",
-    )
-    add(
-        "--augment",
-        **switch,
-        help="shift the training images at random and, except for digits, mirror them",
-    )
-    add(
-        "--erase",
-        type=number(float, 0, 1),
-        default=0.0,
-        help="hide a grey square at a random place in each "
-        "training image; its side as a share of the image's; 0: none",
     )
     add(
         "--image-size",
         type=number(int, 8, 1024),
+        nargs="+",
+        action=ImageSize,
         default=32,
-        help="pixels per side, for --dataset folder",
+        metavar=("H", "W"),
+        help="pixels, for data sets without a size of their own; one number is a square",
     )
-    add(
+    add.value(
+        "--val-share",
+        share,
+        0.0,
+        "share of each class's training images that chooses the best epoch, the only one that "
+        "is tested then; 0: none",
+    )
+    add.switch(
+        "--augment", "shift the training images at random and, except for digits, mirror them"
+    )
+    add.value(
+        "--erase",
+        share,
+        0.0,
+        "hide a grey square at a random place in each training image: its side as a share of "
+        "the image's; 0: none",
+    )
+    add.choice(
         "--scaling",
-        choices=sorted(datasets.SCALINGS),
-        default="standard",
-        help="of pixels p: standard, by mean and "
-        "deviation of the data set (0.5 and 0.5 for folder); symmetric, (p - 127.5) / 128; unit, p / 255",
+        datasets.SCALINGS,
+        "standard",
+        "of pixels p: standard, by mean and deviation of the data set (0.5 and 0.5 for "
+        "folder); symmetric, (p - 127.5) / 128; unit, p / 255",
     )
     add(
         "--unseen",
         nargs="+",
         default=[],
         metavar="CLASS",
-        help="names or numbers of classes to leave out of the "
-        "training and the test; --verify and --evaluate measure how well the network recognises them as unknown",
+        help="names or numbers of classes to leave out of the training and to test as unknown",
     )
-    add(
-        "--batch-size",
-        type=number(int, 1, 10**9),
-        default=128,
-        help="images per step, over all ranks",
-    )
+    add.value("--batch-size", number(int, 1), 128, "images per step, over all ranks")
     add(
         "-j",
         "--workers",
-        type=number(int, 0),
+        type=number(int, 0, 1024),
         default=0,
         free=True,
         help="worker processes that read images; 0: none, all images are kept on the device",
     )
 
     add = parser.group("network")
-    add(
+    add.value(
         "--model",
-        type=model_name,
-        default="cnn",
+        model_name,
+        "cnn",
+        f"network: {', '.join(sorted(models.MODELS))}, or a classification network of "
+        "torchvision, such as resnet50",
         metavar="NAME",
-        help="network: "
-        + ", ".join(sorted(models.MODELS))
-        + ", or a classification network of torchvision, such as resnet50",
     )
-    add(
-        "--pretrained",
-        **switch,
-        help="start from torchvision's weights of the network, downloaded on first use",
+    add.switch(
+        "--pretrained", "start from torchvision's weights of the network, downloaded on first use"
     )
-    add(
+    add.value(
         "--feat-dim",
-        type=number(int, 0, 10**6),
-        default=2,
-        help="D, dimensions of the features; 0: the width of "
-        "torchvision's network, without an embedding",
+        number(int, 0, 10**6),
+        2,
+        "D, dimensions of the features; 0: the width of torchvision's network",
     )
-    add(
-        "--init",
-        choices=sorted(models.INITS),
-        default="default",
-        help="initialisation of weights and centers",
-    )
+    add.choice("--init", models.INITS, "default", "how weights and centers start")
 
     add = parser.group("loss: cross-entropy + λ · center loss")
-    add(
+    add.value(
         "--weight-cent",
-        type=number(float, TINY, or_zero=True),
-        default=1.0,
-        help="λ, weight of the center loss; 0: softmax only",
+        number(float, TINY, or_zero=True),
+        1.0,
+        "λ, weight of the center loss; 0: softmax only",
     )
-    add(
+    add.value(
         "--label-smoothing",
-        type=number(float, 0, 1),
-        default=0.0,
-        help="of the cross-entropy: share of the target that is spread evenly over all classes",
+        share,
+        0.0,
+        "share of the cross-entropy's target that is spread over all classes",
     )
-    add(
-        "--distance",
-        choices=sorted(center_loss.DISTANCES),
-        default="squared",
-        help="of a feature from its center",
+    add.choice("--distance", center_loss.DISTANCES, "squared", "of a feature from its center")
+    add.value(
+        "--radius", number(float, 0), 0.0, "r: a feature this close to its center is not pulled"
     )
-    add(
-        "--radius",
-        type=number(float, 0),
-        default=0.0,
-        help="r: a feature this close to its center is not pulled",
-    )
-    add(
-        "--loss-scale",
-        type=number(float, 0, above=True),
-        default=1.0,
-        help="factor of the center loss",
-    )
-    add(
-        "--class-average",
-        **switch,
-        help="divide each sample's term by the size of its class in the batch",
-    )
-    add(
+    add.value("--loss-scale", number(float, 0, above=True), 1.0, "factor of the center loss")
+    add.switch("--class-average", "divide each sample's term by the size of its class in the batch")
+    add.choice(
         "--center-update",
-        choices=sorted(center_loss.CENTER_UPDATES),
-        default="gradient",
-        help="what the centers follow: the gradient of the loss, the paper's Eq. 4, or the means of their classes",
+        center_loss.CENTER_UPDATES,
+        "gradient",
+        "what the centers follow: the gradient, the paper's Eq. 4, or the class means",
     )
 
     add = parser.group("optimization")
-    add(
-        "--optimizer",
-        choices=sorted(OPTIMIZERS),
-        default="sgd",
-        help="of the network; the centers use SGD",
-    )
-    add(
+    add.choice("--optimizer", OPTIMIZERS, "sgd", "of the network; the centers use SGD")
+    add.value(
         "--lr-model",
-        type=number(float, TINY),
-        default=0.001,
-        help="learning rate of the network; its peak for onecycle",
+        number(float, TINY),
+        0.001,
+        "learning rate of the network; for onecycle its peak",
     )
-    add("--lr-cent", type=number(float, 0), default=0.5, help="α, learning rate of the centers")
-    add("--momentum", type=number(float, 0, 1), default=0.9, help="of the network's SGD")
-    add("--momentum-cent", type=number(float, 0, 1), default=0.0, help="of the centers' SGD")
-    add("--weight-decay", type=number(float, 0), default=5e-4, help="of the network")
-    add("--caffe-biases", **switch, help="biases have twice the learning rate and no weight decay")
-    add(
-        "--one-optimizer",
-        **switch,
-        help="the centers are in the network's SGD and follow its schedule",
-    )
-    add("--schedule", choices=sorted(SCHEDULES), default="step", help="of the learning rate")
-    add(
-        "--stepsize",
-        type=number(int, 0),
-        default=20,
-        help="epochs between two decays, for step; 0: constant",
-    )
+    add.value("--lr-cent", number(float, 0), 0.5, "α, learning rate of the centers")
+    add.value("--momentum", share, 0.9, "of the network's SGD")
+    add.value("--momentum-cent", share, 0.0, "of the centers' SGD")
+    add.value("--weight-decay", number(float, 0), 5e-4, "of the network")
+    add.switch("--caffe-biases", "biases have twice the learning rate and no weight decay")
+    add.switch("--one-optimizer", "the centers are in the network's SGD and follow its schedule")
+    add.choice("--schedule", SCHEDULES, "step", "of the learning rate")
+    add.value("--stepsize", number(int, 0), 20, "for step: epochs between two decays; 0: constant")
     add(
         "--milestones",
         type=number(int, 1),
         nargs="+",
         default=[5000, 8000],
         metavar="ITERATION",
-        help="training steps after which to decay, for milestones",
+        help="for milestones: training steps after which to decay",
     )
-    add("--gamma", type=number(float, 0, 100, above=True), default=0.5, help="factor of a decay")
+    add.value("--gamma", number(float, 0, 100, above=True), 0.5, "factor of a decay")
 
     add = parser.group("output")
-    add("--save-dir", default="log", free=True, help="directory of the run's files")
+    add.value("--save-dir", path, "log", "directory of the run's files", free=True)
+    add.switch(
+        "--overwrite",
+        "start in a --save-dir with files of others, which the run's own may replace",
+        free=True,
+    )
     add(
         "--eval-freq",
         type=number(int, 0),
         free=True,
-        help="epochs between two tests; 0: only after the last "
-        "(default: 10; 1 with --val-share, and with --plot where a test takes less than a tenth of an epoch)",
+        help="epochs between two tests; 0: only after the last (default: 10; 1 with --val-share, "
+        "and with --plot where a test takes less than a tenth of an epoch)",
     )
     add(
         "--mirror",
-        **switch,
-        help="test with the mean features of each image and, except for "
-        "digits, of its mirror image",
+        nargs="?",
+        const="mean",
+        choices=("mean", "concat"),
+        default=False,
+        help="test with the mean features of each image and, except for digits, its mirror image; "
+        "concat, for --pairs: with both side by side",
     )
-    add(
+    add("--no-mirror", dest="mirror", action="store_false", help="test without mirror images")
+    add.switch(
         "--verify",
-        **switch,
+        "measure in each test how well distances tell which pairs of images are of one class, "
+        "and write evaluation.json",
         free=True,
-        help="measure in each test how well distances tell which pairs "
-        "of images are of one class, and write evaluation.json",
     )
-    add(
-        "--print-freq",
-        type=number(int, 1),
-        default=50,
-        free=True,
-        help="training steps between two lines of the log",
+    add.value(
+        "--print-freq", number(int, 1), 50, "training steps between two lines of the log", free=True
     )
-    add(
-        "--plot",
-        **switch,
-        free=True,
-        help="plot the features of each epoch and write the page report.html",
+    add.switch(
+        "--plot", "plot the features of each epoch and write the page report.html", free=True
     )
-    add(
-        "--save-features",
-        **switch,
-        free=True,
-        help="write the features of each epoch to features/epoch_<N>.npz",
+    add.switch(
+        "--save-features", "write the features of each epoch to features/epoch_<N>.npz", free=True
     )
-    add(
-        "--tensorboard",
-        **switch,
-        free=True,
-        help="write settings, metrics and --plot's pictures for TensorBoard",
+    add.switch(
+        "--tensorboard", "write settings, metrics and --plot's pictures for TensorBoard", free=True
     )
+
+    add = parser.group("trained networks")
     add(
         "--resume",
         nargs="?",
+        type=path,
         const="",
         metavar="CHECKPOINT",
         free=True,
-        help="continue from a checkpoint, by default the one in --save-dir, with the flags of its run",
+        help="continue from a checkpoint, by default the one in --save-dir, with its run's flags",
     )
     add(
         "--evaluate",
+        type=path,
         metavar="CHECKPOINT",
         free=True,
-        help="test the network of a checkpoint, without training, and "
-        "write evaluation.json; with --plot also confusion.png and roc.png, with --save-features features/test.npz",
+        help="test the network of a checkpoint and write evaluation.json; with --plot also "
+        "confusion.png and roc.png, with --save-features features/test.npz",
     )
     add(
-        "--predict",
-        nargs="+",
-        metavar="PATH",
+        "--pairs",
+        type=path,
+        metavar="FILE",
         free=True,
-        help="with --evaluate, instead of the test: write "
-        "predictions.csv for these images and all images in these directories",
+        help="with --evaluate: test these pairs of images of --data-root, a file like LFW's "
+        "pairs.txt or lines 'path path 0|1'",
     )
 
     add = parser.group("machine")
-    add(
-        "--gpu",
-        type=gpu_index,
-        default="0",
-        free=True,
-        help="index of the GPU; without a GPU, the CPU is used",
+    add.value(
+        "--gpu", gpu_index, "0", "index of the GPU; without a GPU, the CPU is used", free=True
     )
-    add("--use-cpu", **switch, free=True, help="use the CPU")
-    add(
-        "--amp",
-        **switch,
-        help="run the convolutions in bfloat16; auto: if the hardware supports it",
-    )
+    add.switch("--use-cpu", "use the CPU", free=True)
+    add.switch("--amp", "run the convolutions in bfloat16; auto: if the hardware supports it")
     add(
         "--cuda-graph",
-        **switch | dict(default=True),
+        action=argparse.BooleanOptionalAction,
+        default=True,
         free=True,
         help="run steps on a single GPU as a CUDA graph",
     )
-    add("--compile", **switch, help="compile the network")
+    add.switch("--compile", "compile the network")
     add(
         "--deterministic",
         action="store_true",
@@ -405,65 +383,38 @@ def build_parser(description: str = "") -> Parser:
     return parser
 
 
-def parse_args(argv: list[str] | None = None, description: str = "") -> argparse.Namespace:
-    """The flags, on top of their recipe's defaults or, to resume or evaluate, of their values in the checkpoint."""
-    parser, local = build_parser(description), Ranks.of_environment().local
-    if local is not None:
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    return parse(argv)[0]
+
+
+def parse(argv: list[str] | None, description: str = "") -> tuple[argparse.Namespace, dict | None]:
+    """The flags, on top of their recipe's defaults or of a checkpoint's, and that checkpoint."""
+    parser = build_parser(description)
+    ranks = Ranks.of_environment()
+    if ranks.local is not None:
         parser.set_defaults(gpu=None)
-    parser.set_defaults(
-        **RECIPES.get(_recipe(argv), {})
-    )  # before argparse handles -h, which shows them
-    args = parser.parse_args(argv, argparse.Namespace(max_epoch=None))  # None where it is not given
-    if args.evaluate == "":
-        parser.error("--evaluate must be the path of a checkpoint, got an empty one")
-    if args.evaluate and args.resume is not None:
+    recipe = _recipe(argv)
+    parser.set_defaults(**RECIPES.get(recipe, {}))  # before argparse handles -h, which shows them
+    given = parser.parse_args(argv, argparse.Namespace(max_epoch=None))  # None where not given
+    if given.evaluate and given.resume is not None:
         parser.error("--evaluate tests and --resume trains on: give one of them")
-    if args.predict and not args.evaluate:
-        parser.error("--predict needs --evaluate CHECKPOINT, the network that predicts")
-    for name in ("plot", "save_features", "tensorboard", "verify") if args.predict else ():
-        if getattr(args, name):
-            parser.error(f"--{name.replace('_', '-')} needs the test, which --predict replaces")
     try:
-        if args.evaluate or args.resume is not None:
-            args = _with_checkpoint(parser, argv, args)
+        saved = None
+        if given.evaluate or given.resume is not None:
+            path = given.evaluate or given.resume
+            path = path or os.path.join(given.save_dir, "checkpoint.pt")
+            saved = utils.load_checkpoint(path)
+            args = _with_checkpoint(parser, argv, given, path, saved["args"])
         else:
-            if args.max_epoch:  # it wins over a recipe's steps
+            if given.max_epoch:  # it wins over a recipe's steps
                 parser.set_defaults(max_iter=0)
             args = parser.parse_args(argv)
-        utils.check_save_dir(args.save_dir)
-    except utils.RunError as error:
+        _check_together(args)
+        _check_files(args)
+        _choose_hardware(args, ranks)
+    except (utils.RunError, datasets.DatasetError) as error:
         parser.error(str(error))
-    if args.one_optimizer and args.optimizer != "sgd":
-        parser.error(f"--one-optimizer goes with --optimizer sgd, got {args.optimizer}")
-    if args.pretrained and args.model in models.MODELS:
-        parser.error(
-            f"--pretrained needs a network of torchvision, such as resnet18, got --model {args.model}"
-        )
-    if args.pretrained and args.init != "default":
-        parser.error(f"--pretrained goes with --init default, got {args.init}")
-    if (
-        args.one_optimizer
-        and args.weight_cent
-        and args.lr_cent / args.lr_model / args.weight_cent > 1 / TINY
-    ):
-        parser.error(
-            f"--lr-cent / (--lr-model * --weight-cent) must be at most {1 / TINY:g} with --one-optimizer, got "
-            f"{args.lr_cent:g} / ({args.lr_model:g} * {args.weight_cent:g})"
-        )
-    if args.tensorboard and importlib.util.find_spec("tensorboard") is None:
-        parser.error("--tensorboard needs a package that is not installed: pip install tensorboard")
-    if local is not None and args.gpu:
-        parser.error(
-            f"--gpu must be left out under torchrun, whose local ranks are the indices, got {args.gpu}"
-        )
-    args.mirror = args.mirror and datasets.SPECS[args.dataset].flip
-    args.gpu = args.gpu or str(local)
-    gpus = 0 if args.use_cpu else torch.cuda.device_count()
-    if gpus and int(args.gpu) >= gpus:
-        parser.error(f"--gpu must be below {gpus}, the number of GPUs here, got {args.gpu}")
-    if args.amp == "auto":
-        args.amp = device.multiplies_bfloat16(int(args.gpu) if gpus else None)
-    return args
+    return args, saved
 
 
 def _recipe(argv: list[str] | None) -> str | None:
@@ -473,23 +424,29 @@ def _recipe(argv: list[str] | None) -> str | None:
 
 
 def _with_checkpoint(
-    parser: Parser, argv: list[str] | None, given: argparse.Namespace
+    parser: Parser,
+    argv: list[str] | None,
+    given: argparse.Namespace,
+    path: str,
+    saved: dict,
 ) -> argparse.Namespace:
-    """The flags of a run to resume or evaluate: those of its checkpoint, of which only `free` ones may differ."""
-    path = given.evaluate or given.resume or os.path.join(given.save_dir, "checkpoint.pt")
-    saved = utils.load_checkpoint(path)["args"]
-    if missing := {"recipe", "dataset", "model", "feat_dim"} - saved.keys():
-        parser.error(f"the checkpoint {path} lacks --{min(missing).replace('_', '-')} of its run")
-    saved = vars(build_parser().parse_args([])) | saved  # flags that are newer than the checkpoint
-    parser.set_defaults(**saved | dict(save_dir=os.path.dirname(path) or ".", gpu=given.gpu))
+    """The flags of a run to resume or evaluate, of which only the `free` ones may differ."""
+    # Where newer flags are not in the checkpoint, they had their defaults.
+    known = vars(build_parser().parse_args([]))
+    saved = known | {name: value for name, value in saved.items() if name in known}
+    if saved["mirror"] is True:  # before there was concat
+        saved["mirror"] = "mean"
+    # A link stands for the run that it points to.
+    directory = os.path.dirname(os.path.realpath(path) if os.path.islink(path) else path) or "."
+    parser.set_defaults(**saved | dict(save_dir=directory, gpu=given.gpu, overwrite=False))
     if given.evaluate:
-        parser.set_defaults(plot=False, save_features=False, tensorboard=False)
+        parser.set_defaults(plot=False, save_features=False, tensorboard=False, verify=False)
     args = parser.parse_args(argv)
     args.resume = None if given.evaluate else path
-    fixed = saved.keys() - parser.free - ({"batch_size", "mirror"} if given.evaluate else set())
-    if saved.get("max_iter") or (
-        saved.get("schedule") in SCHEDULES and SCHEDULES[saved["schedule"]].fixed_length
-    ):
+    fixed = saved.keys() - parser.free
+    if given.evaluate:
+        fixed -= {"batch_size", "mirror"}
+    if saved["max_iter"] or SCHEDULES[saved["schedule"]].fixed_length:
         fixed.add("max_epoch")
     for name in sorted(fixed):
         if getattr(args, name) != saved[name]:
@@ -498,78 +455,132 @@ def _with_checkpoint(
     return args
 
 
+def _check_together(args: argparse.Namespace) -> None:
+    """Raises RunError if two flags do not go together."""
+    if args.pairs and not args.evaluate:
+        raise utils.RunError("--pairs needs --evaluate CHECKPOINT, the network to test")
+    if args.mirror == "concat" and not args.pairs:
+        raise utils.RunError("--mirror concat goes with --pairs; a test takes the mean")
+    if args.one_optimizer and args.optimizer != "sgd":
+        raise utils.RunError(f"--one-optimizer goes with --optimizer sgd, got {args.optimizer}")
+    if args.pretrained and args.model in models.MODELS:
+        raise utils.RunError(
+            f"--pretrained needs a network of torchvision, such as resnet18, got {args.model}"
+        )
+    if args.pretrained and args.init != "default":
+        raise utils.RunError(f"--pretrained goes with --init default, got {args.init}")
+    if args.one_optimizer and args.weight_cent:
+        ratio = args.lr_cent / args.lr_model / args.weight_cent
+        if ratio > HUGE:
+            raise utils.RunError(
+                f"--lr-cent / (--lr-model * --weight-cent) must be at most {HUGE:g} with "
+                f"--one-optimizer, got {ratio:g}"
+            )
+    if args.tensorboard and importlib.util.find_spec("tensorboard") is None:
+        raise utils.RunError("--tensorboard needs a package: pip install tensorboard")
+
+
+def _check_files(args: argparse.Namespace) -> None:
+    """Raises RunError if the run cannot have its --save-dir."""
+    datasets.check_save_dir(args.data_root, args.save_dir)
+    source = os.path.dirname(os.path.abspath(args.resume)) if args.resume else None
+    own = source and os.path.realpath(source) == os.path.realpath(args.save_dir)
+    utils.check_save_dir(args.save_dir, overwrite=args.overwrite or bool(own))
+
+
+def _choose_hardware(args: argparse.Namespace, ranks: Ranks) -> None:
+    """Fills in what depends on the machine: the GPU, and --amp where a recipe leaves it open."""
+    if ranks.local is not None and args.gpu:
+        raise utils.RunError(
+            f"--gpu must be left out under torchrun, which numbers the GPUs, got {args.gpu}"
+        )
+    args.gpu = args.gpu or str(ranks.local)
+    args.mirror = args.mirror if datasets.SPECS[args.dataset].flip else False
+    gpus = 0 if args.use_cpu else torch.cuda.device_count()
+    if gpus and int(args.gpu) >= gpus:
+        raise utils.RunError(
+            f"--gpu must be below {gpus}, the GPUs of this machine, got {args.gpu}"
+        )
+    if args.amp == "auto":
+        args.amp = multiplies_bfloat16(int(args.gpu) if gpus else None)
+
+
 def check_finite(values: dict[str, float], epoch: int, args: argparse.Namespace) -> None:
     """Raises Diverged, with the flags to change, if one of the values is no longer finite."""
-    if broken := [name for name, value in values.items() if not math.isfinite(value)]:
-        advice = "lower --lr-model"
-        if args.weight_cent:
-            advice += (
-                f", --lr-cent or --weight-cent: the center loss is a sum over the {args.feat_dim} dimensions, "
-                "so that λ goes with 1/D, and a λ above 1 needs a --lr-model lower by as much"
-            )
-        raise utils.Diverged(
-            f"the training has diverged in epoch {epoch}: {' and '.join(broken)} no longer finite, with --weight-cent "
-            f"{args.weight_cent:g} --lr-model {args.lr_model:g} --lr-cent {args.lr_cent:g}; {advice}"
+    broken = [name for name, value in values.items() if not math.isfinite(value)]
+    if not broken:
+        return
+    advice = "lower --lr-model"
+    if args.weight_cent:
+        advice += (
+            f", --lr-cent or --weight-cent: the center loss is a sum over the {args.feat_dim} "
+            "dimensions, so λ goes with 1/D, and a λ above 1 needs a --lr-model lower by as much"
         )
+    raise utils.Diverged(
+        f"the training has diverged in epoch {epoch}: {' and '.join(broken)} no longer finite, "
+        f"with --weight-cent {args.weight_cent:g} --lr-model {args.lr_model:g} "
+        f"--lr-cent {args.lr_cent:g}; {advice}"
+    )
+
+
+def chance_advice(accuracy: float, epoch: int, classes: int, batches: int) -> str:
+    """What may help, once after 200 steps but not in epoch 1, if the accuracy (%) is at chance."""
+    chance = 100 / classes
+    first = max(2, math.ceil(200 / batches))
+    if epoch != first or accuracy >= chance + min(2, chance / 5):
+        return ""
+    return (
+        f"The training accuracy is still about {chance:.3g} %, that of guessing: --recipe images "
+        "(colour images), --init xavier, another --lr-model or a lower --weight-cent may help"
+    )
 
 
 def run(
-    main: Callable[[argparse.Namespace], None], argv: list[str] | None = None, description: str = ""
+    main: Callable[[argparse.Namespace, dict | None], None],
+    argv: list[str] | None = None,
+    description: str = "",
 ) -> int:
-    """Parses the flags and runs `main`; prints one line on what ended it early; returns the exit status."""
-    kept = "the files in --save-dir are those of the last whole epoch"
-    ranks = Ranks.of_environment()
-    _open_closed_streams()
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(
-            errors="replace"
-        )  # λ, where the terminal or the file has no such letter
+    """Parses the flags and runs `main`; prints one line on what ended it; returns the status."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # λ, where the terminal or the file has no such letter
+            stream.reconfigure(errors="replace")
+    ranks = Ranks()
     try:
-        args = parse_args(argv, description)
+        ranks = Ranks.of_environment()
+        args, saved = parse(argv, description)
         with ranks.joined():
-            main(args)
+            main(args, saved)
         return 0
     except utils.Stopped as stop:
-        status, message = (
-            stop.status,
-            str(stop),
-        )  # keeping the exception would keep the workers alive
+        status, message = stop.status, str(stop)
     except KeyboardInterrupt:
-        status, message = 130, f"interrupted; {kept}"
+        status, message = 130, "interrupted"
     except utils.RunError as error:
         status, message = error.status, f"error: {error}"
     except (datasets.DatasetError, models.ModelError) as error:
-        status, message = 2, f"error: {str(error).strip()}"
-    except (EOFError, MemoryError, OSError, RuntimeError) as error:
-        reason = str(error).strip().partition("\n")[0].rstrip(".")
-        if (
-            isinstance(error, MemoryError | torch.OutOfMemoryError)
-            or "can't allocate memory" in reason
-        ):
-            reason = f"out of memory; a smaller --batch-size or --feat-dim, or -j 4, needs less: {reason}"
-        elif isinstance(error, ConnectionError | EOFError) or reason.startswith(
-            "DataLoader worker (pid"
-        ):
-            reason = f"a worker has died, and a smaller -j needs less memory: {reason}"
-        elif ranks.size == 1 and not isinstance(error, OSError):
+        status, message = 2, f"error: {error}"
+    except ValueError as error:
+        if ranks.size > 1 or "RANK" not in os.environ:
             raise
+        status, message = 2, f"error: {error}"
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        advice = "a smaller --batch-size, --image-size or --feat-dim, or -j 4, needs less"
+        status, message = 1, f"error: out of memory; {advice}: {_first_line(error)}"
+    except (OSError, RuntimeError) as error:
+        if ranks.size == 1 and not isinstance(error, OSError):
+            raise
+        status, message = 1, f"error: {_first_line(error)}"
         if ranks.size > 1:
-            reason = f"rank {ranks.rank} has failed or lost the others ({reason})"
-        status, message = 1, f"error: {reason}; {kept}; to go on: --resume"
+            message = (
+                f"error: rank {ranks.rank} has failed or lost the others: {_first_line(error)}"
+            )
     if ranks.rank == 0 or status == 1:
         with contextlib.suppress(OSError):  # no one can read it; the status remains
             print(f"main.py: {message}", file=sys.stderr, flush=True)
     return status
 
 
-def _open_closed_streams() -> None:
-    """Points streams closed by `>&-` or `2>&-` at the null device, so that no other file takes their numbers."""
-    for number, name in enumerate(("stdin", "stdout", "stderr")):
-        try:
-            os.fstat(number)
-        except OSError:
-            os.dup2(null := os.open(os.devnull, os.O_RDWR), number)
-            if null != number:
-                os.close(null)
-        if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0].rstrip(".") or type(error).__name__

@@ -1,14 +1,22 @@
-"""Recipes, optimizers and schedules.
+"""Recipes, and what their values build: losses, optimizers, schedules.
 
 A recipe is an entry of RECIPES: defaults of flags, which flags on the command line override.
 """
 
+import argparse
 import sys
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from torch.optim import lr_scheduler
+from torch import nn
+from torch.optim import Optimizer, lr_scheduler
+from torch.optim.lr_scheduler import LRScheduler
+
+from center_loss import CenterLoss
+from engine.cuda_graph import captured
+from engine.ranks import Ranks
+from engine.step import Step
 
 # The reference systems and our own settings; zhou2018's are the parser's own defaults.
 RECIPES = {
@@ -76,83 +84,140 @@ RECIPES["images"] = dict(
     schedule="onecycle",
     max_epoch=28,
     eval_freq=1,
-    mirror=True,
+    mirror="mean",
     amp="auto",
 )
 
-# From parameter groups and the flags' values.
-OPTIMIZERS = {
-    "sgd": lambda groups, args: torch.optim.SGD(
-        groups, args.lr_model, args.momentum, weight_decay=args.weight_decay
-    ),
-    "adamw": lambda groups, args: torch.optim.AdamW(
-        groups, args.lr_model, weight_decay=args.weight_decay
-    ),
-}
+
+def sgd(groups: list[dict], args: argparse.Namespace) -> Optimizer:
+    return torch.optim.SGD(groups, args.lr_model, args.momentum, weight_decay=args.weight_decay)
+
+
+def adamw(groups: list[dict], args: argparse.Namespace) -> Optimizer:
+    return torch.optim.AdamW(groups, args.lr_model, weight_decay=args.weight_decay)
+
+
+OPTIMIZERS = {"sgd": sgd, "adamw": adamw}
+
+
+def step(optimizer: Optimizer, args: argparse.Namespace, per_epoch: int, steps: int) -> LRScheduler:
+    every = args.stepsize * per_epoch or sys.maxsize
+    return lr_scheduler.StepLR(optimizer, every, args.gamma)
+
+
+def milestones(
+    optimizer: Optimizer, args: argparse.Namespace, per_epoch: int, steps: int
+) -> LRScheduler:
+    return lr_scheduler.MultiStepLR(optimizer, args.milestones, args.gamma)
+
+
+def onecycle(
+    optimizer: Optimizer, args: argparse.Namespace, per_epoch: int, steps: int
+) -> LRScheduler:
+    peaks = [group["lr"] for group in optimizer.param_groups]
+    return lr_scheduler.OneCycleLR(optimizer, peaks, steps, cycle_momentum=False)
 
 
 class Schedule(NamedTuple):
-    """A learning rate schedule; it takes a step after each training step."""
+    """A learning rate schedule, which takes a step after each training step.
 
-    create: Callable  # from the optimizer, the flags' values, and the training steps of an epoch and of the whole run
-    fixed_length: bool = (
-        False  # the schedule depends on how long the run is, so that a resumed run keeps its length
-    )
+    create: from the optimizer, the flags, the steps of an epoch and those of the whole run.
+    fixed_length: it depends on how long the run is, so that a resumed run keeps its length.
+    """
+
+    create: Callable[[Optimizer, argparse.Namespace, int, int], LRScheduler]
+    fixed_length: bool = False
 
 
 SCHEDULES = {
-    "step": Schedule(
-        lambda optimizer, args, epoch, run: lr_scheduler.StepLR(
-            optimizer, args.stepsize * epoch or sys.maxsize, args.gamma
-        )
-    ),
-    "milestones": Schedule(
-        lambda optimizer, args, epoch, run: lr_scheduler.MultiStepLR(
-            optimizer, args.milestones, args.gamma
-        )
-    ),
-    "onecycle": Schedule(
-        lambda optimizer, args, epoch, run: lr_scheduler.OneCycleLR(
-            optimizer, [group["lr"] for group in optimizer.param_groups], run, cycle_momentum=False
-        ),
-        fixed_length=True,
-    ),
+    "step": Schedule(step),
+    "milestones": Schedule(milestones),
+    "onecycle": Schedule(onecycle, fixed_length=True),
 }
 
 
-def create_optimizers(model, center_loss, args) -> dict[str, torch.optim.Optimizer]:
-    """The network's optimizer and, unless it has the centers as well, theirs; by their names in a checkpoint."""
-    parameters = dict(model.named_parameters())
-    biases = [
-        parameters.pop(name)
-        for name in list(parameters)
-        if args.caffe_biases and name.endswith(".bias")
-    ]
-    groups = [dict(params=list(parameters.values()))]
+def create_center_loss(num_classes: int, feat_dim: int, args: argparse.Namespace) -> CenterLoss:
+    return CenterLoss(
+        num_classes,
+        feat_dim,
+        use_gpu=False,
+        distance=args.distance,
+        radius=args.radius,
+        scale=args.loss_scale,
+        class_average=args.class_average,
+        center_update=args.center_update,
+    )
+
+
+def create_step(
+    net: nn.Module,
+    center_loss: CenterLoss,
+    optimizers: dict[str, Optimizer],
+    args: argparse.Namespace,
+    ranks: Ranks = Ranks(),  # noqa: B008  (immutable)
+    notice: Callable[[str], object] = print,
+) -> Step:
+    """One update; on a single GPU a CUDA graph, unless --no-cuda-graph."""
+    step = Step(
+        net,
+        center_loss,
+        optimizers,
+        weight=args.weight_cent,
+        lr_ratio=args.lr_cent / args.lr_model if args.one_optimizer else 1.0,
+        label_smoothing=args.label_smoothing,
+        amp=args.amp,
+        ranks=ranks,
+    )
+    return captured(step, args.batch_size, notice) if args.cuda_graph else step
+
+
+def create_scheduler(
+    optimizers: dict[str, Optimizer],
+    args: argparse.Namespace,
+    per_epoch: int,
+    steps: int,
+    notice: Callable[[str], object] = print,
+) -> LRScheduler:
+    """The schedule of the network's rate; `notice` hears if the run is too short for it."""
+    schedule = SCHEDULES[args.schedule]
+    if schedule.fixed_length and steps < 10 and not args.evaluate:
+        notice(
+            f"--schedule {args.schedule} has only {steps} steps to raise and lower the rate: "
+            "a smaller --batch-size or a larger --max-epoch trains better"
+        )
+    return schedule.create(optimizers["optimizer_model"], args, per_epoch, steps)
+
+
+def create_optimizers(
+    model: nn.Module, center_loss: nn.Module, args: argparse.Namespace
+) -> dict[str, Optimizer]:
+    """The network's optimizer and, unless it has the centers as well, theirs; by name."""
+    weights = []
+    biases = []
+    for name, parameter in model.named_parameters():
+        is_bias = args.caffe_biases and name.endswith(".bias")
+        (biases if is_bias else weights).append(parameter)
+    groups = [dict(params=weights)]
     if biases:
         groups.append(dict(params=biases, lr=2 * args.lr_model, weight_decay=0.0))
+    centers = center_loss.parameters()
     if args.one_optimizer:
-        groups.append(
-            dict(params=center_loss.parameters(), momentum=args.momentum_cent, weight_decay=0.0)
-        )
+        groups.append(dict(params=centers, momentum=args.momentum_cent, weight_decay=0.0))
     optimizers = dict(optimizer_model=OPTIMIZERS[args.optimizer](groups, args))
     if not args.one_optimizer:
-        sgd = torch.optim.SGD(
-            center_loss.parameters(), lr=args.lr_cent, momentum=args.momentum_cent
-        )
-        optimizers["optimizer_cent"] = sgd
+        optimizer = torch.optim.SGD(centers, args.lr_cent, args.momentum_cent)
+        optimizers["optimizer_cent"] = optimizer
     for optimizer in optimizers.values():
-        for group in optimizer.param_groups:
-            group["fused"] = (
-                group["params"][0].is_cuda or None
-            )  # whose rates a CUDA graph can read from tensors
+        for group in optimizer.param_groups:  # a CUDA graph needs rates in tensors, as fused ones
+            group["fused"] = group["params"][0].is_cuda or None
         optimizer.register_load_state_dict_pre_hook(keep_kernels)
     return optimizers
 
 
-def keep_kernels(optimizer: torch.optim.Optimizer, state: dict) -> dict:
-    """The loaded state with the kernels of this optimizer, as the checkpoint may be from another device."""
-    kernels = ("foreach", "fused", "capturable")
-    groups = zip(state["param_groups"], optimizer.param_groups, strict=True)
-    groups = [saved | {name: own[name] for name in kernels if name in own} for saved, own in groups]
+def keep_kernels(optimizer: Optimizer, state: dict) -> dict:
+    """The loaded state with the kernels of this optimizer: it may be from another device."""
+    groups = []
+    for saved, own in zip(state["param_groups"], optimizer.param_groups, strict=True):
+        kernels = {name: own[name] for name in ("foreach", "fused", "capturable") if name in own}
+        groups.append(saved | kernels)
     return state | dict(param_groups=groups)

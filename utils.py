@@ -1,13 +1,11 @@
-"""Everything outside the training itself: the log, the run directory and its files, checkpoints.
+"""The files of a run: its log, metrics.csv, checkpoints and directory.
 
-torch is imported where it is used: the processes that draw import this file and would wait seconds for torch.
+torch is imported where it is used: the processes that draw import this file and would wait for it.
 """
 
 import argparse
 import contextlib
 import csv
-import functools
-import glob
 import io
 import json
 import os
@@ -27,43 +25,22 @@ import numpy as np
 from tqdm import tqdm
 
 SPLITS = ("train", "val", "test")
-# What a run writes below its --save-dir; a new run there removes exactly these first. {} is the data set, * in
-# EPOCH_FILES the epoch; FIGURE is a pattern for names in figures/, which plots.py draws.
-EPOCH_FILES = (
-    *(f"{split}/epoch_*.{kind}" for split in SPLITS for kind in ("png", "npz")),
-    "features/epoch_*.npz",
-)
+# The list of the files that the runs in a directory have written, a path a line.
+FILES = "files.txt"
 EVENT_FILES = "tensorboard/events.out.tfevents.*"
-TEST_FILES = (
-    "val/images.npz",
-    "val/features.npz",
-    "test/images.npz",
-    "test/features.npz",
-)  # of all epochs
-LOG = "log_{}.txt"
+TEST_FILES = ("val/images.npz", "val/features.npz", "test/images.npz", "test/features.npz")
+# What a run writes for each epoch, and what it writes besides; patterns below --save-dir.
+EPOCH_FILES = ("train/epoch_*.*", "val/epoch_*.*", "test/epoch_*.*", "features/epoch_*.npz")
 RUN_FILES = (
-    "metrics.csv",
-    "args.json",
-    "run.json",
-    "checkpoint.pt",
-    "best.pt",
-    "curves.png",
-    "confusion.png",
-    "roc.png",
-    "evaluation.json",
-    "features/test.npz",
-    "predictions.csv",
-    "report.html",
-    "compare.html",
-    *(f"{split}.gif" for split in SPLITS),
-    *TEST_FILES,
-    EVENT_FILES,
+    *("log_*.txt", "metrics.csv", "args.json", "run.json", "checkpoint.pt", "best.pt", FILES),
+    *("evaluation.json", "roc.png", "confusion.png", "predictions.csv", "features/test.npz"),
+    *("curves.png", "report.html", "compare.html", "train.gif", "val.gif", "test.gif"),
+    *(*TEST_FILES, EVENT_FILES),
 )
-FIGURE = r"(curves|confusion|compare|(train|val|test|val_tsne|test_tsne)_epoch(_[1-9]\d*)+)\.(pdf|svg|png)"
 
 
 class RunError(Exception):
-    """What ends a run: the message is one line for the user, `status` the exit status. 2: a mistake of the user's."""
+    """What ends a run: one line for the user, and the exit status; 2 is a mistake of the user's."""
 
     status = 2
 
@@ -81,27 +58,28 @@ class WriteError(RunError):
 
 
 class Stopped(RunError):
-    """A signal has ended the run between two batches."""
+    """A signal has ended the run."""
 
-    def __init__(self, number: int, run: dict, save_dir: str):
-        done = f"epoch {run['epoch']}" + (
-            f" and {run['partial']['batches']} batches" if run["partial"] else ""
-        )
-        super().__init__(
-            f"stopped by {signal.Signals(number).name}; {save_dir} holds all up to {done}; to go on: "
-            f"python main.py --resume --save-dir {save_dir}"
-        )
+    def __init__(self, number: int, epoch: int, save_dir: str):
+        command = shlex.join(["python", "main.py", "--resume", "--save-dir", save_dir])
+        name = signal.Signals(number).name
+        super().__init__(f"stopped by {name} after epoch {epoch}; to go on: {command}")
         self.status = 128 + number
 
 
-# -------------------------------------------------------------------------------------------------------------- log
+# ----------------------------------------------------------------------------------------- the log
 
 
 class Log:
-    """Prints lines, above a progress bar if there is one; `open` starts a file of them, with the earlier ones."""
+    """Prints lines, above a progress bar if there is one; `open` starts a file of them.
+
+    The file gets the lines that were printed before it was opened, too.
+    """
 
     def __init__(self, quiet: bool = False):
-        self.quiet, self.file, self.earlier = quiet, None, []
+        self.quiet = quiet
+        self.file = None
+        self.earlier = []
 
     def __call__(self, line: str) -> None:
         if self.quiet:
@@ -110,10 +88,6 @@ class Log:
             tqdm.write(line)
             sys.stdout.flush()
         except OSError as error:
-            with contextlib.suppress(
-                OSError
-            ):  # what is left in the buffer must not fail again at the exit
-                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise WriteError(f"cannot write to the standard output: {error.strerror}") from error
         if self.file is None:
             self.earlier.append(line)
@@ -122,11 +96,10 @@ class Log:
 
     def open(self, path: Path, printed: bytes = b"") -> None:
         """Starts the file with `printed`, the log of a resumed run up to its checkpoint."""
-        if self.quiet:
-            return
-        start = printed + b"".join(map(_encoded, self.earlier))
-        replace_file(path, lambda part: part.write_bytes(start))
-        self.path, self.file = path, open(path, "ab", buffering=0)
+        replace_file(path, lambda part: part.write_bytes(printed))
+        self.file = open(path, "ab", buffering=0)
+        for line in self.earlier:
+            self._write(line)
 
     def close(self) -> None:
         self.file.close()
@@ -136,49 +109,52 @@ class Log:
         return self.file.seek(0, os.SEEK_END)
 
     def _write(self, line: str) -> None:
-        rest = _encoded(line)
+        rest = f"{line}\n".encode(errors="backslashreplace")  # a path that is not UTF-8
         try:
             while rest:  # a disk that fills up takes only part of it
                 rest = rest[self.file.write(rest) :]
         except OSError as error:
-            raise _unwritable(self.path, error) from error
-
-
-def _encoded(line: str) -> bytes:
-    return f"{line}\n".encode(errors="backslashreplace")  # a path that is not UTF-8
+            raise _unwritable(Path(self.file.name), error) from error
 
 
 def progress_bar(
-    batches: Iterable, what: str, total: int, done: int = 0, *, shown: bool = True
+    batches: Iterable, what: str, total: int, unit: str = "batch", *, shown: bool = True
 ) -> Iterable:
-    """The batches, with a progress bar on a terminal."""
-    tqdm.monitor_interval = 0  # else it starts a thread, and workers are forked
-    hidden = None if shown else True  # None: hidden unless the output is a terminal
-    return tqdm(
-        batches, disable=hidden, leave=False, desc=what, initial=done, total=total, unit="batch"
-    )
+    """The batches, with a progress bar if the output is a terminal."""
+    hidden = None if shown else True  # None: hidden unless it is a terminal
+    return tqdm(batches, disable=hidden, leave=False, desc=what, total=total, unit=unit)
 
 
-# ------------------------------------------------------------------------------------------------------------ files
+# --------------------------------------------------------------------------------- a file, written
 
 
 def replace_file(path: Path, write: Callable[[Path], object]) -> None:
-    """Lets `write` fill a temporary file and renames it to `path`, which is at any time the old file or the new one.
+    """Lets `write` fill a temporary file and renames it to `path`: the old file or the new one.
 
-    It creates no directory, so that a removed one is an error. The temporary file is this process's own, since drawing
-    processes may outlive a killed run for a moment.
+    It creates no directory, so that a removed one is an error. The temporary file is this process's
+    own, since drawing processes may outlive a killed run for a moment.
     """
     part = part_of(path, os.getpid())
     try:
         write(part)
-        with open(part, "rb") as file:
+        with open(part, "rb+") as file:  # Windows syncs only what may be written
             os.fsync(file.fileno())
-        os.replace(part, path)
+        _rename(part, path)
+        record(path)
     except OSError as error:
         raise _unwritable(path, error) from error
     finally:
         with contextlib.suppress(OSError):
             part.unlink()
+
+
+def _rename(part: Path, path: Path) -> None:
+    """Tries for two seconds: on Windows nothing can replace a file that a program is reading."""
+    for _ in range(20):
+        with contextlib.suppress(PermissionError):
+            return os.replace(part, path)
+        time.sleep(0.1)
+    os.replace(part, path)
 
 
 def part_of(path: Path, process: int | str) -> Path:
@@ -187,120 +163,14 @@ def part_of(path: Path, process: int | str) -> Path:
 
 
 def _unwritable(path: Path, error: OSError) -> WriteError:
-    reason = f"{error.strerror or error}; the earlier files are whole, --resume goes on from the last checkpoint"
-    return WriteError(
-        f"cannot write {path}: {reason if path.parent.exists() else 'its directory was removed'}"
-    )
-
-
-def read_start(path: Path, size: int) -> bytes:
-    """The first bytes of a file, at most `size`; none if there is no such file."""
-    with contextlib.suppress(FileNotFoundError), open(path, "rb") as file:
-        return file.read(size)
-    return b""
-
-
-def check_save_dir(path: str) -> None:
-    """Raises RunError if `path` is not a writable directory and cannot become one; creates nothing."""
-    nearest = Path(path).absolute()
-    while not nearest.exists() and nearest != nearest.parent:
-        nearest = nearest.parent
-    if not nearest.is_dir():
-        raise RunError(f"--save-dir must be a directory, got {path}: {nearest} is a file")
-    if not os.access(nearest, os.W_OK | os.X_OK):
-        raise RunError(f"--save-dir must be writable, got {path}: {nearest} is not")
-
-
-@contextlib.contextmanager
-def claim(save_dir: Path) -> Iterator[Callable[[], None]]:
-    """Creates the directory and locks it against other runs; RunError if one is using it.
-
-    Yields a function that raises WriteError if the directory has been removed or replaced by another.
-    """
-    try:
-        save_dir.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=save_dir).close()
-    except OSError as error:
-        raise RunError(
-            f"--save-dir must be a writable directory, got {save_dir}: {error.strerror}"
-        ) from error
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        yield lambda: None
-        return
-    directory = os.open(save_dir, os.O_RDONLY)
-    try:
-        fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(directory)
-        raise RunError(
-            f"--save-dir {save_dir} is in use by another run; give this one its own"
-        ) from None
-    # Forked workers outlive a killed run for seconds; they must not hold the lock against its --resume.
-    held = [directory]
-    os.register_at_fork(after_in_child=lambda: [os.close(held.pop()) for _ in list(held)])
-
-    def check() -> None:
-        if not (save_dir.exists() and os.path.samestat(os.stat(save_dir), os.fstat(directory))):
-            raise WriteError(
-                f"--save-dir {save_dir} has been removed while the run was writing to it"
-            )
-
-    try:
-        yield check
-    finally:
-        os.close(held.pop())
-
-
-def clear(save_dir: Path, dataset: str, after: int | None = None) -> bool:
-    """Removes an earlier run's files, or only those of epochs after `after`; returns whether there were any.
-
-    Also removes half-written files of a killed run. `dataset` is that of the new run.
-    """
-    datasets = {dataset}
-    with contextlib.suppress(
-        OSError, ValueError, TypeError, KeyError
-    ):  # no args.json, or not one of ours
-        datasets.add(str(json.loads((save_dir / "args.json").read_text())["dataset"]))
-    names = [*RUN_FILES, *(glob.escape(LOG.format(dataset)) for dataset in datasets)]
-    for name in (*names, *EPOCH_FILES):
-        for part in save_dir.glob(str(part_of(Path(name), "*"))):
-            if part.name.split(".")[-2].isdecimal():
-                part.unlink()
-    old = [path for epoch, path in epoch_files(save_dir) if epoch > (after or 0)]
-    if after is None:
-        old += [path for name in names for path in save_dir.glob(name) if not path.is_dir()]
-        figure = re.compile(rf"{FIGURE}|\.{FIGURE}\.\d+\.part")
-        old += [path for path in save_dir.glob("figures/*") if figure.fullmatch(path.name)]
-    for path in old:
-        path.unlink()
-    return bool(old)
-
-
-def epoch_files(directory: Path, patterns: Sequence[str] = EPOCH_FILES) -> list[tuple[int, Path]]:
-    """The files of single epochs, with their epochs, in ascending order."""
-    paths = (path for pattern in patterns for path in directory.glob(pattern))
-    numbers = ((path.stem.removeprefix("epoch_"), path) for path in paths)
-    return sorted(
-        (int(number), path) for number, path in numbers if number.isdecimal() and number[0] != "0"
-    )
-
-
-def copy_epochs(source: Path, target: Path, last: int) -> None:
-    """Copies what goes along with a run: the files of epochs up to `last`, best.pt, the test's and --tensorboard's."""
-    paths = [path for epoch, path in epoch_files(source) if epoch <= last]
-    patterns = ("best.pt", "evaluation.json", "roc.png", *TEST_FILES, EVENT_FILES)
-    for path in (*paths, *(path for pattern in patterns for path in source.glob(pattern))):
-        copy = target / path.relative_to(source)
-        copy.parent.mkdir(exist_ok=True)
-        replace_file(copy, functools.partial(shutil.copyfile, path))
+    if not path.parent.exists():
+        return WriteError(f"cannot write {path}: its directory was removed")
+    return WriteError(f"cannot write {path}: {error.strerror or error}")
 
 
 def write_json(path: Path, values: dict) -> None:
-    replace_file(
-        path, lambda part: part.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
-    )
+    text = json.dumps(values, indent=2, sort_keys=True) + "\n"
+    replace_file(path, lambda part: part.write_text(text, encoding="utf-8"))
 
 
 def write_metrics(path: Path, history: Sequence[dict]) -> None:
@@ -309,23 +179,12 @@ def write_metrics(path: Path, history: Sequence[dict]) -> None:
     writer = csv.DictWriter(table, fieldnames=list(history[0]), lineterminator="\n")
     writer.writeheader()
     writer.writerows(history)
-    replace_file(path, lambda part: part.write_text(table.getvalue()))
+    replace_file(path, lambda part: part.write_bytes(table.getvalue().encode()))
 
 
-def save_features(path: Path, splits: dict[str, dict], centers, **further) -> None:
-    """features (N, D), labels and predictions (N,) of each split, as train_features and so on, and centers (C, D)."""
-    if "features" not in splits.get(
-        "train", splits.get("test")
-    ):  # of an epoch that was begun without --save-features
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    arrays = {"centers": centers.cpu().numpy(), **further}
-    for split, values in splits.items():
-        arrays |= {
-            f"{split}_{name}": values[name].cpu().numpy()
-            for name in ("features", "labels", "predictions")
-        }
-    save_arrays(path, arrays)
+def spreadsheet_text(text: str) -> str:
+    """A cell that a spreadsheet shows: an apostrophe before what it would run as a formula."""
+    return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r")) else text
 
 
 def save_arrays(path: Path, arrays: dict) -> None:
@@ -338,35 +197,168 @@ def save_arrays(path: Path, arrays: dict) -> None:
     replace_file(path, write)
 
 
-def describe(args: argparse.Namespace, commands: list[str]) -> dict:
-    """What run.json has of a run in addition to its settings: commands, versions and device."""
-    import torch
+def save_features(path: Path, splits: dict[str, dict], centers, **further) -> None:
+    """Features (N, D), labels and predictions (N,), as train_features …, and centers (C, D)."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    arrays = {"centers": centers.cpu().numpy(), **further}
+    for split, values in splits.items():
+        for name in ("features", "labels", "predictions"):
+            arrays[f"{split}_{name}"] = values[name].cpu().numpy()
+    save_arrays(path, arrays)
 
-    on_gpu = torch.cuda.is_available() and not args.use_cpu
-    device = (
-        torch.cuda.get_device_name(int(args.gpu))
-        if on_gpu
-        else f"CPU, threads: {torch.get_num_threads()}"
+
+def read_start(path: Path, size: int) -> bytes:
+    """The first bytes of a file, at most `size`; none if there is no such file."""
+    with contextlib.suppress(FileNotFoundError), open(path, "rb") as file:
+        return file.read(size)
+    return b""
+
+
+# ----------------------------------------------------------------------------------- the directory
+
+
+def record(path: Path) -> None:
+    """Adds the file to the list of its run's directory, if it is in one."""
+    for directory in (path.parent, path.parent.parent):
+        listed = directory / FILES
+        if listed.exists() and path.name != FILES:
+            name = path.relative_to(directory).as_posix()
+            if is_known(name) and name not in recorded(directory):
+                with open(listed, "a", encoding="utf-8", newline="\n") as file:
+                    file.write(f"{name}\n")
+            return
+
+
+def recorded(directory: Path) -> set[str]:
+    """The files that runs have written to the directory, as far as they still have known names."""
+    listed = read_start(directory / FILES, 2**26).decode(errors="replace").splitlines()
+    if not listed and read_args(directory):  # a run before there was a list
+        return {path.relative_to(directory).as_posix() for path in _known_files(directory)}
+    return {name for name in listed if is_known(name)}
+
+
+def is_known(name: str) -> bool:
+    """Whether a path below --save-dir is one that a run writes."""
+    patterns = (*EPOCH_FILES, *RUN_FILES, "figures/*.pdf", "figures/*.svg", "figures/*.png")
+    path = Path(name)
+    return ".." not in path.parts and any(
+        len(path.parts) == pattern.count("/") + 1 and path.match(pattern) for pattern in patterns
     )
-    loaded = {
-        name: sys.modules[name].__version__
-        for name in ("torch", "torchvision", "numpy")
-        if name in sys.modules
-    }
-    versions = dict(python=platform.python_version(), **loaded)
-    return dict(
-        commands=commands,
-        versions=versions,
-        device=device,
-        ranks=int(os.environ.get("WORLD_SIZE", 1)),
-    )
 
 
-def read_facts(directory: Path) -> dict:
-    """run.json; empty if it is missing or damaged."""
-    with contextlib.suppress(ValueError):
-        return json.loads(read_start(directory / "run.json", 2**20))
+def _known_files(directory: Path) -> list[Path]:
+    found = (path for pattern in (*EPOCH_FILES, *RUN_FILES) for path in directory.glob(pattern))
+    return [path for path in found if not path.is_dir()]
+
+
+def read_args(directory: Path) -> dict:
+    """args.json of a run of main.py; empty if there is none."""
+    with contextlib.suppress(OSError, ValueError):
+        args = json.loads((directory / "args.json").read_text(encoding="utf-8"))
+        if isinstance(args, dict) and {"recipe", "dataset", "model", "save_dir"} <= args.keys():
+            return args
     return {}
+
+
+def check_save_dir(path: str, overwrite: bool) -> None:
+    """RunError if `path` cannot be a run's directory or has others' files; creates nothing."""
+    directory = Path(path)
+    nearest = directory.absolute()
+    while not nearest.exists() and nearest != nearest.parent:
+        nearest = nearest.parent
+    if not nearest.is_dir():
+        raise RunError(f"--save-dir must be a directory, got {path}: {nearest} is a file")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise RunError(f"--save-dir must be writable, got {path}: {nearest} is not")
+    ours = recorded(directory)
+    names = sorted(each.relative_to(directory).as_posix() for each in _known_files(directory))
+    foreign = [name for name in names if name not in ours and name != FILES]
+    if foreign and not overwrite:
+        raise RunError(
+            f"--save-dir must have no files of others that a run would replace, got {path} with "
+            f"{foreign[0]}: choose another directory, or --overwrite"
+        )
+
+
+def clear(directory: Path, after: int | None = None) -> bool:
+    """Removes an earlier run's files, or only those of epochs after `after`; were there any?
+
+    Only files that a run is known to have written go, none behind a symbolic link to a directory.
+    """
+    names = recorded(directory)
+    late = {path for epoch, path in epoch_files(directory) if epoch > (after or 0)}
+    removed = False
+    for name in sorted(names - {FILES}):
+        path = directory / name
+        for part in path.parent.glob(part_of(path, "*").name):  # of a killed run
+            part.unlink()
+        inside = path.parent.resolve() == directory.resolve() / Path(name).parent
+        if inside and (after is None or path in late) and path.is_file():
+            path.unlink()
+            removed = True
+    return removed
+
+
+def epoch_files(directory: Path, patterns: Sequence[str] = EPOCH_FILES) -> list[tuple[int, Path]]:
+    """The files of single epochs, with their epochs, in ascending order."""
+    found = []
+    for path in (path for pattern in patterns for path in directory.glob(pattern)):
+        number = re.fullmatch(r"epoch_([1-9]\d*)", path.stem)
+        if number:
+            found.append((int(number[1]), path))
+    return sorted(found)
+
+
+def copy_epochs(source: Path, target: Path, last: int) -> None:
+    """Copies what goes along with a run to another directory: the files of epochs up to `last` …"""
+    paths = [path for epoch, path in epoch_files(source) if epoch <= last]
+    for pattern in ("best.pt", "evaluation.json", "roc.png", *TEST_FILES, EVENT_FILES):
+        paths += source.glob(pattern)
+    for path in paths:
+        copy = target / path.relative_to(source)
+        copy.parent.mkdir(exist_ok=True)
+        replace_file(copy, lambda part, path=path: shutil.copyfile(path, part))
+
+
+@contextlib.contextmanager
+def claim(save_dir: Path, log: Log) -> Iterator[Callable[[], None]]:
+    """Creates the directory and locks it against other runs; RunError if one is using it.
+
+    Yields a function that raises WriteError if the directory has been removed or replaced.
+    """
+    try:
+        save_dir.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=save_dir).close()
+        (save_dir / FILES).touch()
+    except OSError as error:
+        reason = f"got {save_dir}: {error.strerror}"
+        raise RunError(f"--save-dir must be a writable directory, {reason}") from error
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        yield lambda: None
+        return
+    directory = os.open(save_dir, os.O_RDONLY)
+
+    def check() -> None:
+        exists = save_dir.exists() and os.path.samestat(save_dir.stat(), os.fstat(directory))
+        if not exists:
+            raise WriteError(f"--save-dir {save_dir} was removed while the run was writing to it")
+
+    try:
+        try:
+            fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            reason = "is in use by another run; give this one its own"
+            raise RunError(f"--save-dir {save_dir} {reason}") from None
+        except OSError as error:  # many network disks have no locks
+            log(f"--save-dir {save_dir} cannot be locked against other runs: {error.strerror}")
+        yield check
+    finally:
+        os.close(directory)
+
+
+# ------------------------------------------------------------------------------------- checkpoints
 
 
 def save_checkpoint(path: Path, checkpoint: dict) -> None:
@@ -377,251 +369,176 @@ def save_checkpoint(path: Path, checkpoint: dict) -> None:
     replace_file(path, lambda part: part.write_bytes(buffer.getbuffer()))
 
 
+def check_data(path: str, saved: dict, data: dict, to_train: bool) -> None:
+    """RunError if the facts of a checkpoint's data are not those of the data given."""
+    names = dict(classes="training classes", in_channels="images' channels")
+    if to_train:
+        names["images"] = "number of training images"
+    for name, what in names.items():
+        if name in saved and saved[name] != data[name]:  # older checkpoints lack channels
+            shown = [str(each)[:200] for each in (saved[name], data[name])]
+            raise RunError(f"the {what} must be {shown[0]}, as in {path}, got {shown[1]}")
+
+
 def load_checkpoint(path: str | Path) -> dict:
     """Reads a checkpoint onto the CPU; RunError if it is missing, damaged or not one of main.py."""
     import torch
 
-    types = dict(
-        args=dict,
-        data=dict,
-        epoch=int,
-        partial=dict | None,
-        history=list,
-        centers=torch.Tensor,
-        rng=torch.Tensor,
-        model=dict,
-        center_loss=dict,
-        scheduler=dict,
-        optimizer_model=dict,
-    )
+    types = dict(args=dict, data=dict, epoch=int, history=list, centers=torch.Tensor)
+    types |= dict(rng=torch.Tensor, model=dict, center_loss=dict, scheduler=dict)
     try:
-        with zipfile.ZipFile(
-            path
-        ) as records:  # torch would take flipped bits within a tensor as they are
-            if damaged := records.testzip():
-                raise RunError(f"the checkpoint {path} is damaged: wrong checksum of {damaged}")
+        with zipfile.ZipFile(path) as records:  # torch would take flipped bits as they are
+            damaged = records.testzip()
+        if damaged:
+            raise ValueError(f"wrong checksum of {damaged}")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except RunError:
-        raise
+        for name, kind in types.items():
+            if not isinstance(checkpoint[name], kind):
+                raise ValueError(f"wrong {name}")
     except FileNotFoundError:
         raise RunError(f"there is no checkpoint {path}") from None
-    except Exception as error:  # of zip, pickle and others, depending on where the file is damaged
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise RunError(f"cannot read the checkpoint {path}: {reason}") from error
-    if not isinstance(checkpoint, dict) or not all(
-        isinstance(checkpoint.get(name), kind) for name, kind in types.items()
-    ):
-        raise RunError(f"{path} is not a checkpoint of main.py")
+    except Exception as error:  # of zip, pickle and others, depending on what the file is
+        reason = str(error).strip().partition("\n")[0].partition(".")[0] or type(error).__name__
+        raise RunError(f"{path} is damaged or no checkpoint of main.py: {reason}") from error
+    if checkpoint.get("partial"):
+        raise RunError(
+            f"{path} was written in the middle of an epoch, by an older version that could go on "
+            "from there: resume from a checkpoint of a whole epoch, or start anew"
+        )
     return checkpoint
 
 
-def restore(path: str, run: dict, modules: dict, to_train: bool) -> dict:
-    """Loads the checkpoint `path` into the modules; returns its values of the entries of `run`.
-
-    Raises RunError if it is of other data, of another network or of another optimizer.
-    """
-    import torch
-
-    checkpoint = load_checkpoint(path)
-    data = checkpoint["data"]
-    for name, what, needed in (
-        ("classes", "training classes", True),
-        ("in_channels", "images' channels", "in_channels" in data),  # those of older runs lack it
-        ("images", "training images", to_train),
-    ):
-        if needed and data.get(name) != run["data"][name]:
-            raise RunError(
-                f"the {what} must be {data.get(name)}, as in {path}, got {run['data'][name]}"
-            )
-    _check_run(path, checkpoint, run["centers"])
-    try:
-        for name, module in modules.items():
-            module.load_state_dict(checkpoint[name])
-        torch.set_rng_state(checkpoint["rng"])
-        return {name: checkpoint[name] for name in run} | dict(data=run["data"])
-    except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        raise RunError(
-            f"the checkpoint {path} does not fit this network and its optimizers"
-        ) from error
-
-
-def _check_run(path: str, saved: dict, centers) -> None:
-    """Raises RunError, naming the entry, if a checkpoint holds what no run writes, such as after an edit by hand."""
-
-    def is_partial(batches: int, samples: int, sums, kept: list | None, rng=None) -> bool:
-        return (
-            batches > 0
-            and sums.shape == (3,)
-            and (kept is None or [len(each) for each in kept] == 3 * [samples])
-        )
-
-    checks = dict(
-        epoch=lambda: (
-            [row["epoch"] for row in saved["history"]] == list(range(1, saved["epoch"] + 1))
-        ),
-        partial=lambda: saved["partial"] is None or is_partial(**saved["partial"]),
-        centers=lambda: (
-            saved["centers"].shape == centers.shape and saved["centers"].is_floating_point()
-        ),
-        elapsed=lambda: 0 <= saved["elapsed"] < 1e9,
-        log_bytes=lambda: saved["log_bytes"] >= 0,
-    )
-    for name, holds in checks.items():
-        with contextlib.suppress(AttributeError, KeyError, TypeError):
-            if holds():
-                continue
-        raise RunError(f"the checkpoint {path} is not as a run wrote it: wrong {name}")
-
-
-# ------------------------------------------------------------------------------------------------------------- a run
+# -------------------------------------------------------------------------------------------- a run
 
 
 class NoFiles(contextlib.nullcontext):
     """RunFiles of the ranks other than 0, which write nothing."""
 
-    def save(self, run: dict, modules: dict, name: str = "checkpoint.pt") -> None:
+    def save(self, *arguments, **options) -> None:
         pass
 
-    def save_epoch(self, row: dict, splits: dict[str, dict], centers) -> None:
-        pass
+    save_epoch = save
+    finish = save
 
 
 class RunFiles:
     """The files of a run in --save-dir, which is locked within the context.
 
-    Entering it removes an earlier run's files or, to resume, those of epochs after the checkpoint, and starts the log.
+    Entering it removes an earlier run's files or, to resume, those of epochs after the checkpoint,
+    and starts the log. A file other than a checkpoint that cannot be written is tried again when
+    the next epoch ends; `finish` raises WriteError if it still cannot.
     """
 
-    def __init__(self, args: argparse.Namespace, run: dict, log: Log, start: float):
-        self.args, self.run, self.log, self.directory, self.start = (
-            args,
-            run,
-            log,
-            Path(args.save_dir),
-            start,
-        )
-        self.context, self.board, self.facts = contextlib.ExitStack(), None, None
+    def __init__(self, args: argparse.Namespace, state, log: Log, start: float):
+        self.args = args
+        self.epoch = state.epoch
+        self.history = state.history
+        self.log_bytes = state.log_bytes
+        self.log = log
+        self.start = start
+        self.directory = Path(args.save_dir)
+        self.context = contextlib.ExitStack()
+        self.facts = None  # what run.json has
+        self.board = None
+        self.unwritten = {}  # what is to be written, by path
 
     def __enter__(self) -> "RunFiles":
-        args, log_name = self.args, LOG.format(self.args.dataset)
-        own = args.resume and Path(args.resume).resolve().parent == self.directory.resolve()
         with self.context:
-            self.check = self.context.enter_context(claim(self.directory))
-            if args.resume:
-                self.log(f"Resuming after epoch {self.run['epoch']}")
-                begun = self.run["partial"]
-                if begun and begun["kept"] is None and (args.plot or args.save_features):
-                    self.log(
-                        f"Epoch {self.run['epoch'] + 1} was begun without --plot and --save-features: it has "
-                        f"neither, as the features of its first {begun['batches']} batches are gone"
-                    )
-            printed = (
-                read_start(Path(args.resume).with_name(log_name), self.run["log_bytes"])
-                if args.resume
-                else b""
-            )
-            if (
-                clear(self.directory, args.dataset, after=self.run["epoch"] if own else None)
-                and not own
-            ):
-                self.log(f"Replacing the earlier run in {self.directory}")
-            if args.resume and not own:
-                copy_epochs(Path(args.resume).parent, self.directory, self.run["epoch"])
-            self.log.open(self.directory / log_name, printed)
+            self.check = self.context.enter_context(claim(self.directory, self.log))
+            source = Path(self.args.resume).resolve().parent if self.args.resume else None
+            printed = self._begin(source) if source else self._begin_anew()
+            self.log.open(self.directory / f"log_{self.args.dataset}.txt", printed)
             self.context.callback(self.log.close)
-            write_json(self.directory / "args.json", vars(args))
-            if args.plot:
-                earlier = (
-                    read_facts(Path(args.resume).parent).get("commands", []) if args.resume else []
-                )
-                self.facts = describe(args, [*earlier, shlex.join(["python", *sys.argv])])
-            if args.tensorboard:
-                self.board = self.context.enter_context(Board(self.directory, args, self.run))
+            write_json(self.directory / "args.json", vars(self.args))
+            if self.args.plot:
+                earlier = read_facts(source).get("commands", []) if source else []
+                command = shlex.join(["python", *sys.argv])
+                self.facts = describe(self.args, [*earlier, command])
+            if self.args.tensorboard:
+                from plots.tensorboard import Board
+
+                board = Board(self.directory, self.args, self.epoch, self.history)
+                self.board = self.context.enter_context(board)
             self.context = self.context.pop_all()  # all went well: the directory stays locked
         return self
+
+    def _begin(self, source: Path) -> bytes:
+        """Makes the directory that of the resumed run; returns its log."""
+        self.log(f"Resuming after epoch {self.epoch}")
+        printed = read_start(source / f"log_{self.args.dataset}.txt", self.log_bytes)
+        if source == self.directory.resolve():
+            clear(self.directory, after=self.epoch)
+        else:
+            self._begin_anew()
+            copy_epochs(source, self.directory, self.epoch)
+        return printed
+
+    def _begin_anew(self) -> bytes:
+        if clear(self.directory):
+            self.log(f"Replacing the earlier run in {self.directory}")
+        return b""
 
     def __exit__(self, *error) -> None:
         self.context.close()
 
-    def save(self, run: dict, modules: dict, name: str = "checkpoint.pt") -> None:
-        """Writes metrics.csv and a checkpoint of `run` and the state dicts of `modules`."""
+    def save(self, checkpoint: dict, name: str = "checkpoint.pt") -> None:
+        """Writes a checkpoint, and metrics.csv from its history."""
         self.check()
-        run.update(elapsed=time.monotonic() - self.start, log_bytes=self.log.position())
-        if run["history"]:
-            write_metrics(self.directory / "metrics.csv", run["history"])
+        elapsed = time.monotonic() - self.start
+        whole = dict(args=vars(self.args), elapsed=elapsed, log_bytes=self.log.position())
+        save_checkpoint(self.directory / name, checkpoint | whole)
+        if checkpoint["history"]:
+            self._try(write_metrics, "metrics.csv", checkpoint["history"])
         if self.facts:
-            write_json(self.directory / "run.json", self.facts | dict(elapsed=run["elapsed"]))
-        states = {name: module.state_dict() for name, module in modules.items()}
-        save_checkpoint(self.directory / name, dict(args=vars(self.args), **run, **states))
+            self._try(write_json, "run.json", self.facts | dict(elapsed=elapsed))
 
     def save_epoch(self, row: dict, splits: dict[str, dict], centers) -> None:
-        """Writes the files of --save-features and --tensorboard."""
-        self.check()
+        """Writes the files of --save-features, --tensorboard, and those that failed before."""
+        for write, name, *arguments in list(self.unwritten.values()):
+            self._try(write, name, *arguments)
         if self.args.save_features:
-            save_features(
-                self.directory / "features" / f"epoch_{row['epoch']}.npz", splits, centers
-            )
+            self._try(save_features, f"features/epoch_{row['epoch']}.npz", splits, centers)
         if self.board:
             self.board.add_epoch(row)
 
+    def finish(self, undrawn: Sequence[str] = ()) -> None:
+        """Tries to write what is missing; WriteError if that fails or pictures are undrawn."""
+        for write, name, *arguments in self.unwritten.values():
+            write(self.directory / name, *arguments)
+        if undrawn:
+            command = shlex.join(["python", "-m", "plots", str(self.directory)])
+            raise WriteError(f"{undrawn[0]}; to draw what is missing: {command}")
+        if self.args.plot:
+            self.log(f"Pictures in {self.directory}, page {self.directory / 'report.html'}")
 
-class Board:
-    """What --tensorboard writes: the settings as hparams, the metrics of each epoch and the pictures of --plot.
-
-    Pictures are drawn in the background, so they are added when the next epoch ends or, the last ones, on leaving the
-    context. The metrics of a resumed run's earlier epochs are added if they have not been recorded.
-    """
-
-    def __init__(self, directory: Path, args: argparse.Namespace, run: dict):
-        from torch.utils.tensorboard import SummaryWriter
-        from torch.utils.tensorboard.summary import hparams
-
-        self.directory, recorded = directory, list(directory.glob(EVENT_FILES))
-        self.added = {
-            path for epoch, path in self._pictures() if recorded and epoch <= run["epoch"]
-        }
-        self.writer = SummaryWriter(directory / "tensorboard", purge_step=run["epoch"] + 1)
-        settings = {
-            name: value if isinstance(value, bool | int | float | str) else str(value)
-            for name, value in vars(args).items()
-        }
-        for summary in hparams(
-            settings, dict.fromkeys(["test_accuracy", "nearest_center_accuracy", "train_loss"])
-        ):
-            self.writer.file_writer.add_summary(summary)
-        for row in [] if recorded else run["history"]:
-            self._add_metrics(row)
-
-    def __enter__(self) -> "Board":
-        return self
-
-    def __exit__(self, *error) -> None:
+    def _try(self, write: Callable, name: str, *arguments) -> None:
         try:
-            self._add_pictures()
-        finally:
-            self.writer.close()
+            write(self.directory / name, *arguments)
+            self.unwritten.pop(name, None)
+        except (WriteError, OSError) as error:
+            if name not in self.unwritten:
+                self.log(f"{error}; it is tried again after the next epoch")
+            self.unwritten[name] = (write, name, *arguments)
 
-    def add_epoch(self, row: dict) -> None:
-        self._add_metrics(row)
-        self._add_pictures()
-        self.writer.flush()
 
-    def _add_metrics(self, row: dict) -> None:
-        for name, value in row.items():
-            if value is not None and name != "epoch":
-                self.writer.add_scalar(name, value, row["epoch"])
+def describe(args: argparse.Namespace, commands: list[str]) -> dict:
+    """What run.json has of a run in addition to its settings: commands, versions and device."""
+    import torch
 
-    def _pictures(self) -> list[tuple[int, Path]]:
-        return epoch_files(self.directory, [f"{split}/epoch_*.png" for split in SPLITS])
+    on_gpu = torch.cuda.is_available() and not args.use_cpu
+    device = f"CPU, threads: {torch.get_num_threads()}"
+    if on_gpu:
+        device = torch.cuda.get_device_name(int(args.gpu))
+    versions = dict(python=platform.python_version())
+    for name in ("torch", "torchvision", "numpy"):
+        if name in sys.modules:
+            versions[name] = sys.modules[name].__version__
+    ranks = int(os.environ.get("WORLD_SIZE", 1))
+    return dict(commands=commands, versions=versions, device=device, ranks=ranks)
 
-    def _add_pictures(self) -> None:
-        from tensorboard.compat.proto.summary_pb2 import Summary
 
-        for epoch, path in self._pictures():
-            if path not in self.added:
-                image = Summary.Image(colorspace=3, encoded_image_string=path.read_bytes())
-                summary = Summary(
-                    value=[Summary.Value(tag=f"{path.parent.name} features", image=image)]
-                )
-                self.writer.file_writer.add_summary(summary, epoch)
-                self.added.add(path)
+def read_facts(directory: Path) -> dict:
+    """run.json; empty if it is missing or damaged."""
+    with contextlib.suppress(ValueError):
+        return json.loads(read_start(directory / "run.json", 2**20))
+    return {}

@@ -1,8 +1,9 @@
-"""The processes of torchrun, and the signals that ask a run to stop."""
+"""The processes that torchrun starts, and the signals that ask a run to stop."""
 
 import contextlib
 import os
 import signal
+import threading
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
@@ -16,39 +17,57 @@ class Interrupted(Exception):
 
 
 class StopRequest:
-    """In its context, the first SIGINT or SIGTERM only sets `signal`, which is checked between batches.
+    """In its context the first SIGINT or SIGTERM only sets `signal`, read between batches.
 
-    A second SIGINT interrupts at once.
+    Between two batches of a single process it interrupts at once, since waiting for the next one
+    may take for ever; a second SIGINT always does. In a thread no signal arrives.
     """
 
-    def __init__(self):
-        self.signal: int | None = None
+    def __init__(self, ranks: "Ranks"):
+        self.ranks = ranks
+        self.signal = 0
+        self.waiting = False
+        self.handlers = {}
 
     def __enter__(self) -> "StopRequest":
-        self.handlers = {
-            number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)
-        }
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self.handlers[number] = signal.signal(number, self._note)
         return self
 
     def __exit__(self, *error) -> None:
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
 
+    def requested(self) -> int:
+        """The signal that has reached any rank; 0: none."""
+        return self.ranks.largest(self.signal)
+
     def is_urgent(self) -> bool:
         """A cluster's SIGTERM is followed by SIGKILL: there is no time to draw what is missing."""
         return self.signal == signal.SIGTERM
 
-    def watch(self, batches: Iterable, ranks: "Ranks") -> Iterator:
+    def watch(self, batches: Iterable) -> Iterator:
         """The batches; raises Interrupted after the one in which a signal has reached any rank."""
-        for batch in batches:
-            yield batch
-            if ranks.any(self.signal):
+        iterator = iter(batches)
+        while True:
+            if self.requested():
                 raise Interrupted
+            self.waiting = self.ranks.size == 1
+            try:
+                batch = next(iterator)
+            except StopIteration:
+                return
+            finally:
+                self.waiting = False
+            yield batch
 
     def _note(self, number: int, frame) -> None:
         if self.signal and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.signal = number
+        if self.waiting:
+            raise Interrupted
 
 
 class Ranks(NamedTuple):
@@ -60,12 +79,22 @@ class Ranks(NamedTuple):
 
     @classmethod
     def of_environment(cls) -> "Ranks":
+        """ValueError, with its name, where a variable of torchrun's is missing or wrong."""
         names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-        return (
-            cls(*(int(os.environ[name]) for name in names))
-            if all(name in os.environ for name in names)
-            else cls()
-        )
+        if not all(name in os.environ for name in names):
+            return cls()
+        for name in names:
+            value = os.environ[name]
+            if not value.isdecimal():
+                raise ValueError(f"{name} must be a number, as torchrun sets it, got {value}")
+        rank, size, local = (int(os.environ[name]) for name in names)
+        for name in ("MASTER_ADDR", "MASTER_PORT"):
+            if size > 1 and not os.environ.get(name):
+                raise ValueError(
+                    f"{name} must be set where WORLD_SIZE is {size}: start the ranks by torchrun, "
+                    "or unset RANK, WORLD_SIZE and LOCAL_RANK"
+                )
+        return cls(rank, size, local)
 
     @contextlib.contextmanager
     def joined(self) -> Iterator[None]:
@@ -98,11 +127,11 @@ class Ranks(NamedTuple):
             dist.all_reduce(values)
         return values
 
-    def any(self, number: int | None) -> int:
-        """The largest of the ranks' numbers; None counts as 0."""
+    def largest(self, number: int) -> int:
+        """The largest of the ranks' numbers."""
         if self.size == 1:
-            return number or 0
-        largest = torch.tensor(number or 0)
+            return number
+        largest = torch.tensor(number)
         dist.all_reduce(largest, dist.ReduceOp.MAX)
         return int(largest)
 
@@ -115,13 +144,13 @@ class Ranks(NamedTuple):
         return torch.cat(parts).to(rows.device)
 
     def check_equal(self, name: str, values: torch.Tensor) -> None:
-        """Raises RunError if the ranks' values differ, as far as their sums show."""
+        """Raises RuntimeError if the ranks' values differ, as far as their sums show."""
         sums = torch.stack([values.double().sum(), values.double().square().sum()]).cpu()
         if len(self.gather(sums.unsqueeze(0)).unique(dim=0)) > 1:
             raise RuntimeError(f"the ranks' {name} are no longer the same")
 
     def parallel(self, model: nn.Module) -> nn.Module:
-        """The model with averaged gradients and BatchNorm over the joined batch; without other ranks, as it is."""
+        """The model with averaged gradients and BatchNorm over the batch of all ranks."""
         if self.size == 1:
             return model
         if next(model.parameters()).is_cuda:
@@ -146,15 +175,18 @@ class SumOverRanks(torch.autograd.Function):
 
 
 class BatchNormOverRanks(nn.BatchNorm2d):
-    """BatchNorm2d over the joined batch of all ranks, on CPUs, which torch's SyncBatchNorm does not support."""
+    """BatchNorm2d over the batch of all ranks, on CPUs, where torch has no SyncBatchNorm."""
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         if not self.training:
             return super().forward(images)
-        dtype, images = images.dtype, images.to(torch.promote_types(images.dtype, torch.float32))
-        over, count = (0, 2, 3), images.new_tensor([images.numel() / images.shape[1]])
-        total = SumOverRanks.apply(torch.cat([images.sum(over), count]))
-        mean, count = total[:-1] / total[-1], total[-1].item()
+        dtype = images.dtype
+        images = images.to(torch.promote_types(dtype, torch.float32))
+        over = (0, 2, 3)
+        pixels = images.new_tensor([images.numel() / images.shape[1]])
+        total = SumOverRanks.apply(torch.cat([images.sum(over), pixels]))
+        mean = total[:-1] / total[-1]
+        count = total[-1].item()
         centered = images - mean.view(1, -1, 1, 1)
         variance = SumOverRanks.apply(centered.square().sum(over)) / count
         with torch.no_grad():
