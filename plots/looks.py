@@ -1,19 +1,13 @@
-"""Colours, names, projection and figures, common to all pictures."""
+"""Colours, names and figures, common to all pictures."""
 
-import contextlib
-import functools
-import os
-import unicodedata
-import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 COLUMN = 3.15  # inches, 8 cm: the width of a paper's column
 
-
-# Petroff's ten colours: at least 17 CIELAB units apart for red-green blind readers, too (matplotlib's own: 4.6).
+# Petroff's ten colours, which red-green blind readers can tell apart: at least 17 CIELAB units.
 COLORS = (
     "#3f90da",
     "#ffa90e",
@@ -26,13 +20,6 @@ COLORS = (
     "#717581",
     "#92dadd",
 )
-
-
-HOLLOW = dict(color="0.5", markerfacecolor="none", markeredgewidth=0.5)  # points of unknown classes
-
-
-TSNE_AXES = ("t-SNE 1\n(distances between clusters mean little)", "t-SNE 2")
-
 
 PRINT_STYLE = {
     "font.size": 7,
@@ -51,48 +38,19 @@ PRINT_STYLE = {
 }
 
 
-def plane(features: np.ndarray) -> tuple[Callable[[np.ndarray], np.ndarray], tuple[str, str]]:
-    """A map of features (N, D) to points (N, 2), and the names of its axes.
-
-    D = 2 is shown as it is; D > 2 by the first two principal components, fitted on `features`; D = 1 along a line.
-    """
-    if features.shape[1] == 2:
-        return (lambda x: x), ("feature 1", "feature 2")
-    if features.shape[1] == 1:
-        return (lambda x: np.pad(x, ((0, 0), (0, 1)))), ("feature 1", "")
-    mean = features.mean(0, dtype=np.float64)
-    variances, components = np.linalg.eigh(np.cov((features - mean).T))  # ascending
-    shares, components = (
-        100 * variances[:-3:-1] / max(variances.sum(), 1e-30),
-        components[:, :-3:-1],
-    )  # (D, 2)
-    largest = np.abs(components).argmax(0)
-    components = components * np.sign(
-        components[largest, [0, 1]]
-    )  # else their arbitrary sign may flip
-    names = tuple(
-        f"principal component {i} ({share:.0f} % of the variance)"
-        for i, share in enumerate(shares, 1)
-    )
-    return (lambda x: (x - mean) @ components), names
-
-
-def limits(*clouds: np.ndarray) -> np.ndarray:
-    """Axis limits [[x0, x1], [y0, y1]] around all finite points, neither side much shorter than the other."""
-    points = np.concatenate(clouds)
-    points = points[np.isfinite(points).all(1)]
-    middle, half = (points.max(0) + points.min(0)) / 2, np.ptp(points, axis=0) / 2
-    half = 1.05 * np.maximum(half, max(0.85 * half.max(), 1e-6))
-    return np.stack([middle - half, middle + half], axis=1)
+def rgb(colors: Sequence[str]) -> np.ndarray:
+    """Colours "#rrggbb" as numbers from 0 to 1, (N, 3)."""
+    return np.array([[int(color[i : i + 2], 16) for i in (1, 3, 5)] for color in colors]) / 255
 
 
 def palette(count: int) -> list[str]:
     """A colour for each class: the ten of COLORS, then darker and lighter shades of them."""
-    base = np.array([[int(color[i : i + 2], 16) for i in (1, 3, 5)] for color in COLORS]) / 255
+    base = rgb(COLORS)
     shades = -(-count // len(base))
     colors = []
     for label in range(count):
-        color, shade = base[label % len(base)], label // len(base)
+        color = base[label % len(base)]
+        shade = label // len(base)
         if shade % 2:  # darker and lighter in turn, ever further from the colour itself
             color = color * (1 - 0.7 * (shade + 1) / (shades + 1))
         else:
@@ -101,88 +59,57 @@ def palette(count: int) -> list[str]:
     return colors
 
 
+class Looks:
+    """How the classes of an epoch look; first the trained ones, `known`, then the others, `unseen`.
+
+    Unknown classes are hollow. They get colours of their own, or where no point is of a known class
+    the best ones anew.
+    """
+
+    def __init__(self, shown: dict):
+        self.known = [str(name) for name in shown["classes"]]
+        self.unseen = [str(name) for name in shown["unseen"]]
+        count = len(self.known)
+        self.has_known = bool((shown["labels"] < count).any())
+        self.colors = palette(count + len(self.unseen))
+        if not self.has_known:
+            self.colors = palette(count) + palette(len(self.unseen))
+        self.marks = marks(self.known)
+
+    def short(self, width: int) -> list[str]:
+        return shorten(self.known + self.unseen, width)
+
+
+def hollow(color: str) -> dict:
+    """How points of an unknown class are drawn."""
+    return {"color": color, "markerfacecolor": "none", "markeredgewidth": 0.6}
+
+
 def marks(classes: Sequence[str]) -> list[str]:
-    """The text at each center: the classes' names if all are short, else their numbers."""
-    return (
-        list(classes)
-        if max(map(len, classes)) <= 3
-        else [str(label) for label in range(len(classes))]
-    )
+    """The text at each center: the names of the classes if all are short, else their numbers."""
+    if max(map(len, classes)) <= 3:
+        return list(classes)
+    return [str(label) for label in range(len(classes))]
 
 
 def shorten(names: Sequence[str], width: int) -> list[str]:
-    """Cuts the names to at most `width` characters, near the middle, so that different names stay different.
+    """Cuts the names to `width` characters, near the middle, so that different ones stay so.
 
     If no cut does that, all get as many more characters as it takes.
     """
     for room in range(width, max(map(len, names), default=0)):
         for tail in sorted(range(room), key=lambda tail: abs(tail - room // 2)):
-            short = [
-                name
-                if len(name) <= room
-                else name[: room - 1 - tail] + "…" + name[len(name) - tail :]
-                for name in names
-            ]
+            short = [cut(name, room, tail) for name in names]
             if len(set(short)) == len(set(names)):
                 return short
     return list(names)
 
 
-def drawable(names: Sequence[str]) -> list[str]:
-    r"""The names as text for matplotlib: without formulas, and with a font for every letter.
-
-    Letters that no font of the system has become \u4e2d, with a warning; bytes that are not UTF-8 become \xe9. Call
-    this before axes and texts are created, since that is when they get their fonts.
-    """
-    from matplotlib import rcParams
-
-    names = [os.fsencode(name).decode(errors="backslashreplace") for name in names]
-    families, missing = _fonts_for(frozenset("".join(names)), tuple(rcParams["font.family"]))
-    rcParams["font.family"] = list(families)
-    if missing:
-        some = " ".join(sorted(missing)[:10]) + " …" * (len(missing) > 10)
-        warnings.warn(
-            f"No font of this system has {some}: pictures show their numbers, such as \\u4e2d",
-            stacklevel=2,
-        )
-
-    def show(letter: str) -> str:
-        odd = letter in missing or unicodedata.category(letter) == "Cc"
-        return letter.encode("unicode_escape").decode() if odd else letter
-
-    return ["".join(map(show, name)).replace("$", r"\$") for name in names]
-
-
-@functools.cache
-def _fonts_for(
-    letters: frozenset[str], families: tuple[str, ...]
-) -> tuple[tuple[str, ...], frozenset[str]]:
-    """The font families, plus those of the system that have further letters; and the letters that none has."""
-    from matplotlib import font_manager
-
-    def letters_of(path: str) -> set[str]:
-        with contextlib.suppress(OSError, RuntimeError):  # FreeType cannot use the font
-            font = font_manager.get_font(path)
-            return {
-                letter for letter in missing if font.scalable and ord(letter) in font.get_charmap()
-            }
-        return set()
-
-    def default_of(family: str) -> str:
-        return font_manager.findfont(font_manager.FontProperties(family=[family]))
-
-    missing = {letter for letter in letters if unicodedata.category(letter) != "Cc"}
-    for family in families:
-        missing -= letters_of(default_of(family))
-    paths = font_manager.findSystemFonts() if missing else []
-    for path in sorted(paths, key=lambda path: ("Regular" not in path, path)):
-        if letters_of(path):
-            font_manager.fontManager.addfont(path)
-            family = font_manager.get_font(path).family_name
-            if found := letters_of(default_of(family)):  # not its bold alone
-                missing -= found
-                families = (*families, family)
-    return families, frozenset(missing)
+def cut(name: str, room: int, tail: int) -> str:
+    """A name in at most `room` characters, of which the last `tail` are those of its end."""
+    if len(name) <= room:
+        return name
+    return name[: room - 1 - tail] + "…" + name[len(name) - tail :]
 
 
 def new_figure(width: float, height: float, rows: int = 1, columns: int = 1, **options):
@@ -190,16 +117,27 @@ def new_figure(width: float, height: float, rows: int = 1, columns: int = 1, **o
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width, height), dpi=150, layout=options.pop("layout", "constrained"))
+    layout = options.pop("layout", "constrained")
+    figure = Figure(figsize=(width, height), dpi=150, layout=layout)
     FigureCanvasAgg(figure)
     return figure, figure.subplots(rows, columns, squeeze=False, **options)
 
 
+def style(format: str):
+    """The context of a figure: that of print for a `format`, matplotlib's own without."""
+    from matplotlib import rc_context
+
+    return rc_context(PRINT_STYLE if format else {})
+
+
 def save(figure, part: Path, format: str = "") -> None:
-    """Saves a figure as PNG or, for print, in `format`: cropped, at 600 dpi, the same file for the same data."""
+    """Saves a figure as PNG or, for print, in `format`, cropped, at 600 dpi.
+
+    The same data give the same file.
+    """
     if not format:
-        return figure.savefig(part, format="png")
-    undated = dict(pdf=dict(CreationDate=None), svg=dict(Date=None)).get(format)
-    figure.savefig(
-        part, format=format, dpi=600, bbox_inches="tight", pad_inches=0.01, metadata=undated
-    )
+        figure.savefig(part, format="png")
+        return
+    metadata = {"pdf": {"CreationDate": None}, "svg": {"Date": None}}.get(format)
+    options = {"dpi": 600, "bbox_inches": "tight", "pad_inches": 0.01}
+    figure.savefig(part, format=format, metadata=metadata, **options)

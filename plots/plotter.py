@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
 from multiprocessing import active_children, get_context, parent_process
 from pathlib import Path
 from types import ModuleType
@@ -16,14 +17,37 @@ from types import ModuleType
 import utils
 
 
-class Plotter:
-    """Draws in background processes while the training goes on; `finish` waits for them, logs and returns their errors.
+@dataclass
+class Task:
+    """A picture that is being drawn, and what to draw it again from."""
 
-    An interrupt in its context kills them, and so does `finish` if asked to stop.
+    future: Future
+    draw: Callable
+    arguments: tuple
+    tries: int = 1
+
+    def error(self) -> str:
+        """Why it could not be drawn; empty if it could. Waits for the end."""
+        error = self.future.exception()
+        if isinstance(error, BrokenProcessPool):
+            return "the drawing process could not start or was killed"
+        return one_line(error) if error else ""
+
+
+class Plotter:
+    """Draws in background processes while the training goes on; `finish` waits for them.
+
+    What could not be drawn or saved is tried again by `retry`, and said once. An interrupt in its
+    context ends the processes, and so does `finish` if asked to stop.
     """
 
     def __init__(self, log: Callable[[str], None] = print):
-        self.log, self.pool, self.tasks, self.drawers = log, None, [], set()
+        self.log = log
+        self.pool: ProcessPoolExecutor | None = None
+        self.drawers = set()
+        self.tasks: dict[Path, Task] = {}
+        self.unsaved: dict[Path, dict] = {}
+        self.has_complained = False
 
     def __enter__(self) -> "Plotter":
         return self
@@ -32,67 +56,107 @@ class Plotter:
         if kind is KeyboardInterrupt:
             self._kill()
         if self.pool:
-            self.pool.shutdown()  # at the interpreter's end its thread might close what Python then still writes to
-
-    @property
-    def paths(self) -> set[Path]:
-        return {path for path, _ in self.tasks}
+            self.pool.shutdown()  # else its thread may close what Python still writes to at its end
 
     def __call__(self, path: Path, draw: Callable, *arguments) -> None:
         """Lets draw(part, *arguments) write `path`."""
+        self.tasks[path] = Task(self._submit(path, draw, *arguments), draw, arguments)
+
+    def _submit(self, *drawing) -> Future:
         if self.pool is None:
             workers = max(1, min(4, (os.cpu_count() or 1) // 2))
             self.pool = ProcessPoolExecutor(workers, get_context("spawn"), _start_drawing)
         before = set(active_children())
         try:
             with _without_main():
-                task = self.pool.submit(draw_to, path, draw, *arguments)
-        except (
-            BrokenProcessPool
-        ) as error:  # a drawing process has died: the training goes on without pictures
-            task = Future()
-            task.set_exception(error)
+                future = self.pool.submit(draw_to, *drawing)
+        except (BrokenProcessPool, OSError) as error:  # no process can start: training goes on
+            future = Future()
+            future.set_exception(error)
         self.drawers |= set(active_children()) - before
-        self.tasks.append((path, task))
+        return future
+
+    def save(self, path: Path, arrays: dict) -> bool:
+        """Writes arrays, and their directory where it is missing; returns whether that worked."""
+        try:
+            path.parent.mkdir(exist_ok=True)
+            utils.save_arrays(path, arrays)
+        except (OSError, utils.RunError) as error:
+            self.unsaved[path] = arrays
+            self._complain(one_line(error))
+            return False
+        self.unsaved.pop(path, None)
+        return True
+
+    def retry(self, last: bool = False) -> None:
+        """Tries again what could not be written: each picture once, and a `last` time."""
+        for path, arrays in list(self.unsaved.items()):
+            self.save(path, arrays)
+        for path, task in self.tasks.items():
+            if task.tries < 2 + last and task.future.done() and task.error():
+                self._complain(about(path, task.error()))
+                task.future = self._submit(path, task.draw, *task.arguments)
+                task.tries += 1
+
+    def _complain(self, error: str) -> None:
+        if not self.has_complained:
+            self.log(f"A picture is tried again after the next epoch: {error}")
+        self.has_complained = True
 
     def finish(self, stop: Callable[[], bool] = lambda: False) -> list[str]:
-        """Waits until all is drawn or `stop` returns True; returns the error of each missing picture."""
-        pending = {task for _, task in self.tasks}
+        """Waits until all is drawn or `stop` returns True; returns the errors of what is missing.
+
+        Logs a line on what has failed, and one on what a stop has left undrawn.
+        """
+        pending = {task.future for task in self.tasks.values()}
         while pending and not stop():
             pending = wait(pending, timeout=0.1).not_done
         if pending:
             self._kill()
-        failed = [
-            (path, "stopped" if task in pending else task.exception()) for path, task in self.tasks
-        ]
-        errors = [f"{path}: {' '.join(str(error).split())}" for path, error in failed if error]
-        notes = set().union(
-            *(
-                task.result()
-                for _, task in self.tasks
-                if task not in pending and not task.exception()
-            )
-        )
-        for line in (
-            *sorted(notes),
-            *(f"A picture could not be drawn: {error}" for error in errors),
-        ):
-            self.log(line)
-        self.tasks = []
-        return errors
+        failed = [about(path, "could not be written") for path in self.unsaved]
+        stopped = []
+        notes = set()
+        for path, task in self.tasks.items():
+            if task.future in pending:
+                stopped.append(path)
+            elif task.error():
+                failed.append(about(path, task.error()))
+            else:
+                notes.update(task.future.result())
+        for note in sorted(notes):
+            self.log(note)
+        if failed:
+            others = f" ({len(failed) - 1} more)" if len(failed) > 1 else ""
+            self.log(f"A picture could not be drawn: {failed[0]}{others}")
+        undrawn = [path.name for path in stopped if not path.exists()]
+        if undrawn:
+            others = f" and {len(undrawn) - 5} more" if len(undrawn) > 5 else ""
+            self.log(f"Not drawn before the stop: {', '.join(undrawn[:5])}{others}")
+        self.tasks = {}
+        return failed + [about(path, "stopped") for path in stopped]
 
     def _kill(self) -> None:
         for drawer in self.drawers:
             drawer.kill()
             drawer.join()
-            for path, _ in self.tasks:
+            for path in self.tasks:
                 utils.part_of(path, drawer.pid).unlink(missing_ok=True)
+
+
+def one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())
+
+
+def about(path: Path, error: str) -> str:
+    """An error with the path that it is about."""
+    return error if str(path) in error else f"{path}: {error}"
 
 
 @contextlib.contextmanager
 def _without_main() -> Iterator[None]:
-    """A process spawned in its context does not import the running script, main.py, and so not torch: seconds."""
-    script, sys.modules["__main__"] = sys.modules["__main__"], ModuleType("__main__")
+    """A process spawned in its context does not import the running script, and so not torch."""
+    script = sys.modules["__main__"]
+    sys.modules["__main__"] = ModuleType("__main__")
     try:
         yield
     finally:
@@ -101,7 +165,7 @@ def _without_main() -> Iterator[None]:
 
 def draw_to(path: Path, draw: Callable, *arguments) -> set[str]:
     """Lets draw(part, *arguments) write `path`; returns its warnings."""
-    with warnings.catch_warnings(record=True) as caught:
+    with warnings.catch_warnings(record=True) as caught, _without_backend():
         warnings.simplefilter("ignore")
         warnings.simplefilter("always", UserWarning)
         warnings.simplefilter("ignore", DeprecationWarning)  # pyparsing's are both
@@ -109,8 +173,25 @@ def draw_to(path: Path, draw: Callable, *arguments) -> set[str]:
     return {str(warning.message) for warning in caught}
 
 
+@contextlib.contextmanager
+def _without_backend() -> Iterator[None]:
+    """Hides MPLBACKEND, which in a notebook names a package that this Python may lack.
+
+    Pictures are drawn by Agg whatever it is; where matplotlib has been loaded, it still takes it.
+    """
+    backend = os.environ.pop("MPLBACKEND", None)
+    try:
+        yield
+    finally:
+        if backend is not None:
+            os.environ["MPLBACKEND"] = backend
+            if "matplotlib" in sys.modules:
+                with contextlib.suppress(ValueError):
+                    sys.modules["matplotlib"].rcParams["backend"] = backend
+
+
 def _start_drawing() -> None:
-    """Ignores Ctrl-C and SIGTERM, which reach all processes of a run, to finish the current picture.
+    """Ignores Ctrl-C and SIGTERM, which reach all processes of a run, to finish the picture.
 
     The process watches for the end of a killed run itself, since nothing else would end it.
     """
@@ -118,4 +199,9 @@ def _start_drawing() -> None:
         signal.signal(number, signal.SIG_IGN)
     if hasattr(os, "nice"):
         os.nice(10)  # the training goes first
-    threading.Thread(target=lambda: (parent_process().join(), os._exit(1)), daemon=True).start()
+    threading.Thread(target=_end_with_run, daemon=True).start()
+
+
+def _end_with_run() -> None:
+    parent_process().join()
+    os._exit(1)

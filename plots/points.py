@@ -1,106 +1,47 @@
-"""Points coloured by class: pictures of epochs, films and panels."""
+"""Points coloured by class: the picture of an epoch, panels of several, t-SNE."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 
-import utils
-from plots import report
-from plots.looks import *
+from plots.fonts import drawable
+from plots.looks import COLUMN, PRINT_STYLE, Looks, hollow, new_figure, save
+from plots.saved import read_epoch
+
+TSNE_AXES = ("t-SNE 1\n(distances between clusters mean little)", "t-SNE 2")
+NAMED = 40  # classes; of more, the legend names none
+MARKED = 100  # centers; of more, none has its number
 
 
-class Scatter:
-    """Points coloured by class, and a mark at each center, in `axes`; `show` sets them, for each frame of a film."""
+def plane(features: np.ndarray) -> tuple[Callable[[np.ndarray], np.ndarray], tuple[str, str]]:
+    """A map of features (N, D) to points (N, 2), and the names of its axes.
 
-    def __init__(self, axes, shown: dict, axis_limits: np.ndarray, small: bool = False):
-        classes, self.axes = [str(name) for name in shown["classes"]], axes
-        self.colors = palette(len(classes))
-        axes.set(
-            xlabel=shown["axes"][0],
-            ylabel=shown["axes"][1],
-            xlim=axis_limits[0],
-            ylim=axis_limits[1],
-        )
-        axes.set(aspect="equal", axisbelow=True)
-        axes.ticklabel_format(scilimits=(-2, 4))  # with few ticks, so that labels do not overlap
-        axes.locator_params("x", nbins=4 if small else 7)
-        axes.grid(color="0.92")
-        size = float(np.clip(250 / max(len(shown["points"]), 1) ** 0.5, 1.0, 5.0)) * (
-            0.6 if small else 1
-        )
-        styles = [dict(color=color, markersize=size, markeredgewidth=0) for color in self.colors]
-        self.points = [axes.plot([], [], ".", rasterized=True, **style)[0] for style in styles]
-        self.unknown = axes.plot([], [], "o", rasterized=True, markersize=0.8 * size, **HOLLOW)[0]
-        text = (6 if small else 8) * (1 if len(classes) <= 20 else 0.75)
-        self.centers = [
-            axes.text(
-                0,
-                0,
-                mark,
-                fontsize=text,
-                ha="center",
-                va="center",
-                clip_on=True,
-                bbox=dict(
-                    boxstyle="circle,pad=0.15",
-                    facecolor="#ffffffb0",
-                    edgecolor=color,
-                    linewidth=text / 7,
-                ),
-            )
-            for mark, color in zip(drawable(marks(classes)), self.colors, strict=True)
-        ]
-
-    def show(self, shown: dict) -> None:
-        points, labels = shown["points"], shown["labels"]
-        for label, line in enumerate(self.points):
-            line.set_data(*points[labels == label].T)
-        self.unknown.set_data(*points[labels >= len(self.points)].T)
-        for text, center in zip(self.centers, shown["centers"], strict=True):
-            text.set_position(center)
-            text.set_visible(bool(np.isfinite(center).all()))
+    D = 2 is shown as it is; D > 2 by the first two principal components, fitted on `features`;
+    D = 1 along a line.
+    """
+    if features.shape[1] == 2:
+        return (lambda x: x), ("feature 1", "feature 2")
+    if features.shape[1] == 1:
+        return (lambda x: np.pad(x, ((0, 0), (0, 1)))), ("feature 1", "")
+    mean = features.mean(0, dtype=np.float64)
+    variances, components = np.linalg.eigh(np.cov((features - mean).T))  # ascending
+    components = components[:, :-3:-1]  # (D, 2)
+    largest = np.abs(components).argmax(0)
+    components = components * np.sign(components[largest, [0, 1]])  # else the sign is arbitrary
+    shares = 100 * variances[:-3:-1] / max(variances.sum(), 1e-30)
+    names = [f"principal component {i} ({shares[i - 1]:.0f} % of the variance)" for i in (1, 2)]
+    return (lambda x: (x - mean) @ components), tuple(names)
 
 
-def has_unknown(shown: dict) -> bool:
-    """Whether some of the points are of unknown classes."""
-    return bool((shown["labels"] >= len(shown["classes"])).any())
-
-
-def add_legend(axes, shown: dict, small: bool = False) -> None:
-    """Names up to 40 classes outside of `axes`: on the right or, for more than 12 in print (`small`), below."""
-    classes = [str(name) for name in shown["classes"]]
-    if len(classes) > 40:
-        return
-    below, colors = small and len(classes) > 12, palette(len(classes))
-    handles = [
-        axes.plot([], [], "o", color=color, markersize=3 if small else 5)[0] for color in colors
-    ]
-    handles += axes.plot(
-        [], [], "o", markerfacecolor="white", markeredgecolor="black", markersize=4 if small else 6
-    )
-    names = [
-        name if name.startswith(mark) else f"{mark} {name}"
-        for mark, name in zip(marks(classes), shorten(classes, 14 if small else 20), strict=True)
-    ]
-    options = dict(
-        handletextpad=0.2, frameon=False, labelspacing=0.3, columnspacing=1.0, borderaxespad=0
-    )
-    if below:
-        columns = max(1, 60 // (max(map(len, names)) + 3))
-        options |= dict(loc="outside lower center", ncols=columns)
-    else:
-        options |= dict(loc="center left", bbox_to_anchor=(1.02, 0.5))
-        if not small:
-            options |= dict(
-                fontsize=min(9, 260 / (len(classes) + 1))
-            )  # points; a picture is 374 points high
-    names = [*drawable(names), "center"]
-    if has_unknown(shown):
-        handles += axes.plot([], [], "o", markersize=3 if small else 5, **HOLLOW)
-        names.append("unknown")
-    owner = axes.figure if below else axes
-    owner.legend(handles, names, **options)
+def limits(*clouds: np.ndarray) -> np.ndarray:
+    """Axis limits [[x0, x1], [y0, y1]] around all finite points, neither side much the shorter."""
+    points = np.concatenate(clouds)
+    points = points[np.isfinite(points).all(1)]
+    middle = (points.max(0) + points.min(0)) / 2
+    half = np.ptp(points, axis=0) / 2
+    half = 1.05 * np.maximum(half, max(0.85 * half.max(), 1e-6))
+    return np.stack([middle - half, middle + half], axis=1)
 
 
 def limits_of(clouds: Sequence[dict]) -> np.ndarray:
@@ -108,64 +49,108 @@ def limits_of(clouds: Sequence[dict]) -> np.ndarray:
     return limits(*(shown[name] for shown in clouds for name in ("points", "centers")))
 
 
+class Scatter:
+    """Points coloured by class, and a mark at each center; `show` sets them, as for a film."""
+
+    def __init__(self, axes, shown: dict, axis_limits: np.ndarray, small: bool = False):
+        self.looks = Looks(shown)
+        axes.set(xlabel=shown["axes"][0], ylabel=shown["axes"][1])
+        axes.set(xlim=axis_limits[0], ylim=axis_limits[1], aspect="equal", axisbelow=True)
+        axes.ticklabel_format(scilimits=(-2, 4))  # with few ticks, so that labels do not overlap
+        axes.locator_params("x", nbins=4 if small else 7)
+        axes.grid(color="0.92")
+        size = float(np.clip(250 / max(len(shown["points"]), 1) ** 0.5, 1.0, 5.0))
+        if small:
+            size *= 0.6
+        self.points = []
+        for label, color in enumerate(self.looks.colors):
+            looks = {"marker": ".", "color": color, "markeredgewidth": 0, "markersize": size}
+            if label >= len(self.looks.known):
+                looks |= hollow(color) | {"marker": "o", "markersize": 0.8 * size}
+            self.points += axes.plot([], [], linestyle="", rasterized=True, **looks)
+        self.crosses = add_crosses(axes, 3 if small else 5)
+        self.centers = []
+        if self.looks.has_known and len(self.looks.known) <= MARKED:
+            text = (6 if small else 8) * (1 if len(self.looks.known) <= 20 else 0.75)
+            self.centers = [add_mark(axes, mark, text) for mark in drawable(self.looks.marks)]
+
+    def show(self, shown: dict) -> None:
+        for label, line in enumerate(self.points):
+            line.set_data(*shown["points"][shown["labels"] == label].T)
+        centers = shown["centers"]
+        finite = np.isfinite(centers).all(1)
+        for line in self.crosses:
+            line.set_data(*centers[finite].T)
+        middle = centers[finite].mean(0) if finite.any() else np.zeros(2)
+        for text, center, is_finite in zip(self.centers, centers, finite, strict=False):
+            text.set_visible(bool(is_finite))
+            text.xy = center
+            away = center - middle
+            text.set_position(1.2 * text.get_fontsize() * away / max(np.hypot(*away), 1e-30))
+
+
+def add_crosses(axes, size: float) -> list:
+    """Thin crosses at the centers, on a white one each: they hide no cluster."""
+    return [
+        axes.plot([], [], "+", color=color, markersize=size + width, markeredgewidth=width)[0]
+        for color, width in (("white", size / 2), ("black", size / 6))
+    ]
+
+
+def add_mark(axes, mark: str, size: float):
+    """The text beside a center; it has a white edge, to be read on points."""
+    from matplotlib.patheffects import withStroke
+
+    edge = [withStroke(linewidth=size / 4, foreground="white")]
+    place = {"textcoords": "offset points", "ha": "center", "va": "center", "in_layout": False}
+    return axes.annotate(mark, (0, 0), (0, 0), fontsize=size, path_effects=edge, **place)
+
+
+def add_legend(axes, shown: dict, small: bool = False) -> None:
+    """Names up to 40 classes outside of `axes`: on the right or, of many in print, below."""
+    looks = Looks(shown)
+    listed = legend_entries(looks, looks.short(14 if small else 20))
+    if not listed:
+        return
+    size = 3 if small else 5
+    handles = [axes.plot([], [], "o", markersize=size, **style)[0] for _, style in listed]
+    handles += axes.plot([], [], "+", color="black", markersize=size + 1)
+    names = drawable([*(name for name, _ in listed), "center"])
+    options = {"handletextpad": 0.2, "labelspacing": 0.3, "columnspacing": 1.0}
+    options |= {"frameon": False, "borderaxespad": 0}
+    if small and len(names) > 13:
+        columns = max(1, 60 // (max(map(len, names)) + 3))
+        axes.figure.legend(handles, names, loc="outside lower center", ncols=columns, **options)
+        return
+    if not small:
+        options["fontsize"] = min(9, 260 / len(names))  # points; a picture is 374 points high
+    axes.legend(handles, names, loc="center left", bbox_to_anchor=(1.02, 0.5), **options)
+
+
+def legend_entries(looks: Looks, short: Sequence[str]) -> list[tuple[str, dict]]:
+    """The names and styles of the classes that have points, or of many unknown ones their count."""
+    count = len(looks.known)
+    entries = []
+    if looks.has_known and count <= NAMED:
+        for mark, name, color in zip(looks.marks, short[:count], looks.colors, strict=False):
+            text = name if name.startswith(mark) else f"{mark} {name}"
+            entries.append((text, {"color": color}))
+    if len(entries) + len(looks.unseen) <= NAMED:
+        unseen = zip(short[count:], looks.colors[count:], strict=True)
+        entries += [(name, hollow(color)) for name, color in unseen]
+    elif looks.unseen:
+        entries.append((f"{len(looks.unseen)} unknown classes", hollow("0.5")))
+    return entries
+
+
 def draw_points(part: Path, source: Path) -> None:
     """Draws all points of an epoch, as PNG."""
-    shown = report.read_arrays(source, report.ARRAYS)
+    shown = read_epoch(source)
     figure, ((axes,),) = new_figure(6.4, 5.2, layout="compressed")
     add_legend(axes, shown)
     Scatter(axes, shown, limits_of([shown])).show(shown)
     axes.set_title(str(shown["title"]), fontsize=11)
     save(figure, part)
-
-
-def draw_film(part: Path, directory: Path) -> None:
-    """Draws all epochs of `directory` as a GIF with the same axes in every frame."""
-    from PIL import Image
-
-    sources = [path for _, path in utils.epoch_files(directory, ["epoch_*.npz"])]
-    corners = []
-    for source in sources:
-        shown = report.read_arrays(source, report.ARRAYS)
-        corners.append(limits_of([shown]).T)
-    axis_limits = np.stack([np.min(corners, axis=(0, 1)), np.max(corners, axis=(0, 1))], axis=1)
-    figure, ((axes,),) = new_figure(6.4, 5.2, layout="compressed")
-    figure.set_dpi(80)
-    add_legend(axes, shown)
-    scatter = Scatter(axes, shown, axis_limits)
-    axes.set_title(str(shown["title"]), fontsize=11)
-    figure.draw_without_rendering()  # computes the layout, which is then frozen for all frames
-    figure.set_layout_engine("none")
-    film = Image.new("P", (1, 1))
-    film.putpalette(film_palette(scatter.colors).tobytes())
-
-    def frame(source: Path) -> Image.Image:
-        shown = report.read_arrays(source, report.ARRAYS)
-        scatter.show(shown)
-        axes.set_title(str(shown["title"]), fontsize=11)
-        figure.canvas.draw()
-        drawn = Image.fromarray(np.asarray(figure.canvas.buffer_rgba())).convert("RGB")
-        return drawn.quantize(palette=film, dither=Image.Dither.NONE)
-
-    frames = map(frame, sources)  # drawn one by one as Pillow asks for them
-    milliseconds = [min(max(12000 // len(sources), 100), 400)] * (len(sources) - 1) + [3000]
-    next(frames).save(
-        part, format="GIF", save_all=True, append_images=frames, duration=milliseconds, loop=0
-    )
-
-
-def film_palette(colors: Sequence[str]) -> np.ndarray:
-    """256 colours, uint8 (256, 3), for all frames of a film: greys, and tints of the colours, "#rrggbb"."""
-    values = (
-        np.array([[int(color[i : i + 2], 16) for i in (1, 3, 5)] for color in colors]) / 255
-    )  # (C, 3)
-    tints = np.linspace(
-        1, 0.25, np.clip(240 // len(values), 1, 4)
-    )  # 1: the colour itself, 0: white
-    mixed = 1 - tints[:, None, None] * (1 - values)
-    shades = np.concatenate([np.linspace(0, 1, 16).repeat(3).reshape(16, 3), mixed.reshape(-1, 3)])[
-        :256
-    ]
-    return np.pad((255 * shades).round().astype(np.uint8), ((0, 256 - len(shades)), (0, 0)))
 
 
 def draw_panels(
@@ -178,41 +163,37 @@ def draw_panels(
     """Draws epochs, of one run or several, for print. `panels`: the label and arrays of each."""
     from matplotlib import rc_context
 
-    width, rows = min(columns * 2.3, 6.9) if columns > 1 else COLUMN, -(-len(panels) // columns)
+    width = min(columns * 2.3, 6.9) if columns > 1 else COLUMN
+    rows = -(-len(panels) // columns)
+    common = limits_of([shown for _, shown in panels])
     with rc_context(PRINT_STYLE):
         titles = drawable([label for label, _ in panels])
-        figure, grid = new_figure(
-            width,
-            width / columns * rows + 0.4,
-            rows,
-            columns,
-            layout="compressed",
-            sharex=not own_axes,
-            sharey=not own_axes,
-        )
-        common = limits_of([shown for _, shown in panels])
+        height = width / columns * rows + 0.4
+        shared = {"sharex": not own_axes, "sharey": not own_axes}
+        figure, grid = new_figure(width, height, rows, columns, layout="compressed", **shared)
         for axes, title, (_, shown) in zip(grid.flat, titles, panels, strict=False):
             short = [str(name).replace("principal component", "PC") for name in shown["axes"]]
             axis_limits = limits_of([shown]) if own_axes else common
-            Scatter(axes, shown | dict(axes=short), axis_limits, small=True).show(shown)
+            Scatter(axes, shown | {"axes": short}, axis_limits, small=True).show(shown)
             if not own_axes:
                 axes.label_outer()
             if len(panels) > 1:
                 axes.set_title(title)
         for axes in grid.flat[len(panels) :]:
             axes.set_axis_off()
-        add_legend(grid[0, -1], max((shown for _, shown in panels), key=has_unknown), small=True)
+        fullest = max((shown for _, shown in panels), key=lambda shown: len(shown["unseen"]))
+        add_legend(grid[0, -1], fullest, small=True)
         save(figure, part, format)
 
 
 def draw_tsne(part: Path, source: Path, format: str) -> None:
-    """Draws t-SNE of test features and centers, for print; seeded, so that it is always the same."""
+    """Draws t-SNE of test features and centers, for print; seeded, so always the same."""
     from sklearn.manifold import TSNE
 
-    saved = report.read_arrays(source, ("features", "labels", "centers", "classes"))
-    together, count = np.concatenate([saved["features"], saved["centers"]]), len(saved["features"])
-    points = TSNE(
-        init="pca", perplexity=min(30, (len(together) - 1) / 3), random_state=0
-    ).fit_transform(together)
-    shown = saved | dict(points=points[:count], centers=points[count:], axes=TSNE_AXES)
+    saved = read_epoch(source, ("features", "labels", "centers", "classes"))
+    count = len(saved["features"])
+    together = np.concatenate([saved["features"], saved["centers"]])
+    perplexity = min(30, (len(together) - 1) / 3)
+    points = TSNE(init="pca", perplexity=perplexity, random_state=0).fit_transform(together)
+    shown = saved | {"points": points[:count], "centers": points[count:], "axes": TSNE_AXES}
     draw_panels(part, [("", shown)], 1, format)
