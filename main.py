@@ -12,9 +12,16 @@ import os
 import signal
 import sys
 
+
+def end_at_once(*_) -> None:
+    """Ctrl-C while modules and data are loaded: no library's handler may swallow it."""
+    if os.environ.get("RANK", "0") == "0":
+        os.write(2, b"main.py: interrupted\n")
+    os._exit(130)
+
+
 if __name__ == "__main__":
-    # Without a traceback, also while the imports take their seconds.
-    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+    signal.signal(signal.SIGINT, end_at_once)
     sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # PYTHONSAFEPATH leaves it out
 
 import argparse
@@ -25,7 +32,6 @@ import math
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -44,6 +50,7 @@ from engine.ranks import Interrupted, Ranks, StopRequest
 from engine.state import State, from_checkpoint, new_row, to_checkpoint
 from engine.step import Step
 from tools import evaluate
+from tools.run_files import NoFiles, RunFiles
 
 
 @dataclass
@@ -69,7 +76,7 @@ class Experiment:
     def checkpoint(self, state: State) -> dict:
         return to_checkpoint(state, self.modules) | dict(data=self.data.facts())
 
-    def watched(self, batches: Iterable, what: str, total: int) -> Iterable:
+    def watch(self, batches: Iterable, what: str, total: int) -> Iterable:
         """The batches, with a progress bar; Interrupted if a signal asks to stop."""
         shown = self.ranks.rank == 0
         return utils.progress_bar(self.stop.watch(batches), what, total, shown=shown)
@@ -85,45 +92,51 @@ def main(args: argparse.Namespace, saved: dict | None = None) -> None:
     if saved:
         state = restore(run, saved)
         start -= state.elapsed
-    if args.evaluate:
-        test(run, run.model, state.centers, state.epoch, "test")
-        return
-    if run.is_complete(state) and not (args.plot or evaluate.is_moved(args)):
-        run.log(f"The run of {args.resume} is finished after {state.epoch} epochs")
-        return
-
     first = run.ranks.rank == 0
-    files = utils.RunFiles(args, state, run.log, start) if first else utils.NoFiles()
+    files = RunFiles(args, state, run.log, start) if first else NoFiles()
+    if args.evaluate:
+        test(run, run.model, state.centers, state.epoch, "test", files)
+        return files.finish()
+    if run.is_complete(state) and not (args.plot or files.is_moved):
+        return run.log(f"The run of {args.resume} is finished after {state.epoch} epochs")
+
     pictures = plots.Plotter(run.log) if first and args.plot else None
-    on = "val" if run.data.val else "test"
     with files, pictures or contextlib.nullcontext(), run.stop:
         files.save(run.checkpoint(state))  # a run killed in its first epoch can be resumed, too
         with contextlib.suppress(Interrupted):
             while state.epoch < run.epochs:
-                number = state.epoch + 1
-                run.log(f"==> Epoch {number}/{run.epochs}")
-                splits, centers = train(run, number)
-                if is_tested(run, number):
-                    splits |= test(run, run.model, centers, number, on)
-                best = "val" in splits and state.is_best(splits["val"])
-                state.add_epoch(new_row(number, run.scheduler.get_last_lr()[0], splits), centers)
-                if best:
-                    files.save(run.checkpoint(state), "best.pt")
-                files.save(run.checkpoint(state))
-                files.save_epoch(state.history[-1], splits, centers)
-                if pictures:
-                    plots.plot_epoch(pictures, files.directory, number, splits, centers, run.data)
+                train_and_test(run, state, files, pictures)
             if not run.is_complete(state):
-                state.add_best(test_best(run))
+                state.add_best(test_best(run, files))
                 files.save(run.checkpoint(state))
         undrawn = []
         if pictures and state.history:
             undrawn = plots.plot_run(pictures, files.directory, state.history, run.stop.is_urgent)
         if not run.is_complete(state) or (undrawn and run.stop.is_urgent()):
             raise utils.Stopped(run.stop.requested(), state.epoch, args.save_dir)
-        seconds = round(time.monotonic() - start)
-        run.log(f"Finished. Total elapsed time (h:m:s): {timedelta(seconds=seconds)}")
+        run.log(f"Finished. Total elapsed time (h:m:s): {utils.passed(start)}")
         files.finish(undrawn)
+
+
+def train_and_test(
+    run: Experiment, state: State, files: RunFiles, pictures: plots.Plotter | None
+) -> None:
+    """An epoch: train, test, record, save, plot."""
+    start = time.monotonic()
+    number = state.epoch + 1
+    run.log(f"==> Epoch {number}/{run.epochs}")
+    splits, centers = train(run, number)
+    if is_tested(run, number):
+        splits |= test(run, run.model, centers, number, "val" if run.data.val else "test", files)
+    is_best = "val" in splits and state.is_best(splits["val"])
+    state.add_epoch(new_row(number, run.scheduler.get_last_lr()[0], splits), centers)
+    run.log(f"Epoch {number} took {time.monotonic() - start:.1f} s")
+    if is_best:
+        files.save(run.checkpoint(state), "best.pt")
+    files.save_epoch(state.history[-1], splits, centers)
+    files.save(run.checkpoint(state))
+    if pictures:
+        plots.plot_epoch(pictures, files.directory, number, splits, centers, run.data)
 
 
 def build(args: argparse.Namespace, saved: dict | None) -> Experiment:
@@ -139,29 +152,14 @@ def build(args: argparse.Namespace, saved: dict | None) -> Experiment:
 
     log(f"Creating dataset: {args.dataset}")
     with ranks.first_alone():
-        data = datasets.create(
-            args.dataset,
-            args.data_root,
-            args.batch_size,
-            args.workers,
-            device,
-            image_size=args.image_size,
-            scaling=models.pretrained_scaling(args.model) if args.pretrained else args.scaling,
-            unseen=args.unseen,
-            augment=args.augment,
-            erase=args.erase,
-            val_share=args.val_share,
-            seed=args.seed,
-            trained=saved["data"] if args.evaluate else None,
-            ranks=ranks,
-        )
+        trained = saved["data"] if args.evaluate else None
+        data = recipes.create_data(args, device, ranks, trained)
     for line in data.lines():
         log(line)
 
     log(f"Creating model: {args.model}")
     torch.manual_seed(args.seed)
-    shape = (len(data.classes), data.in_channels, data.image_size, args.feat_dim)
-    model = models.create(args.model, *shape, args.init, pretrained=args.pretrained and not saved)
+    model = recipes.create_model(args, data, pretrained=args.pretrained and not saved)
     center_loss = recipes.create_center_loss(len(data.classes), model.classifier.in_features, args)
     models.INITS[args.init](center_loss.centers)
     model.to(device, memory_format=torch.channels_last)  # faster, in float32 as well
@@ -213,28 +211,23 @@ def train(run: Experiment, number: int) -> tuple[dict[str, dict], Tensor]:
     args = run.args
     per_epoch = len(run.data.train)
     steps = min(per_epoch, run.steps - (number - 1) * per_epoch)
-    batches = run.watched(itertools.islice(run.data.train, steps), f"epoch {number}", steps)
+    batches = run.watch(itertools.islice(run.data.train, steps), f"epoch {number}", steps)
 
     def report(progress: epoch.Progress) -> None:
         if progress.batches % args.print_freq == 0:
-            xent, center = progress.losses()[1]
-            cli.check_finite({"cross entropy": xent, "center loss": center}, number, args)
+            cli.check_losses(*progress.losses()[1], number, args)
             run.log(progress.line(per_epoch))
 
     keep = args.plot or args.save_features or args.weight_cent == 0
     trained = epoch.train_epoch(run.step, batches, run.scheduler, keep, report)
-    values = {"cross entropy": trained["xent"], "center loss": trained["center"]}
-    values["network's weights"] = epoch.state_sum(run.model)
-    values["centers"] = epoch.state_sum(run.step.center_loss)
-    cli.check_finite(values, number, args)
-    advice = cli.chance_advice(trained["accuracy"], number, len(run.data.classes), per_epoch)
-    if advice:
-        run.log(advice)
+    cli.check_trained(trained, run.model, run.step.center_loss, number, args)
+    for line in cli.advice(trained["accuracy"], number, len(run.data.classes), per_epoch):
+        run.log(line)
     return dict(train=trained), epoch.current_centers(run.step, trained)
 
 
 def test(
-    run: Experiment, model: nn.Module, centers: Tensor, number: int, on: str
+    run: Experiment, model: nn.Module, centers: Tensor, number: int, on: str, files: RunFiles
 ) -> dict[str, dict]:
     """Tests the network of epoch `number` on "val" or "test"; returns what was tested, by split.
 
@@ -248,27 +241,27 @@ def test(
     for name in ("test", "unknown") if on == "test" else ("val",):
         batches = getattr(run.data, name)
         if batches:
-            watched = run.watched(batches, name, len(batches))
-            splits[name] = epoch.predict(model, watched, args.amp, run.ranks)
+            batches = run.watch(batches, name, len(batches))
+            splits[name] = epoch.predict(model, batches, args.amp, run.ranks)
     if on in splits:
         splits[on] |= epoch.measure(splits[on], centers)
         for line in epoch.lines(splits[on]):
             run.log(line)
         if not args.evaluate:
-            names = ("xent", "intra_distance")
-            cli.check_finite({f"test's {name}": splits[on][name] for name in names}, number, args)
+            cli.check_tested(splits[on], number, args)
     if on == "test" and (args.verify or args.evaluate) and run.ranks.rank == 0:
-        evaluate.report(args, run.data, splits, centers, number, run.log)
+        evaluate.report(args, run.data, splits, centers, number, run.log, files)
     return splits
 
 
-def test_best(run: Experiment) -> dict[str, dict]:
+def test_best(run: Experiment, files: RunFiles) -> dict[str, dict]:
     """Tests the network of best.pt, the best epoch by validation."""
     saved = utils.load_checkpoint(Path(run.args.save_dir, "best.pt"))
     model = copy.deepcopy(run.model)
     model.load_state_dict(saved["model"])
     run.log(f"Best epoch by validation: {saved['epoch']}")
-    return test(run, model, saved["centers"].to(run.step.device), saved["epoch"], "test")
+    centers = saved["centers"].to(run.step.device)
+    return test(run, model, centers, saved["epoch"], "test", files)
 
 
 if __name__ == "__main__":
