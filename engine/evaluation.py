@@ -1,143 +1,123 @@
-"""What --evaluate and --verify measure, as lines of the log and as files."""
+"""What --evaluate and --verify measure, and how they say it: pure functions."""
 
-import copy
-import gc
 from collections.abc import Sequence
-from pathlib import Path
 
-import numpy as np
-from torch import Tensor, nn
+import torch
+from torch import Tensor
 
-import plots
-import utils
-from engine.metrics import DISTANCES, FARS, LONG_NAMES, confusion, open_set, verification
+from engine import metrics
+
+TESTED = ("xent", "accuracy", "nearest_center_accuracy", "intra_distance", "inter_distance")
+AT_MOST = 5  # names in a line, and lines of single classes
 
 
-def confusion_lines(counts: list[list[int]], classes: Sequence[str], width: int = 100) -> list[str]:
-    """The accuracy (%) of each class, – without images, and its counts of predictions as each class.
+def measure(
+    splits: dict[str, dict],
+    centers: Tensor,
+    classes: Sequence[str],
+    unseen: Sequence[str],
+    confusion: bool = False,
+) -> tuple[dict, dict[str, list[float]]]:
+    """Verification, retrieval and detection of unknown classes, of the splits "test" and "unknown".
 
-    If these do not fit into `width`, only the three most frequent mistakes of each class.
+    Each of them may be missing. Labels of "unknown" go on from len(classes). `confusion`: count the
+    test images by class and prediction, too.
+
+    Returns the contents of evaluation.json, in % but for "auc" and "auroc", and ROC curves: the
+    true positive rates at metrics.FARS.
     """
-    accuracies = [
-        f"{100 * row[label] / sum(row):.2f}" if any(row) else "–"
-        for label, row in enumerate(counts)
-    ]
-    first = max(len("true class"), *map(len, classes))
-    columns = [
-        max(len(name), *(len(str(row[label])) for row in counts))
-        for label, name in enumerate(classes)
-    ]
-    if first + 12 + sum(columns) + 2 * len(columns) <= width:
-        return [
-            f"{name:{first}}  {right:>10}"
-            + "".join(f"  {cell:>{n}}" for cell, n in zip(row, columns, strict=True))
-            for name, right, row in zip(
-                ["true class", *classes],
-                ["accuracy %", *accuracies],
-                [classes, *counts],
-                strict=True,
-            )
-        ]
-    lines = [f"{'true class':{first}}  {'accuracy %':>10}  most frequent mistakes"]
-    for label, (name, right, row) in enumerate(zip(classes, accuracies, counts, strict=True)):
-        wrong = [(number, other) for other, number in enumerate(row) if number and other != label]
-        wrong.sort(key=lambda each: -each[0])
-        shown = [f"{classes[other]} {number}" for number, other in wrong[:3]]
-        if rest := sum(number for number, _ in wrong[3:]):
-            shown.append(f"others {rest}")
-        lines.append(f"{name:{first}}  {right:>10}  {', '.join(shown)}".rstrip())
-    return lines
+    tested = splits.get("test")
+    unknown = splits.get("unknown")
+    measured = dict(classes=list(classes))
+    curves = {}
 
+    def compare(into: dict, features: Tensor, labels: Tensor, what: str = "") -> None:
+        into["images"] = len(labels)
+        compared = metrics.compare_all(features, labels)
+        into["verification"] = compared.verification
+        into["retrieval"] = compared.retrieval
+        for name, curve in compared.curves.items():
+            if what:
+                curves[f"{what} classes, {metrics.COMPARISONS[name].name}"] = curve
 
-def report(
-    splits: dict[str, dict], centers: Tensor, epoch: int, data, args, log: utils.Log
-) -> None:
-    """Logs verification, detection of unknown classes and, for --evaluate, the confusion matrix.
-
-    Writes evaluation.json and, for --plot, roc.png and confusion.png to --save-dir.
-    """
-    directory, tested, unknown = Path(args.save_dir), splits["test"], splits.get("unknown")
-    metrics = ("xent", "accuracy", "nearest_center_accuracy", "intra_distance", "inter_distance")
-    measured = dict(
-        epoch=epoch, classes=data.classes, images=len(tested["labels"]), mirror=args.mirror
-    )
-    measured |= {name: tested[name] for name in metrics}
-    measured["verification"], curves = verification(tested["features"], tested["labels"])
-    log_verification("Verification", measured["verification"], log)
-    curves = {f"trained classes, {LONG_NAMES[name]}": curve for name, curve in curves.items()}
+    if tested:
+        measured.update((name, tested[name]) for name in TESTED if name in tested)
+        compare(measured, tested["features"], tested["labels"], "trained")
     if unknown:
-        found = measured["unknown"] = dict(classes=data.unseen, images=len(unknown["labels"]))
-        found |= open_set(tested, unknown, centers)
-        names = ", ".join(data.unseen[:10]) + ", …" * (len(data.unseen) > 10)
-        log(
-            f"Unknown classes {names} ({found['images']:,} images): AUROC by distance from the "
-            f"nearest center: {found['auroc_distance']:.4f}\t by softmax probability: {found['auroc_softmax']:.4f}"
-        )
-        found["verification"], more = verification(
-            unknown["features"], unknown["labels"] - len(data.classes)
-        )
-        log_verification("Verification of the unknown", found["verification"], log)
-        curves |= {f"unknown classes, {LONG_NAMES[name]}": curve for name, curve in more.items()}
-
-    pictures = {"roc.png": (plots.draw_roc, FARS, curves)} if curves else {}
-    if args.evaluate:
-        counts = measured["confusion"] = confusion(
-            tested["labels"], tested["predictions"], len(data.classes)
-        )
-        log("\n".join(confusion_lines(counts, data.classes)))
-        title = f"test: accuracy {tested['accuracy']:.2f} %"
-        pictures["confusion.png"] = (plots.draw_confusion, np.array(counts), data.classes, title)
-    directory.mkdir(parents=True, exist_ok=True)
-    utils.write_json(directory / "evaluation.json", measured)
-    if args.plot:
-        for name, (draw, *arguments) in pictures.items():
-            for warning in plots.draw_to(directory / name, draw, *arguments):
-                log(warning)
-        gc.collect()  # a figure's cycles keep exceptions, those the callers' frames, and those the loaders' workers
+        measured["unknown"] = dict(classes=list(unseen))
+        compare(measured["unknown"], unknown["features"], unknown["labels"], "unknown")
+    if tested and unknown:
+        measured["unknown"].update(metrics.open_set(tested, unknown, centers))
+        measured["all"] = {}
+        both = [torch.cat([tested[name], unknown[name]]) for name in ("features", "labels")]
+        compare(measured["all"], *both)
+    if tested and confusion:
+        counts = metrics.confusion(tested["labels"], tested["predictions"], len(classes))
+        measured["confusion"] = counts
+    return measured, curves
 
 
-def log_verification(what: str, measured: dict, log: utils.Log) -> None:
-    drawn = (
-        f" of {measured['drawn_from']:,}, drawn with seed 0"
-        if measured["images"] < measured["drawn_from"]
-        else ""
+def lines(measured: dict) -> list[str]:
+    """What the log says of it, the most important last."""
+    said = []
+    if "confusion" in measured:
+        said += confusion_lines(measured["confusion"], measured["classes"])
+    if "verification" in measured:
+        said.append(compared_line("Trained classes", measured))
+    if unknown := measured.get("unknown"):
+        if "auroc_distance" in unknown:
+            said.append(
+                f"Told from the trained classes: {some(unknown['classes'])}: AUROC by distance "
+                f"from the nearest center: {unknown['auroc_distance']:.4f}\t "
+                f"by softmax probability: {unknown['auroc_softmax']:.4f}"
+            )
+        said.append(compared_line("Unknown classes", unknown))
+    return said
+
+
+def some(names: Sequence[str]) -> str:
+    """The first names, and how many more there are."""
+    more = f" and {len(names) - AT_MOST} more" if len(names) > AT_MOST else ""
+    return ", ".join(names[:AT_MOST]) + more
+
+
+def compared_line(what: str, measured: dict) -> str:
+    verification = measured["verification"]
+    images = f"{verification['images']:,} images"
+    if verification["images"] < verification["drawn_from"]:
+        images += f" of {verification['drawn_from']:,}, drawn with seed 0"
+    over = f"{what} ({images}; {verification['pairs']:,} pairs)"
+    if "missing" in verification:
+        return f"{over}: not measured, since {verification['missing']}"
+
+    def values(metric: str, source: str = "verification") -> str:
+        return " / ".join(f"{measured[source][name][metric]:.2f}" for name in metrics.COMPARISONS)
+
+    by = " / ".join(comparison.name for comparison in metrics.COMPARISONS.values())
+    return (
+        f"{over} by {by}: EER (%): {values('eer')}\t "
+        f"TPR (%) at FAR 0.01: {values('tpr_at_far_1e-2')}\t "
+        f"Recall@1 (%): {values('recall_at_1', 'retrieval')}\t "
+        f"mAP (%): {values('mean_average_precision', 'retrieval')}"
     )
-    over = f"({measured['images']:,} images{drawn}; {measured['pairs']:,} pairs)"
-    if "missing" in measured:
-        return log(f"{what} {over}: not measured, since {measured['missing']}")
-    for name in DISTANCES:
-        metrics = measured[name]
-        log(
-            f"{what} by {LONG_NAMES[name]} {over}: EER (%): {metrics['eer']:.2f}\t AUC: {metrics['auc']:.5f}\t "
-            f"TPR (%) at FAR 0.001: {metrics['tpr_at_far_1e-3']:.2f}\t Recall@1 (%): {metrics['recall_at_1']:.2f}"
-        )
 
 
-def is_best(validated: dict, history: Sequence[dict], save_dir: str) -> bool:
-    """Whether the validation accuracy is above that of all earlier epochs, or equal with a lower cross-entropy.
-
-    Earlier epochs do not count if best.pt is missing, as where a checkpoint was moved without it.
-    """
-    if not Path(save_dir, "best.pt").exists():
-        return True
-    earlier = [
-        (row["val_accuracy"], -row["val_xent"])
-        for row in history
-        if row["val_accuracy"] is not None
-    ]
-    return (validated["accuracy"], -validated["xent"]) > max(earlier, default=(-1.0, 0.0))
-
-
-def load_best(model: nn.Module, save_dir: str) -> tuple[nn.Module, Tensor, int]:
-    """The network, the centers and the epoch of best.pt; `model` itself stays as it is."""
-    checkpoint, best = utils.load_checkpoint(Path(save_dir, "best.pt")), copy.deepcopy(model)
-    best.load_state_dict(checkpoint["model"])
-    return best, checkpoint["centers"].to(next(model.parameters()).device), checkpoint["epoch"]
-
-
-def save_features(save_dir: Path, tested: dict, centers: Tensor, data) -> None:
-    """Writes features/test.npz: the test arrays of --save-features, class names and the images' paths."""
-    names = dict(classes=np.array(data.classes))
-    if data.test.paths:
-        names["test_paths"] = np.array(data.test.paths)
-    utils.save_features(save_dir / "features" / "test.npz", dict(test=tested), centers, **names)
+def confusion_lines(counts: Sequence[Sequence[int]], classes: Sequence[str]) -> list[str]:
+    """The accuracy (%) and the three most frequent mistakes of the least accurate classes."""
+    tested = [label for label, row in enumerate(counts) if any(row)]
+    accuracy = {label: 100 * counts[label][label] / sum(counts[label]) for label in tested}
+    worst = sorted(tested, key=accuracy.get)[:AT_MOST]
+    width = max([len("true class"), *(len(classes[label]) for label in worst)])
+    said = [f"{'true class':{width}}  accuracy %  most frequent mistakes"]
+    for label in worst:
+        mistakes = [(number, other) for other, number in enumerate(counts[label]) if number]
+        mistakes = sorted((-number, other) for number, other in mistakes if other != label)
+        shown = [f"{classes[other]} {-number}" for number, other in mistakes[:3]]
+        if rest := -sum(number for number, _ in mistakes[3:]):
+            shown.append(f"others {rest}")
+        line = f"{classes[label]:{width}}  {accuracy[label]:10.2f}  {', '.join(shown)}"
+        said.append(line.rstrip())
+    if len(tested) > AT_MOST:
+        rest = len(tested) - AT_MOST
+        said.append(f"… and {rest} more accurate classes: evaluation.json has all")
+    return said

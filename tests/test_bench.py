@@ -1,6 +1,5 @@
-"""`python -m bench` runs and prints what its help promises; how fast anything is, no test says."""
+"""`python -m tools.bench` prints what its help promises; how fast anything is, no test says."""
 
-import itertools
 import re
 import subprocess
 import sys
@@ -10,94 +9,69 @@ import pytest
 import torch
 
 import center_loss
+from engine.device import multiplies_bfloat16
 from tools.bench import __main__ as bench
-from tools.bench import common, train
+from tools.bench import common, loss, train
 
 ROOT = Path(center_loss.__file__).parent
-NUMBER = re.compile(r"< 1|[\d,]+(\.\d+)?")
 
 
-def output_of(*arguments):
-    command = [sys.executable, "-m", "bench", *arguments]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
-def table(text):
-    rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("|")]
+def columns(text):
+    """The table in it: {first cell of a row: {column: number}}."""
+    lines = [line for line in text.splitlines() if line.startswith("|")]
+    rows = [line.strip("| ").split(" | ") for line in lines]
     assert {len(row) for row in rows} == {len(rows[0])}
-    assert all(NUMBER.fullmatch(cell) for row in rows[2:] for cell in row), rows
-    return rows[0], rows[2:]
+    found = {}
+    for name, *cells in rows[2:]:
+        numbers = [float(cell.replace(",", "")) for cell in cells]
+        found[name] = dict(zip(rows[0][1:], numbers, strict=True))
+    return found
 
 
-def test_loss_prints_hardware_times_memory_and_ratios():
-    text = output_of("loss", "--quick", "--classes", "10", "20000")
-    assert re.match(r"torch \d+\.\d+.*, .+, \d+ cores, \d+ threads, .+\n", text)
-    header, rows = table(text)
-    assert header[1:4] == ["matrix, ms", "dense, ms", "sparse, ms"]
-    assert [row[0] for row in rows] == ["10", "20,000"]
-    matrix, dense, sparse = (
-        0.0 if cell == "< 1" else float(cell.replace(",", "")) for cell in rows[1][-3:]
-    )
-    assert (
-        matrix > 3 * 128 * 20_000 * 4 / 2**20
-    )  # the forward pass alone keeps several B x C matrices
-    assert 0.8 < dense / (20_000 * 128 * 4 / 2**20) < 2  # one gradient of the size of the centers
-    assert sparse < dense / 2
+def test_loss_shows_hardware_times_and_what_each_form_needs_of_memory():
+    command = [sys.executable, "-m", "tools.bench", "loss", "--quick", "--classes", "10", "3000"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, encoding="utf-8", timeout=100)
+    assert done.returncode == 0, done.stderr
+    assert re.match(r"torch \d+\.\d+.*, .+, \d+ cores, \d+ threads, .+\n", done.stdout)
+    rows = columns(done.stdout)
+    assert list(rows) == ["10", "3,000"]
+    row = rows["3,000"]
+    assert all(row[f"{form}, ms"] > 0 for form in loss.FORMS)
+    assert row["indexing/dense"] == pytest.approx(row["indexing, ms"] / row["dense, ms"], rel=0.02)
+    # A dense gradient has the centers' size, a sparse one at most B rows; both keep the offsets.
+    gradient = 3000 * 128 * 4 / 2**20
+    rows_of_a_batch = 128 * 128 * 4 / 2**20
+    for form in ("indexing", "dense"):
+        assert gradient < row[f"{form}, MiB"] < gradient + 2 * rows_of_a_batch
+    assert row["sparse, MiB"] < 3 * rows_of_a_batch
+    assert row["matrix, MiB"] > gradient + 128 * 3000 * 4 / 2**20
 
 
-def rows_of(text, name):
-    """The table whose first column is `name`: {first cell: {column: cell}}."""
-    lines = text[text.index(f"| {name}") :].splitlines()
-    rows = [
-        line.strip("| ").split(" | ")
-        for line in itertools.takewhile(lambda line: line.startswith("|"), lines)
-    ]
-    return {row[0]: dict(zip(rows[0][1:], row[1:], strict=True)) for row in rows[2:]}
+@pytest.mark.parametrize("bfloat16", [True, False])
+def test_train_times_each_form_that_the_hardware_can_do(bfloat16, monkeypatch, capsys):
+    if bfloat16 and not multiplies_bfloat16(None):
+        pytest.skip("the hardware has no bfloat16 multiplication")
+    monkeypatch.setattr(train, "multiplies_bfloat16", lambda gpu: bfloat16)
+    bench.main(["train", "--quick", "--device", "cpu"])
+    text = capsys.readouterr().out
+    rows = columns(text)
+    amp = ["--amp"] if bfloat16 else []
+    assert list(rows) == ["plain", "default", *amp, "--recipe fast"]
+    assert ("left out: --amp, as the hardware has no bfloat16" in text) != bfloat16
+    assert "left out: --amp --compile, as" in text
+    assert rows["plain"]["plain / form"] == 1
+    for row in rows.values():
+        epoch = 60 * row["training, ms/image"] + 10 * row["test, ms/image"]
+        assert row["epoch with test, s"] == pytest.approx(epoch, rel=0.01, abs=0.01)
 
 
-@pytest.mark.slow  # it compiles
-def test_train_compares_a_plain_script_with_mains_settings():
-    text = output_of("train", "--quick", "--device", "cpu")
-    forms = rows_of(text, "form")
-    assert list(forms) == ["plain", "default", "--amp", "--amp --compile", "--amp, torch's PReLU"]
-    assert all(NUMBER.fullmatch(cell) for row in forms.values() for cell in row.values())
-    assert forms["plain"]["plain / form"] == "1.00"
-    for row in forms.values():
-        names = ("step, ms", "steps/s", "test, ms/image", "epoch with test, s")
-        step, per_second, test, epoch = (float(row[name].replace(",", "")) for name in names)
-        assert per_second == pytest.approx(1000 / step, rel=0.02, abs=0.01)
-        assert epoch == pytest.approx(0.469 * step + 10 * test, rel=0.01)
-    assert re.search(r"peak, torch.bfloat16: [\d,]+ GFLOP/s", text) and re.search(
-        r"compilation: -?\d+ s", text
-    )
-    start = re.search(
-        r"fast, s: imports alone (.+), first step (.+), last step (.+), prompt (.+)", text
-    )
-    imports, first, last, prompt = map(float, start.groups())
-    assert imports > 0 and 0 < first <= last <= prompt
-
-
-def test_train_counts_the_operations_of_a_step():
-    inside, outside, pixels = (
-        (1, 32, 32, 64, 64, 128),
-        (32, 32, 64, 64, 128, 128),
-        (784, 784, 196, 196, 49, 49),
-    )
-    passes = (2, 3, 3, 3, 3, 3)  # the images have no gradient
-    sums = [
-        n * 25 * i * o * size for n, i, o, size in zip(passes, inside, outside, pixels, strict=True)
-    ]
-    assert train.step_flops(4) == 4 * 2 * (sum(sums) + 3 * (1152 * 2 + 2 * 10))
-
-
-def test_the_plain_loss_is_the_center_loss():
-    features, labels = torch.randn(7, 2, dtype=torch.float64), torch.arange(7) % 3
-    loss = center_loss.CenterLoss(3, 2, use_gpu=False).double()
-    assert common.matrix_loss(features, labels, loss.centers).item() == pytest.approx(
-        loss(features, labels).item()
-    )
+def test_the_plain_losses_are_the_center_loss():
+    features = torch.randn(7, 2, dtype=torch.float64)
+    labels = torch.arange(7) % 3
+    criterion = center_loss.CenterLoss(3, 2, use_gpu=False).double()
+    expected = criterion(features, labels).item()
+    for function in (common.matrix_loss, common.indexing_loss):
+        assert function(features, labels, criterion.centers).item() == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(
@@ -106,7 +80,7 @@ def test_the_plain_loss_is_the_center_loss():
         [],
         ["loss", "--classes", "0"],
         ["loss", "--feat-dim", "two"],
-        ["train", "--steps", "0"],
+        ["train", "--images", "0"],
         ["train", "--device", "cuda"],
     ],
 )

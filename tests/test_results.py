@@ -1,8 +1,9 @@
-"""The table of runs: its metrics against those of the runs' files, its flags against what parses to them."""
+"""The table of runs: its metrics against the runs' files, its flags against what parses to them."""
 
 import csv
 import itertools
 import json
+import os
 import shlex
 import statistics
 import subprocess
@@ -14,7 +15,7 @@ import pytest
 import cli
 from tools import results
 
-REPOSITORY = Path(results.__file__).parent
+REPOSITORY = Path(results.__file__).parents[1]
 
 
 @pytest.mark.parametrize(
@@ -64,8 +65,8 @@ def make_run(directory, seed, accuracies, device="CPU", **flags):
         )
         for epoch, accuracy in enumerate(accuracies, 1):
             writer.writerow([epoch, accuracy, *([90, seed, 10] if accuracy else ["", "", ""])])
-    text = f"Currently using {device}\nCreating dataset: mnist\nFinished. Total elapsed time (h:m:s): 0:00:01\n"
-    (directory / "log_mnist.txt").write_text(text)
+    text = f"Currently using {device}\nCreating dataset: mnist\nFinished. Total elapsed time: 1\n"
+    (directory / "log_mnist.txt").write_text(text, encoding="utf-8")
     return directory
 
 
@@ -161,13 +162,31 @@ def test_the_curve_shows_means_and_deviations_over_lambda_times_d(verified_runs,
     assert (tmp_path / "curve.png").stat().st_size > 10_000
 
 
-def test_the_script_refuses_what_is_no_finished_run(tmp_path):
+def test_what_is_no_finished_run_ends_with_one_line(tmp_path, capsys):
     run = make_run(tmp_path / "a", 1, [90.0])
     (run / "log_mnist.txt").write_text("==> Epoch 2/3\n")
     for directory, reason in ((run, "finished"), (tmp_path / "none", "args.json")):
-        command = [sys.executable, REPOSITORY / "results.py", directory]
-        done = subprocess.run(command, capture_output=True, text=True)
-        assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and reason in done.stderr
+        with pytest.raises(SystemExit) as end:
+            results.main([str(directory)])
+        lines = capsys.readouterr().err.splitlines()
+        assert end.value.code == 2 and len(lines) == 1 and reason in lines[0]
+
+
+def test_a_table_in_an_encoding_without_its_letters(tmp_path):
+    """Windows' cp1252 or a container's ASCII: files and output are UTF-8 all the same."""
+    run = make_run(tmp_path / "a", 1, [97.0], dataset="folder", unseen=["ő"])
+    (run / "log_mnist.txt").rename(run / "log_folder.txt")
+    with open(run / "log_folder.txt", "a", encoding="utf-8") as file:
+        file.write("classes: ő\n")
+    args = (run / "args.json").read_text(encoding="utf-8")
+    (run / "args.json").write_text(args.replace("\\u0151", "ő"), encoding="utf-8")
+    encoding = dict(LC_ALL="C", PYTHONCOERCECLOCALE="0", PYTHONUTF8="0")
+    command = [sys.executable, "-m", "tools.results", str(run), str(run)]
+    done = subprocess.run(
+        command, cwd=REPOSITORY, env=os.environ | encoding, capture_output=True, encoding="utf-8"
+    )
+    assert done.returncode == 0, done.stderr
+    assert "--unseen 'ő'" in done.stdout and "97.00 ± 0.00" in done.stdout
 
 
 def test_the_pages_tables_are_those_of_the_reference_runs():
@@ -201,13 +220,34 @@ def test_reference_runs_have_the_flags_of_their_rows():
         ("args.json", '{"dataset": "mn'),
         ("args.json", "[]"),
         ("args.json", "{}"),
+        ("args.json", "\xff"),
         ("metrics.csv", ""),
         ("metrics.csv", "epoch,test_accuracy\n1,x\n"),
     ],
 )
 def test_files_that_are_cut_or_edited_are_one_line(name, text, tmp_path):
     run = make_run(tmp_path / "a", 1, [97.0], "0:01:00")
-    (run / name).write_text(text)
+    (run / name).write_text(text, encoding="latin-1")
+    with pytest.raises(results.RunError, match=f"cannot read the run in {run}") as error:
+        results.table([run])
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        dict(dataset="x/../../mine/notes"),
+        dict(dataset="../b/log"),
+        dict(recipe="mine"),
+        dict(model="cnn; rm -rf log"),
+        dict(weight_cent="1 --seed 2"),
+        dict(distance=["squared", "euclidean"]),
+    ],
+)
+def test_what_no_flag_takes_becomes_neither_path_nor_command(flags, tmp_path):
+    run = make_run(tmp_path / "a", 1, [97.0], **flags)
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b/log.txt").write_text("Currently using CPU\nFinished. \n")
     with pytest.raises(results.RunError, match=f"cannot read the run in {run}") as error:
         results.table([run])
     assert "\n" not in str(error.value)

@@ -1,32 +1,31 @@
-"""Tables of finished runs; those that differ in nothing but their seed share a row: mean ± standard deviation.
+"""Tables of finished runs; those that differ in nothing but their seed share a row.
 
-python results.py log/a log/b              accuracy and compactness; without directories, the runs of log/reference
-python results.py --verification           what --verify has measured; the runs of log/reference/lambda
-python results.py --curve lambda.png       the same over λ, as a picture
+python -m tools.results log/a log/b          accuracy and compactness; by default of log/reference
+python -m tools.results --verification       what --verify has measured; of log/reference/lambda
+python -m tools.results --curve lambda.png   the same over λ, as a picture
+
+Cells are mean ± standard deviation over the seeds.
 """
 
 import argparse
 import csv
-import functools
 import json
 import math
 import re
+import shlex
 import statistics
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-
 import cli
+import datasets
 from recipes import RECIPES
 from utils import RunError
 
-REFERENCE = sorted(
-    path.parent for path in Path(__file__).parents[1].glob("log/reference/*/metrics.csv")
-)
-LAMBDA = sorted(
-    path.parent for path in Path(__file__).parents[1].glob("log/reference/lambda/*/metrics.csv")
-)
+ROOT = Path(__file__).parents[1]
+REFERENCE = sorted(path.parent for path in ROOT.glob("log/reference/*/metrics.csv"))
+LAMBDA = sorted(path.parent for path in ROOT.glob("log/reference/lambda/*/metrics.csv"))
 COLUMNS = (
     "`python main.py` with",
     "device",
@@ -39,17 +38,18 @@ COLUMNS = (
     "intra/inter",
     "98 % at epoch",
 )
-# The columns of --verification: path in evaluation.json, and decimals.
+METRICS = ("test_accuracy", "nearest_center_accuracy", "intra_distance", "inter_distance")
+# The columns of --verification: where the value is in evaluation.json, and its decimals.
 VERIFICATION = {
-    "accuracy, %": (("accuracy",), 2),
-    "nearest center, %": (("nearest_center_accuracy",), 2),
-    "EER, %": (("verification", "l2", "eer"), 2),
-    "EER by cosine, %": (("verification", "cosine", "eer"), 2),
-    "TPR at FAR 0.001, %": (("verification", "l2", "tpr_at_far_1e-3"), 2),
-    "recall@1, %": (("verification", "l2", "recall_at_1"), 2),
-    "unknown: AUROC by distance": (("unknown", "auroc_distance"), 3),
-    "by softmax": (("unknown", "auroc_softmax"), 3),
-    "EER among them, %": (("unknown", "verification", "l2", "eer"), 1),
+    "accuracy, %": ("accuracy", 2),
+    "nearest center, %": ("nearest_center_accuracy", 2),
+    "EER, %": ("verification/l2/eer", 2),
+    "EER by cosine, %": ("verification/cosine/eer", 2),
+    "TPR at FAR 0.001, %": ("verification/l2/tpr_at_far_1e-3", 2),
+    "recall@1, %": ("verification/l2/recall_at_1", 2),
+    "unknown: AUROC by distance": ("unknown/auroc_distance", 3),
+    "by softmax": ("unknown/auroc_softmax", 3),
+    "EER among them, %": ("unknown/verification/l2/eer", 1),
 }
 # The panels of --curve, by their y label: columns of --verification.
 PANELS = {
@@ -61,87 +61,87 @@ PANELS = {
 
 
 def flags(args: dict) -> str:
-    """The recipe and the flags that are not its defaults, without the seed and flags that change no metric."""
+    """The recipe and what differs from it, without the seed and flags that change no metric.
+
+    Raises ValueError unless each is a value that the flag takes: the files may be of anyone.
+    """
     parser = cli.build_parser()
-    args = vars(parser.parse_args([])) | args  # flags that are newer than the run
+    args = {**vars(parser.parse_args([])), **args}  # flags that are newer than the run
     parser.set_defaults(**RECIPES[args["recipe"]])
-    defaults = vars(parser.parse_args([]))
-    silent = (
-        parser.free - {"max_epoch"}
-        | {"recipe", "seed"}
-        | ({"max_epoch"} if args["max_iter"] else set())
-    )
-    given = [f"--recipe {args['recipe']}"]
-    for name, default in defaults.items():
-        value, flag = args[name], name.replace("_", "-")
-        if name in silent or value == default:
-            continue
-        if isinstance(value, bool):
-            given.append(f"--{flag}" if value else f"--no-{flag}")
-        else:
-            given.append(
-                f"--{flag} " + " ".join(map(short, value if isinstance(value, list) else [value]))
-            )
-    return " ".join(given)
+    silent = parser.free | {"recipe", "seed"}
+    if not args["max_iter"]:
+        silent.remove("max_epoch")
+    given = ["--recipe", args["recipe"]]
+    for name, default in vars(parser.parse_args([])).items():
+        if name not in silent and args[name] != default:
+            given += words(name.replace("_", "-"), args[name])
+
+    def refuse(message: str):
+        raise ValueError(message)
+
+    parser.error = refuse
+    parser.parse_args(given)
+    return shlex.join(given)
 
 
-def short(value) -> str:
-    return f"{value:.10g}" if isinstance(value, float) else str(value)
+def words(flag: str, value) -> list[str]:
+    """A flag and its value, as on a command line."""
+    if value is True:
+        return [f"--{flag}"]
+    if value is False:
+        return [f"--no-{flag}"]
+    values = value if isinstance(value, list) else [value]
+    return [f"--{flag}", *(f"{v:.10g}" if isinstance(v, float) else str(v) for v in values)]
 
 
 def read(directory: Path) -> dict:
-    """A run's flags, device and metrics, from its args.json, metrics.csv and log; RunError if one cannot be read."""
+    """A finished run's flags, device and metrics; RunError if its files cannot be read."""
     try:
-        return _read(directory)
-    except (
-        AttributeError,
-        IndexError,
-        KeyError,
-        TypeError,
-        ValueError,
-    ) as error:  # cut or edited by hand
-        raise RunError(
-            f"cannot read the run in {directory}: {type(error).__name__}: {error}"
-        ) from error
+        return read_files(directory)
+    except (AttributeError, LookupError, TypeError, ValueError) as error:  # cut or edited by hand
+        reason = f"{type(error).__name__}: {error}"
+        raise RunError(f"cannot read the run in {directory}: {reason}") from error
 
 
-def _read(directory: Path) -> dict:
-    args = json.loads((directory / "args.json").read_text())
-    with open(directory / "metrics.csv", newline="") as file:
+def read_files(directory: Path) -> dict:
+    args = json.loads((directory / "args.json").read_text(encoding="utf-8"))
+    given = flags(args)
+    dataset = args["dataset"]
+    if dataset not in datasets.SPECS:  # before it becomes part of a path
+        raise ValueError(f"unknown data set {dataset!r}")
+    with open(directory / "metrics.csv", encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
-    log = (directory / f"log_{args['dataset']}.txt").read_text()
+    log = (directory / f"log_{dataset}.txt").read_text(encoding="utf-8", errors="replace")
     if "\nFinished. " not in log:
         raise RunError(f"the run in {directory} must be finished")
-    last = {name: float(value) for name, value in rows[-1].items() if value}
-    path = directory / "evaluation.json"
-    evaluation = json.loads(path.read_text()) if path.exists() else {}
+    accuracies = {int(row["epoch"]): float(row["test_accuracy"] or 0) for row in rows}
     return dict(
         args=args,
+        flags=given,
         title=directory.name.partition("-d")[0],
-        evaluation=evaluation if evaluation.get("epoch") == last["epoch"] else {},
-        flags=flags(args),
         device="GPU" if "Currently using GPU" in log else "CPU",
         epochs=len(rows),
-        metrics=[
-            last[name]
-            for name in (
-                "test_accuracy",
-                "nearest_center_accuracy",
-                "intra_distance",
-                "inter_distance",
-            )
-        ],
-        passed=next(
-            (int(row["epoch"]) for row in rows if float(row["test_accuracy"] or 0) >= 98), None
-        ),
+        metrics=[float(rows[-1][name]) for name in METRICS],
+        passed=next((epoch for epoch, value in accuracies.items() if value >= 98), None),
+        evaluation=read_evaluation(directory, epoch=max(accuracies)),
     )
 
 
-def spread(values: list[float], digits: int = 2) -> str:
-    if not all(map(math.isfinite, values)):
-        return "–"
-    shown = f" ± {deviation(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.{digits}f}{shown}"
+def read_evaluation(directory: Path, epoch: int) -> dict:
+    """evaluation.json, if it is of this epoch."""
+    path = directory / "evaluation.json"
+    if not path.exists():
+        return {}
+    evaluation = json.loads(path.read_text(encoding="utf-8"))
+    return evaluation if evaluation.get("epoch") == epoch else {}
+
+
+def measured(run: dict, column: str) -> float:
+    """What a run has in a column of --verification; NaN if it was not measured."""
+    value = run["evaluation"]
+    for key in VERIFICATION[column][0].split("/"):
+        value = value.get(key, {})
+    return math.nan if value == {} else value
 
 
 def grouped(directories: list[Path]) -> dict[tuple[str, str, int], list[dict]]:
@@ -152,165 +152,153 @@ def grouped(directories: list[Path]) -> dict[tuple[str, str, int], list[dict]]:
     return groups
 
 
-def measured(run: dict, path: tuple[str, ...]) -> float:
-    """The value at a path of the run's evaluation.json; NaN if it was not measured."""
-    value = functools.reduce(lambda values, key: values.get(key, {}), path, run["evaluation"])
-    return math.nan if value == {} else value
+def without(flag: str, given: str) -> str:
+    return re.sub(rf" --{flag} \S+", "", given)
 
 
-def without_weight(run: dict) -> str:
-    return re.sub(r" --weight-cent \S+", "", run["flags"])
+def deviation(values: list[float]) -> float:
+    return statistics.stdev(values) if len(values) > 1 else 0.0
 
 
-def markdown(rows: list[Sequence[str]]) -> str:
-    rows = [rows[0], [":---"] + ["---:"] * (len(rows[0]) - 1), *rows[1:]]
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+def spread(values: list[float], digits: int = 2) -> str:
+    """A cell: the values' mean and standard deviation."""
+    if not all(map(math.isfinite, values)):
+        return "–"
+    shown = f" ± {deviation(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.{digits}f}{shown}"
 
 
-def verification_table(directories: list[Path]) -> str:
-    """What --verify has measured in the last test, as Markdown."""
-
-    def by_weight(group) -> tuple:
-        return without_weight(group[1][0]), group[1][0]["args"]["weight_cent"]
-
-    rows = [(COLUMNS[0], "seeds", *VERIFICATION)]
-    for (given, *_), runs in sorted(grouped(directories).items(), key=by_weight):
-        cells = [
-            spread([measured(run, path) for run in runs], digits)
-            for path, digits in VERIFICATION.values()
-        ]
-        rows.append([f"`{given}`", str(len(runs)), *cells])
-    return markdown(rows)
+def markdown(header: Sequence[str], rows: list[Sequence[str]]) -> str:
+    lines = [header, [":---"] + ["---:"] * (len(header) - 1), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def table(directories: list[Path]) -> str:
     """The runs' metrics after the last epoch, as Markdown."""
-    lines = [COLUMNS]
+    rows = []
     for (given, device, epochs), runs in grouped(directories).items():
-        metrics = list(zip(*(run["metrics"] for run in runs), strict=True))
-        ratio = [
-            intra / inter if inter else math.inf for intra, inter in zip(*metrics[2:], strict=True)
+        accuracy, nearest, intra, inter = zip(*(run["metrics"] for run in runs), strict=True)
+        ratio = [a / b if b else math.inf for a, b in zip(intra, inter, strict=True)]
+        passed = sorted({run["passed"] for run in runs if run["passed"]})
+        never = ["–"] if any(run["passed"] is None for run in runs) else []
+        cells = [spread(values) for values in (accuracy, nearest, intra, inter, ratio)]
+        numbers = [str(len(runs)), str(epochs)]
+        rows.append(
+            [f"`{given}`", device, *numbers, *cells, ", ".join([*map(str, passed), *never])]
+        )
+    return markdown(COLUMNS, rows)
+
+
+def verification_table(directories: list[Path]) -> str:
+    """What --verify has measured in the last test, as Markdown."""
+    groups = {given: runs for (given, *_), runs in grouped(directories).items()}
+
+    def by_weight(given: str) -> tuple[str, float]:
+        return without("weight-cent", given), groups[given][0]["args"]["weight_cent"]
+
+    rows = []
+    for given in sorted(groups, key=by_weight):
+        runs = groups[given]
+        cells = [
+            spread([measured(run, column) for run in runs], digits)
+            for column, (_, digits) in VERIFICATION.items()
         ]
-        passed = sorted(
-            {run["passed"] or "–" for run in runs}, key=lambda epoch: (epoch == "–", epoch)
-        )
-        lines.append(
-            [
-                f"`{given}`",
-                device,
-                str(len(runs)),
-                str(epochs),
-                *map(spread, [*metrics, ratio]),
-                ", ".join(map(str, passed)),
-            ]
-        )
-    return markdown(lines)
+        rows.append([f"`{given}`", str(len(runs)), *cells])
+    return markdown([COLUMNS[0], "seeds", *VERIFICATION], rows)
+
+
+def series_of(directories: list[Path]) -> dict[str, list[dict]]:
+    """By title, the largest group of runs with --verify that differ in nothing but λ, D and seed.
+
+    A run's title is the name of its directory up to "-d<D>".
+    """
+    groups = {}
+    for run in map(read, directories):
+        if run["evaluation"]:
+            others = without("feat-dim", without("weight-cent", run["flags"]))
+            groups.setdefault(run["title"], {}).setdefault(others, []).append(run)
+    if not groups:
+        raise RunError("--curve needs runs with --verify, got none")
+    return {title: max(groups[title].values(), key=len) for title in sorted(groups, reverse=True)}
 
 
 def draw_curve(directories: list[Path], path: Path) -> None:
-    """Draws what --verify has measured over λ · D: mean and standard deviation over the seeds, a row a data set.
-
-    A run's directory is named <title of its row>-d<D>-…; a row shows the largest group of its runs that differ in
-    nothing but λ, D and seed.
-    """
+    """Draws what --verify has measured over λ · D: a row a title, a color a D."""
     from matplotlib.figure import Figure
-    from matplotlib.ticker import LogLocator
 
-    series = {}  # by title, by the other flags
-    runs = [run for run in map(read, directories) if run["evaluation"]]
-    if not runs:
-        raise RunError("--curve needs runs with --verify, got none")
-    for run in runs:
-        others = re.sub(r" --feat-dim \S+", "", without_weight(run))
-        series.setdefault(run["title"], {}).setdefault(others, []).append(run)
-    series = {
-        title: max(by_flags.values(), key=len)
-        for title, by_flags in sorted(series.items(), reverse=True)
-    }
+    series = series_of(directories)
     dims = sorted({run["args"]["feat_dim"] for runs in series.values() for run in runs})
     figure = Figure(figsize=(12, 0.6 + 2.6 * len(series)), dpi=110, layout="constrained")
-    grid, legend = figure.subplots(len(series), len(PANELS), squeeze=False, sharex=True), {}
+    grid = figure.subplots(len(series), len(PANELS), squeeze=False, sharex=True)
     for (title, runs), row in zip(series.items(), grid, strict=True):
-        for axes, (name, column) in zip(row, PANELS.items(), strict=True):
-            for number, dim in enumerate(dims):
-                by_weight = {}
-                for run in runs:
-                    value = measured(run, VERIFICATION[column][0])
-                    if run["args"]["feat_dim"] == dim and math.isfinite(value):
-                        by_weight.setdefault(run["args"]["weight_cent"] * dim, []).append(value)
-                draw_line(axes, by_weight, f"D = {dim}", f"C{number}", "os^v"[number % 4])
-            axes.set(xscale="log", ylabel=name)
-            axes.grid(color="0.92")
-            axes.xaxis.set_major_formatter("{x:g}")
-            if column == "EER, %":
-                axes.set_yscale("log")
-                axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5, 7)))
-                axes.yaxis.set_major_formatter("{x:g}")
-                axes.yaxis.set_minor_formatter("")
-            legend |= {
-                label: mark for mark, label in zip(*axes.get_legend_handles_labels(), strict=True)
-            }
+        for axes, (label, column) in zip(row, PANELS.items(), strict=True):
+            draw_panel(axes, column, runs, dims)
+            axes.set_ylabel(label)
         row[0].set_title(title, loc="left", fontsize=11)
     for axes in grid[-1]:
         axes.set_xlabel("λ · D")
-    figure.legend(
-        legend.values(),
-        legend.keys(),
-        loc="outside lower center",
-        ncols=6,
-        fontsize=9,
-        frameon=False,
-    )
+    marks = {}
+    for axes in grid.flat:
+        for mark, label in zip(*axes.get_legend_handles_labels(), strict=True):
+            marks[label] = mark
+    place = dict(loc="outside lower center", ncols=6, fontsize=9, frameon=False)
+    figure.legend(marks.values(), marks.keys(), **place)
     figure.savefig(path)
 
 
-def draw_line(
-    axes, by_weight: dict[float, list[float]], label: str, color: str, marker: str
-) -> None:
-    """Draws values over λ · D, and softmax alone (0) as a horizontal line, with their standard deviations."""
+def draw_panel(axes, column: str, runs: list[dict], dims: list[int]) -> None:
+    from matplotlib.ticker import LogLocator
+
+    for number, dim in enumerate(dims):
+        by_weight = {}
+        for run in runs:
+            value = measured(run, column)
+            if run["args"]["feat_dim"] == dim and math.isfinite(value):
+                by_weight.setdefault(run["args"]["weight_cent"] * dim, []).append(value)
+        draw_line(axes, by_weight, f"D = {dim}", f"C{number}", "os^v"[number % 4])
+    axes.set_xscale("log")
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.grid(color="0.92")
+    if column == "EER, %":
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5, 7)))
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter("")
+
+
+def draw_line(axes, by_weight: dict[float, list[float]], label: str, color: str, marker: str):
+    """Draws means and deviations over λ · D; softmax alone (0) as a horizontal line."""
     if alone := by_weight.pop(0.0, []):
-        mean, spread = statistics.mean(alone), deviation(alone)
-        axes.axhspan(mean - spread, mean + spread, color=color, alpha=0.1, linewidth=0)
-        axes.axhline(
-            mean, color=color, linestyle="--", linewidth=1, label=f"{label}, softmax alone"
-        )
+        mean, width = statistics.mean(alone), deviation(alone)
+        axes.axhspan(mean - width, mean + width, color=color, alpha=0.1, linewidth=0)
+        style = dict(color=color, linestyle="--", linewidth=1)
+        axes.axhline(mean, label=f"{label}, softmax alone", **style)
     if weights := sorted(by_weight):
-        means = np.array([statistics.mean(by_weight[weight]) for weight in weights])
-        spreads = np.array([deviation(by_weight[weight]) for weight in weights])
-        axes.fill_between(
-            weights, means - spreads, means + spreads, color=color, alpha=0.2, linewidth=0
-        )
-        axes.plot(
-            weights,
-            means,
-            color=color,
-            marker=marker,
-            markersize=4,
-            label=f"{label}, with center loss",
-        )
-
-
-def deviation(values: list[float]) -> float:
-    return float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
+        means = [statistics.mean(by_weight[weight]) for weight in weights]
+        widths = [deviation(by_weight[weight]) for weight in weights]
+        low = [mean - width for mean, width in zip(means, widths, strict=True)]
+        high = [mean + width for mean, width in zip(means, widths, strict=True)]
+        axes.fill_between(weights, low, high, color=color, alpha=0.2, linewidth=0)
+        style = dict(color=color, marker=marker, markersize=4)
+        axes.plot(weights, means, label=f"{label}, with center loss", **style)
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        "python -m tools.results",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("directories", nargs="*", type=Path, help="--save-dir of each run")
-    parser.add_argument(
-        "--verification", action="store_true", help="the table of what --verify has measured"
-    )
-    parser.add_argument(
-        "--curve", type=Path, metavar="FILE", help="draw what --verify has measured over λ"
-    )
+    add = parser.add_argument
+    add("directories", nargs="*", type=Path, help="--save-dir of each run")
+    add("--verification", action="store_true", help="the table of what --verify has measured")
+    add("--curve", type=Path, metavar="FILE", help="draw what --verify has measured over λ")
     return parser
 
 
-if __name__ == "__main__":
+def main(argv: list[str] | None = None) -> None:
     parser = build_parser()
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     try:
         if args.curve:
             draw_curve(args.directories or LAMBDA, args.curve)
@@ -319,4 +307,10 @@ if __name__ == "__main__":
         else:
             print(table(args.directories or REFERENCE))
     except (RunError, OSError) as error:
-        parser.exit(2, f"results.py: error: {error}\n")
+        parser.exit(2, f"{parser.prog}: error: {error}\n")
+
+
+if __name__ == "__main__":
+    sys.stdout.reconfigure(encoding="utf-8")  # also where the system's encoding lacks ± or λ
+    sys.stderr.reconfigure(encoding="utf-8")
+    main()

@@ -1,7 +1,7 @@
-"""Measures speed and memory, and prints ratios to a plain baseline.
+"""Measures speed and memory beside a plain baseline, in turns on the same machine.
 
-python -m bench loss    the center loss as the number of classes grows, 10 to 1,000,000
-python -m bench train   training steps and epochs of zhou2018's recipe, against a plain script
+python -m tools.bench loss    a step of the center loss alone, for 10 to 1,000,000 classes
+python -m tools.bench train   training and test of zhou2018's recipe, beside a plain script
 
 Each takes --quick: a check in seconds, not a measurement.
 """
@@ -16,7 +16,9 @@ from tools.bench import loss, train
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
-        "python -m bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        "python -m tools.bench",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for module in (loss, train):
@@ -28,4 +30,5 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.stdout.reconfigure(encoding="utf-8")  # also where the system's encoding lacks λ
+    main()

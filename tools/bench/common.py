@@ -1,9 +1,8 @@
-"""Shared by the benchmarks: the hardware's description, medians, and the baseline's loss."""
+"""Shared by the benchmarks: the hardware's description, a clock, and the baseline's loss."""
 
 import argparse
 import os
 import platform
-import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +12,7 @@ from torch import Tensor
 
 
 def positive(text: str) -> int:
+    """A type for argparse."""
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {number}")
@@ -21,38 +21,37 @@ def positive(text: str) -> int:
 
 def hardware() -> str:
     """One line that says where a number comes from."""
-    model, cpuinfo = platform.processor() or platform.machine(), Path("/proc/cpuinfo")
+    model = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
-        names = [
-            line.split(":", 1)[1]
-            for line in cpuinfo.read_text().splitlines()
-            if line.startswith("model name")
-        ]
-        model = names[0].strip() if names else model
+        for line in cpuinfo.read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                model = line.partition(":")[2].strip()
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
-    threads = f"{os.cpu_count()} cores, {torch.get_num_threads()} threads"
-    return f"torch {torch.__version__}, {model} ({torch.backends.cpu.get_cpu_capability()}), {threads}, {gpu}"
+    cores = f"{os.cpu_count()} cores, {torch.get_num_threads()} threads"
+    instructions = torch.backends.cpu.get_cpu_capability()
+    return f"torch {torch.__version__}, {model} ({instructions}), {cores}, {gpu}"
 
 
-def synchronize(device: str) -> None:
+def seconds_of(function: Callable, *arguments, device: str) -> float:
+    """What a call takes, with the work that it leaves to the device."""
     if device == "cuda":
         torch.cuda.synchronize()
-
-
-def median_ms(step: Callable[[], None], device: str, seconds: float, least: int = 3) -> float:
-    """Median milliseconds of a step, over so many seconds but at least a few steps."""
-    taken, end = [], time.perf_counter() + seconds
-    while len(taken) < least or (time.perf_counter() < end and len(taken) < 1000):
-        start = time.perf_counter()
-        step()
-        synchronize(device)
-        taken.append(1000 * (time.perf_counter() - start))
-    return statistics.median(taken)
+    start = time.perf_counter()
+    function(*arguments)
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
 
 
 def matrix_loss(features: Tensor, labels: Tensor, centers: Tensor) -> Tensor:
-    """The textbook form: all B x C distances by |x|^2 + |c|^2 - 2xc, of which a mask keeps B."""
+    """The textbook form: all B x C distances by |x|² + |c|² - 2xc, of which a mask keeps B."""
     squares = features.pow(2).sum(1, keepdim=True) + centers.pow(2).sum(1)
     distances = squares - 2 * features @ centers.T  # (B, C)
     mask = labels[:, None] == torch.arange(len(centers), device=centers.device)
     return (distances * mask).clamp(1e-12, 1e12).sum() / len(features)
+
+
+def indexing_loss(features: Tensor, labels: Tensor, centers: Tensor) -> Tensor:
+    """The shortest form: each feature's own center, by index."""
+    return (features - centers[labels]).pow(2).sum() / len(features)

@@ -1,33 +1,31 @@
-"""One step of the center loss alone: zero_grad, forward, backward, division of the center gradient by λ, SGD step.
+"""One step of the center loss alone: forward, backward, center gradient divided by λ, SGD step.
 
-Three forms of it are compared on the same random batches:
+Four forms of it take the same random batch, in turn:
 
     matrix    the textbook form with all B x C distances
-    dense     CenterLoss(sparse=False): B distances, a center gradient of size C x D
-    sparse    CenterLoss(sparse=True): B distances, a center gradient of at most B rows
+    indexing  the shortest form, features - centers[labels]
+    dense     CenterLoss(sparse=False): as indexing, with the checks and options of CenterLoss
+    sparse    CenterLoss(sparse=True): a center gradient of at most B rows
 
-Time is the median over steps. Memory is what the first step needs at its peak on top of centers and batch: on the CPU
-the growth of the process's peak resident memory, in a process of its own for each row and form (resolution about
-1 MiB); on CUDA that of the allocator's peak. Each ratio is of two numbers of one run.
+A time is the median of steps. Memory is what the loss keeps for its backward pass, and the gradient
+of the centers.
 """
 
 import argparse
-import itertools
-import resource
-import sys
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import get_context
+import functools
+import statistics
+import time
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
-from center_loss import CenterLoss
-from tools.bench.common import hardware, matrix_loss, median_ms, positive
+from center_loss import CENTER_UPDATES, CenterLoss
+from tools.bench.common import hardware, indexing_loss, matrix_loss, positive, seconds_of
 
-BATCH_SIZE = 128
-WEIGHT, ALPHA = 0.01, 0.5  # λ and the centers' learning rate; neither matters for the cost
+FORMS = ("matrix", "indexing", "dense", "sparse")
+WEIGHT = 0.01  # λ and α do not matter for the cost
+ALPHA = 0.5
 
 
 def add_command(commands: argparse._SubParsersAction) -> None:
@@ -37,128 +35,91 @@ def add_command(commands: argparse._SubParsersAction) -> None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    default = "(default: %(default)s)"
+    powers = [10**power for power in range(1, 7)]
+    updates = sorted(CENTER_UPDATES)
     add = parser.add_argument
-    add(
-        "--classes",
-        type=positive,
-        nargs="+",
-        metavar="C",
-        help="numbers of classes (default: 10 to 1,000,000)",
-    )
-    add(
-        "--feat-dim",
-        type=positive,
-        default=128,
-        metavar="D",
-        help="dimensions (default: %(default)s)",
-    )
-    add("--device", choices=("cpu", "cuda"), default="cpu", help="(default: %(default)s)")
-    add("--quick", action="store_true", help="few classes and steps: a check, not a measurement")
+    add("--classes", type=positive, nargs="+", metavar="C", default=powers, help=default)
+    add("--batch-size", type=positive, default=128, metavar="B", help=default)
+    add("--feat-dim", type=positive, default=128, metavar="D", help=default)
+    add("--center-update", choices=updates, default="gradient", help=f"of dense, sparse {default}")
+    add("--device", choices=("cpu", "cuda"), default="cpu", help=default)
+    add("--quick", action="store_true", help="a check, not a measurement")
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> None:
-    classes = args.classes or ([10, 1000] if args.quick else [10**power for power in range(1, 7)])
     print(hardware())
-    print(f"one step of the loss, B = {BATCH_SIZE}, D = {args.feat_dim}, float32, {args.device}\n")
-    print(
-        f"| classes | {', ms | '.join(FORMS)}, ms | matrix/dense | matrix/sparse | {', MiB | '.join(FORMS)}, MiB |"
-    )
-    print("| ---: " * 9 + "|")
-    for num_classes in classes:
-        rows = [measure_apart(form, num_classes, args) for form in FORMS]
-        (matrix, dense, sparse), memory = zip(*rows, strict=True)
-        print(
-            f"| {num_classes:,} | {matrix:,.2f} | {dense:,.2f} | {sparse:,.2f} "
-            f"| {matrix / dense:,.1f} | {matrix / sparse:,.1f} | "
-            f"{' | '.join('< 1' if mib < 1 else f'{mib:,.0f}' for mib in memory)} |",
-            flush=True,
-        )
+    size = f"B = {args.batch_size}, D = {args.feat_dim}, {args.center_update}"
+    print(f"one step of the loss, {size}, float32, {args.device}\n")
+    columns = [f"{form}, ms" for form in FORMS]
+    columns += ["matrix/dense", "matrix/sparse", "indexing/dense"]
+    columns += [f"{form}, MiB" for form in FORMS]
+    print("| classes | " + " | ".join(columns) + " |")
+    print("| ---: " * (1 + len(columns)) + "|")
+    for num_classes in args.classes:
+        steps = [LossStep(form, num_classes, args) for form in FORMS]
+        times = median_ms(steps, args)
+        matrix, indexing, dense, sparse = times
+        cells = [f"{milliseconds:,.4g}" for milliseconds in times]
+        cells += [f"{ratio:,.2f}" for ratio in (matrix / dense, matrix / sparse, indexing / dense)]
+        cells += [f"{step.memory() / 2**20:,.2f}" for step in steps]
+        print(f"| {num_classes:,} | " + " | ".join(cells) + " |", flush=True)
 
 
-def measure_apart(form: str, num_classes: int, args: argparse.Namespace) -> tuple[float, float]:
-    """Milliseconds and MiB of one form; NaN if the memory did not suffice."""
-    if args.device == "cuda":  # its allocator counts for itself, and CUDA does not survive a fork
-        return measure(form, num_classes, args)
-    # A forked child starts at once, because it has torch already; elsewhere a child has to import it again.
-    context = get_context("fork" if sys.platform == "linux" else "spawn")
-    try:
-        with ProcessPoolExecutor(1, context) as pool:
-            return pool.submit(measure, form, num_classes, args).result()
-    except (BrokenProcessPool, RuntimeError):  # killed for its memory, or refused it
-        return float("nan"), float("nan")
+def median_ms(steps: list[Callable], args: argparse.Namespace) -> list[float]:
+    """Milliseconds of each step, over the turns that fit into some seconds."""
+    turns = []
+    end = time.perf_counter() + (0.1 if args.quick else 10.0)
+    while len(turns) < 3 or (time.perf_counter() < end and len(turns) < 5000):
+        turns.append([1000 * seconds_of(step, device=args.device) for step in steps])
+    return [statistics.median(times) for times in zip(*turns, strict=True)]
 
 
-def measure(form: str, num_classes: int, args: argparse.Namespace) -> tuple[float, float]:
-    FORMS[form](10, args)()  # so that threads, libraries and their memory do not count
-    step = FORMS[form](num_classes, args)
-    before = peak_memory(args.device, reset=True)
-    step()
-    memory = peak_memory(args.device) - before
-    return median_ms(step, args.device, seconds=0.2 if args.quick else 3.0), memory / 2**20
+class LossStep:
+    """A step of one form, again and again on the same batch."""
 
+    def __init__(self, form: str, num_classes: int, args: argparse.Namespace):
+        size = (args.batch_size, args.feat_dim)
+        self.features = torch.randn(size, device=args.device, requires_grad=True)
+        self.labels = torch.randint(num_classes, size[:1], device=args.device)
+        self.is_ours = form in ("dense", "sparse")
+        if self.is_ours:
+            options = dict(center_update=args.center_update, sparse=form == "sparse")
+            self.criterion = CenterLoss(num_classes, args.feat_dim, use_gpu=False, **options)
+            self.criterion.to(args.device)
+            self.centers = self.criterion.centers
+        else:
+            self.centers = nn.Parameter(torch.randn(num_classes, args.feat_dim, device=args.device))
+            function = matrix_loss if form == "matrix" else indexing_loss
+            self.criterion = functools.partial(function, centers=self.centers)
+        self.optimizer = torch.optim.SGD([self.centers], lr=ALPHA)
 
-def peak_memory(device: str, reset: bool = False) -> int:
-    """The most bytes used so far; reset sets the count back to what is used now, where it can be."""
-    if device == "cuda":
-        torch.cuda.synchronize()
-        if reset:
-            torch.cuda.reset_peak_memory_stats()
-        return torch.cuda.max_memory_allocated()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else 1024 * peak
+    def __call__(self) -> None:
+        (WEIGHT * self.criterion(self.features, self.labels)).backward()
+        if self.is_ours:
+            self.criterion.rescale_center_grad(WEIGHT)
+        else:
+            self.centers.grad.mul_(1 / WEIGHT)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.features.grad = None
 
+    def memory(self) -> int:
+        """Bytes that the loss keeps for its backward pass, and of the centers' gradient."""
+        kept = {}
 
-def batches(num_classes: int, args: argparse.Namespace) -> Iterator[tuple[Tensor, Tensor]]:
-    """32 random batches, again and again."""
-    generator = torch.Generator().manual_seed(0)
-    drawn = []
-    for _ in range(32):
-        features = torch.randn(BATCH_SIZE, args.feat_dim, generator=generator).to(args.device)
-        labels = torch.randint(num_classes, (BATCH_SIZE,), generator=generator).to(args.device)
-        drawn.append((features.requires_grad_(), labels))
-    for features, labels in itertools.cycle(drawn):
-        features.grad = None
-        yield features, labels
+        def note(tensor: Tensor) -> Tensor:
+            kept[tensor.data_ptr()] = tensor.nbytes
+            return tensor
 
-
-def matrix_step(num_classes: int, args: argparse.Namespace) -> Callable[[], None]:
-    centers = nn.Parameter(torch.randn(num_classes, args.feat_dim).to(args.device))
-    optimizer, drawn = torch.optim.SGD([centers], lr=ALPHA), batches(num_classes, args)
-
-    def step() -> None:
-        features, labels = next(drawn)
-        optimizer.zero_grad()
-        (WEIGHT * matrix_loss(features, labels, centers)).backward()
-        centers.grad.mul_(1 / WEIGHT)
-        optimizer.step()
-
-    return step
-
-
-def center_loss_step(
-    num_classes: int, args: argparse.Namespace, sparse: bool = False
-) -> Callable[[], None]:
-    center_loss = CenterLoss(num_classes, args.feat_dim, use_gpu=False, sparse=sparse).to(
-        args.device
-    )
-    optimizer, drawn = (
-        torch.optim.SGD(center_loss.parameters(), lr=ALPHA),
-        batches(num_classes, args),
-    )
-
-    def step() -> None:
-        features, labels = next(drawn)
-        optimizer.zero_grad()
-        (WEIGHT * center_loss(features, labels)).backward()
-        center_loss.rescale_center_grad(WEIGHT)
-        optimizer.step()
-
-    return step
-
-
-def sparse_step(num_classes: int, args: argparse.Namespace) -> Callable[[], None]:
-    return center_loss_step(num_classes, args, sparse=True)
-
-
-FORMS = {"matrix": matrix_step, "dense": center_loss_step, "sparse": sparse_step}
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            loss = self.criterion(self.features, self.labels)
+        for given in (self.features, self.labels, self.centers):
+            kept.pop(given.data_ptr(), None)
+        (gradient,) = torch.autograd.grad(loss, [self.centers])
+        parts = [gradient]
+        if gradient.is_sparse:
+            gradient = gradient.coalesce()
+            parts = [gradient.indices(), gradient.values()]
+        return sum(kept.values()) + sum(part.nbytes for part in parts)

@@ -1,22 +1,18 @@
-"""Training steps and epochs of zhou2018's recipe, on random images in MNIST's files, against a plain script.
+"""Training and test of zhou2018's recipe on random images in MNIST's files, beside a plain script.
 
-plain is a straightforward script: four workers that transform image by image, float32, nn.PReLU, the matrix form of
-the loss, three .item() per batch, cuDNN's benchmarking. The other forms are main.py's settings, through the
-Step, epoch and test that it uses. An epoch is counted as 469 steps and the test of 10,000 images. The clock runs from
-the end of the warm-up to the end of the last batch; compilation is not counted. The forms take turns,
-and each ratio is the median of the turns' ratios. The peak is that of a large matrix product in the form's precision,
-in the same turns. Memory is what a form's first pass allocates on the GPU. Last comes a process of --recipe fast, on as
-many images as MNIST has, each step of which is printed.
+plain is a straightforward script: four workers that transform image by image, float32, nn.PReLU,
+the matrix form of the loss, three .item() a batch. The other forms are main.py's settings, through
+the Step, epoch and test that it uses; --recipe fast has a network and a batch size of its own.
+
+The forms take turns, each with all images once; the first turn, in which libraries choose their
+kernels and --compile compiles, is not counted. An epoch is that of MNIST's 60,000 and 10,000
+images, in proportion. Each ratio is the median of the turns' ratios.
 """
 
 import argparse
-import functools
 import statistics
 import struct
-import subprocess
-import sys
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -29,244 +25,144 @@ import cli
 import datasets
 import models
 from center_loss import CenterLoss
-from engine import epoch as epoch_
+from engine import epoch
 from engine.cuda_graph import captured
+from engine.device import multiplies_bfloat16
 from engine.step import Step
 from recipes import SCHEDULES, create_optimizers
-from tools.bench.common import hardware, matrix_loss, positive, synchronize
+from tools.bench.common import hardware, matrix_loss, positive, seconds_of
 
-FORMS = {"default": [], "--amp": ["--amp"], "--amp --compile": ["--amp", "--compile"]}
-CUDA_FORMS = {"--no-cuda-graph": ["--no-cuda-graph"]}
-WARM_UP = 10  # batches before the clock starts: four workers have read eight ahead
+# main.py's flags; more on CUDA.
+FORMS = {
+    "default": [],
+    "--amp": ["--amp"],
+    "--amp --compile": ["--amp", "--compile"],
+    "--recipe fast": ["--recipe", "fast"],
+}
+CUDA_FORMS = {
+    "--no-cuda-graph": ["--no-cuda-graph"],
+    "--amp --no-cuda-graph": ["--amp", "--no-cuda-graph"],
+}
+MNIST = 60_000  # training images; a sixth as many for the test
+
+# Trains and tests once: seconds of each.
+Pass = Callable[[], tuple[float, float]]
 
 
 def add_command(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser(
         "train",
-        help="steps and epochs, against a plain script and the machine's peak",
+        help="training and test, beside a plain script",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     device = "cuda" if torch.cuda.is_available() else "cpu"
     add = parser.add_argument
     add("--device", choices=("cpu", "cuda"), default=device, help="(default: %(default)s)")
-    add("--batch-size", type=positive, default=128, metavar="B", help="(default: %(default)s)")
-    add("--steps", type=positive, help="of each form in a turn (default: 20, on CUDA 469)")
+    add("--images", type=positive, help="of a turn (default: 2,560, on CUDA 60,000)")
     add("--turns", type=positive, default=5, help="(default: %(default)s)")
-    add(
-        "--quick", action="store_true", help="one turn of 3 small steps: a check, not a measurement"
-    )
+    add("--quick", action="store_true", help="a check, not a measurement; compiles nothing")
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> None:
     if args.quick:
-        args.steps, args.turns, args.batch_size = 3, 1, 16
-    args.steps = args.steps or (469 if args.device == "cuda" else 20)
-    size = 256 if args.quick else 8192 if args.device == "cuda" else 2048
+        args.images = 60
+        args.turns = 1
+    args.images = args.images or (MNIST if args.device == "cuda" else 2560)
     print(hardware())
-    work = step_flops(args.batch_size)
-    print(
-        f"zhou2018's recipe, B = {args.batch_size}, {args.device}: {work / 1e9:.1f} GFLOP a step\n",
-        flush=True,
-    )
-
+    print(f"zhou2018's recipe, B = 128, {args.images:,} images, {args.device}", flush=True)
     with tempfile.TemporaryDirectory() as root:
-        write_mnist(
-            Path(root),
-            args.batch_size * (WARM_UP + args.steps),
-            args.batch_size * (WARM_UP + args.steps // 3),
-        )
-        passes = {"plain": plain_passes(root, args)}
-        forms = FORMS if args.device == "cpu" else FORMS | CUDA_FORMS
-        passes |= {name: product_passes(root, flags, args) for name, flags in forms.items()}
-        if args.device == "cpu":
-            passes["--amp, torch's PReLU"] = product_passes(root, ["--amp"], args, own_prelu=False)
-        first = {name: run() for name, run in passes.items()}  # compilation, cuDNN's choice, memory
+        write_mnist(Path(root), args.images)
+        passes = {"plain": plain_pass(root, args.device)}
+        for name, flags in chosen_forms(args).items():
+            passes[name] = form_pass(root, flags, args.device)
         turns = []
-        for _ in range(args.turns):
-            peaks = {
-                dtype: matmul_flops(dtype, size, args.device)
-                for dtype in (torch.float32, torch.bfloat16)
-            }
-            turns.append((peaks, {name: run() for name, run in passes.items()}))
-
-    print(
-        "| form | step, ms | steps/s | images/s | test, ms/image | epoch with test, s | plain / form | % of peak |"
-    )
-    print("| --- " + "| ---: " * 7 + "|")
-    for name in passes:
-        dtype = torch.bfloat16 if "--amp" in name else torch.float32
-        step, test = (
-            statistics.median(times[name][index] for _, times in turns) for index in (0, 1)
-        )
-        ratio = statistics.median(
-            epoch_seconds(*times["plain"]) / epoch_seconds(*times[name]) for _, times in turns
-        )
-        share = statistics.median(work / times[name][0] / peaks[dtype] for peaks, times in turns)
-        print(
-            f"| {name} | {1e3 * step:,.2f} | {1 / step:,.2f} | {args.batch_size / step:,.0f} | {1e3 * test:.3f} "
-            f"| {epoch_seconds(step, test):,.2f} | {ratio:.2f} | {100 * share:.0f} |"
-        )
-    for dtype in (torch.float32, torch.bfloat16):
-        peak = statistics.median(peaks[dtype] for peaks, _ in turns)
-        print(
-            f"\npeak, {dtype}: {peak / 1e9:,.0f} GFLOP/s in a product of {size} x {size} matrices",
-            end="",
-        )
-    print(f"\ncompilation: {first['--amp --compile'][2] - first['--amp'][2]:.0f} s")
-    if args.device == "cuda":
-        print(
-            "memory, MiB: "
-            + ", ".join(f"{name} {times[3] / 2**20:,.0f}" for name, times in first.items())
-        )
-    print(start_of_fast(args))
+        for _ in range(1 + args.turns):
+            turns.append({name: train_and_test() for name, train_and_test in passes.items()})
+    print_table(turns[1:], args.images)
 
 
-def start_of_fast(args: argparse.Namespace) -> str:
-    """Seconds since the start of a process: for imports alone, and until --recipe fast has taken its steps."""
-
-    def output_of(*command: str) -> list[tuple[float, str]]:
-        begun = time.perf_counter()
-        with subprocess.Popen(
-            [sys.executable, *command], stdout=subprocess.PIPE, text=True
-        ) as process:
-            lines = [(time.perf_counter() - begun, line) for line in process.stdout]
-        if process.returncode:
-            sys.exit(f"{' '.join(command)} has ended with status {process.returncode}")
-        return [*lines, (time.perf_counter() - begun, "")]
-
-    with tempfile.TemporaryDirectory() as root:
-        write_mnist(Path(root), *((512, 256) if args.quick else (60_000, 10_000)))
-        (imports, _), *_ = output_of("-c", "import torch, torchvision")
-        flags = [
-            "--recipe",
-            "fast",
-            "--data-root",
-            root,
-            "--save-dir",
-            f"{root}/log",
-            "--print-freq",
-            "1",
-        ]
-        lines = output_of(
-            cli.__file__.replace("cli.py", "main.py"),
-            *flags,
-            *["--use-cpu"] * (args.device == "cpu"),
-        )
-    steps = [seconds for seconds, line in lines if line.startswith("Batch")]
-    return (
-        f"--recipe fast, s: imports alone {imports:.1f}, first step {steps[0]:.1f}, last step {steps[-1]:.1f}, "
-        f"prompt {lines[-1][0]:.1f}"
-    )
+def chosen_forms(args: argparse.Namespace) -> dict[str, list[str]]:
+    """The forms that this machine can do; prints which are left out."""
+    forms = FORMS | CUDA_FORMS if args.device == "cuda" else FORMS
+    bfloat16 = multiplies_bfloat16(0 if args.device == "cuda" else None)
+    chosen = {}
+    for name, flags in forms.items():
+        if "--amp" in flags and not bfloat16:
+            print(f"left out: {name}, as the hardware has no bfloat16 multiplication")
+        elif "--compile" in flags and args.quick:
+            print(f"left out: {name}, as --quick compiles nothing")
+        else:
+            chosen[name] = flags
+    return chosen
 
 
-def epoch_seconds(step: float, test: float, *_) -> float:
-    """Of MNIST's 60,000 and 10,000 images at B = 128, from the seconds of a step and of the test of an image."""
-    return 469 * step + 10_000 * test
+def print_table(turns: list[dict[str, tuple[float, float]]], images: int) -> None:
+    """`turns`: by form, the seconds of training and test."""
+    print("\n| form | training, ms/image | test, ms/image | epoch with test, s | plain / form |")
+    print("| --- " + "| ---: " * 4 + "|")
+    for name in turns[0]:
+        train = statistics.median(turn[name][0] for turn in turns)
+        test = statistics.median(turn[name][1] for turn in turns)
+        ratio = statistics.median(sum(turn["plain"]) / sum(turn[name]) for turn in turns)
+        per_image = f"{1e3 * train / images:.4f} | {1e3 * test / (images // 6):.4f}"
+        both = (train + test) * MNIST / images
+        print(f"| {name} | {per_image} | {both:,.2f} | {ratio:.2f} |")
 
 
-def step_flops(batch_size: int) -> int:
-    """Of one forward and backward pass, a multiplication with its addition being two."""
-    from torch.utils.flop_counter import FlopCounterMode
-
-    model, images = models.create("cnn"), torch.zeros(batch_size, 1, 28, 28)
-    with FlopCounterMode(display=False) as counter:
-        features, logits = model(images)
-        (features.sum() + logits.sum()).backward()
-    return counter.get_total_flops()
-
-
-def matmul_flops(dtype: torch.dtype, size: int, device: str) -> float:
-    """Per second: the best of a few products, on a GPU in TF32 for float32, as its convolutions are."""
-    matrix, seconds = torch.randn(size, size, device=device).to(dtype), []
-    torch.backends.cuda.matmul.allow_tf32 = True
-    for _ in range(6):
-        start = time.perf_counter()
-        matrix @ matrix
-        synchronize(device)
-        seconds.append(time.perf_counter() - start)
-    torch.backends.cuda.matmul.allow_tf32 = False
-    return 2 * size**3 / min(seconds)
-
-
-def write_mnist(root: Path, train: int, test: int) -> None:
+def write_mnist(root: Path, images: int) -> None:
     """Random images and labels in the files that torchvision keeps of MNIST."""
-    raw, random = root / "MNIST" / "raw", np.random.default_rng(0)
+    raw = root / "MNIST" / "raw"
     raw.mkdir(parents=True)
-    for split, count in (("train", train), ("t10k", test)):
-        for name, high, shape in (
-            ("images-idx3", 256, (count, 28, 28)),
-            ("labels-idx1", 10, (count,)),
-        ):
-            header = struct.pack(f">HBB{len(shape)}I", 0, 8, len(shape), *shape)
-            values = random.integers(high, size=shape, dtype=np.uint8)
-            (raw / f"{split}-{name}-ubyte").write_bytes(header + values.tobytes())
+    random = np.random.default_rng(0)
+    for split, count in (("train", images), ("t10k", images // 6)):
+        pixels = random.integers(256, size=(count, 28, 28), dtype=np.uint8)
+        header = struct.pack(">HBB3I", 0, 8, 3, count, 28, 28)
+        (raw / f"{split}-images-idx3-ubyte").write_bytes(header + pixels.tobytes())
+        labels = random.integers(10, size=count, dtype=np.uint8)
+        header = struct.pack(">HBBI", 0, 8, 1, count)
+        (raw / f"{split}-labels-idx1-ubyte").write_bytes(header + labels.tobytes())
 
 
-class Clock:
-    """Passes batches through; measures the seconds per image, from the end of the warm-up to that of the last batch."""
-
-    def __init__(self, batches, args: argparse.Namespace):
-        self.batches, self.device, self.warm_up = batches, args.device, WARM_UP * args.batch_size
-
-    def __iter__(self):
-        seen, skipped = 0, None
-        for number, batch in enumerate(self.batches, 1):
-            if skipped is None and seen >= self.warm_up:
-                synchronize(self.device)
-                start, skipped = time.perf_counter(), seen
-            yield batch
-            seen += len(batch[0])
-            if number == len(
-                self.batches
-            ):  # before workers end: that happens once an epoch, and is not a step's time
-                synchronize(self.device)
-                self.seconds = (time.perf_counter() - start) / (seen - skipped)
+def plain_network() -> nn.Sequential:
+    layers = []
+    for inside, outside in ((1, 32), (32, 64), (64, 128)):
+        layers += [nn.Conv2d(inside, outside, 5, padding=2), nn.PReLU()]
+        layers += [nn.Conv2d(outside, outside, 5, padding=2), nn.PReLU(), nn.MaxPool2d(2)]
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(1152, 2), nn.PReLU())
 
 
-# Trains and tests once: seconds of a step, of the test of an image, of all with the warm-up; bytes allocated on a GPU.
-Pass = Callable[[], tuple[float, float, float, int]]
-
-
-def plain_passes(root: str, args: argparse.Namespace) -> Pass:
-    from torchvision.datasets import MNIST
+def plain_loader(root: str, train: bool, device: str) -> torch.utils.data.DataLoader:
+    from torchvision.datasets import MNIST as Digits
     from torchvision.transforms import Compose, Normalize, ToTensor
 
     transform = Compose([ToTensor(), Normalize((0.1307,), (0.3081,))])
-    trainloader, testloader = (
-        torch.utils.data.DataLoader(
-            MNIST(root, train=train, transform=transform),
-            args.batch_size,
-            shuffle=train,
-            num_workers=4,
-            pin_memory=args.device == "cuda",
-        )
-        for train in (True, False)
+    return torch.utils.data.DataLoader(
+        Digits(root, train=train, transform=transform),
+        batch_size=128,
+        shuffle=train,
+        num_workers=4,
+        pin_memory=device == "cuda",
+        persistent_workers=True,  # their start is not a turn's time
     )
-    layers = []
-    for inside, outside in ((1, 32), (32, 64), (64, 128)):
-        layers += [
-            nn.Conv2d(inside, outside, 5, padding=2),
-            nn.PReLU(),
-            nn.Conv2d(outside, outside, 5, padding=2),
-        ]
-        layers += [nn.PReLU(), nn.MaxPool2d(2)]
-    body = nn.Sequential(*layers, nn.Flatten(), nn.Linear(1152, 2), nn.PReLU()).to(args.device)
-    classifier, centers = (
-        nn.Linear(2, 10).to(args.device),
-        nn.Parameter(torch.randn(10, 2).to(args.device)),
-    )
-    sgd = torch.optim.SGD(
-        [*body.parameters(), *classifier.parameters()], 0.001, momentum=0.9, weight_decay=5e-4
-    )
-    sgd_centers = torch.optim.SGD([centers], 0.5)
 
-    def train(batches) -> None:
-        torch.backends.cudnn.benchmark = True
+
+def plain_pass(root: str, device: str) -> Pass:
+    body = plain_network().to(device)
+    classifier = nn.Linear(2, 10).to(device)
+    centers = nn.Parameter(torch.randn(10, 2, device=device))
+    weights = [*body.parameters(), *classifier.parameters()]
+    sgd = torch.optim.SGD(weights, 0.001, momentum=0.9, weight_decay=5e-4)
+    sgd_centers = torch.optim.SGD([centers], 0.5)
+    train_batches = plain_loader(root, True, device)
+    test_batches = plain_loader(root, False, device)
+
+    def train() -> None:
         sums = [0.0, 0.0, 0.0]
-        for images, labels in batches:
-            images, labels = images.to(args.device), labels.to(args.device)
+        for images, labels in train_batches:
+            images = images.to(device)
+            labels = labels.to(device)
             features = body(images)
             xent = F.cross_entropy(classifier(features), labels)
             center = matrix_loss(features, labels, centers)
@@ -280,55 +176,34 @@ def plain_passes(root: str, args: argparse.Namespace) -> Pass:
                 sums[index] += value.item()
 
     @torch.no_grad()
-    def test(batches) -> None:
-        right = 0
-        for images, labels in batches:
-            images, labels = images.to(args.device), labels.to(args.device)
-            right += (classifier(body(images)).argmax(1) == labels).sum().item()
+    def test() -> None:
+        correct = 0
+        for images, labels in test_batches:
+            logits = classifier(body(images.to(device)))
+            correct += (logits.argmax(1) == labels.to(device)).sum().item()
 
-    return functools.partial(timed, train, test, trainloader, testloader, args)
+    return lambda: (seconds_of(train, device=device), seconds_of(test, device=device))
 
 
-def product_passes(
-    root: str, flags: list[str], args: argparse.Namespace, own_prelu: bool = True
-) -> Pass:
+def form_pass(root: str, flags: list[str], device: str) -> Pass:
     """By main.py with these flags."""
-    settings = cli.parse_args(["--data-root", root, "--batch-size", str(args.batch_size), *flags])
-    data = datasets.create("mnist", root, args.batch_size, device=args.device)
-    model = models.create(settings.model).to(args.device, memory_format=torch.channels_last)
-    if not own_prelu:
-        for module in model.modules():
-            if isinstance(module, nn.PReLU):
-                module.__class__ = nn.PReLU
-    center_loss = CenterLoss(use_gpu=False).to(args.device)
-    net = models.Compiled(model, args.batch_size) if settings.compile else model
-    optimizers = create_optimizers(model, center_loss, settings)
-    scheduler = SCHEDULES[settings.schedule].create(
-        optimizers["optimizer_model"], settings, 10**6, 10**6
-    )
-    step = Step(net, center_loss, optimizers, weight=settings.weight_cent, amp=settings.amp)
-    if settings.cuda_graph:
+    cpu = ["--use-cpu"] if device == "cpu" else []
+    args = cli.parse_args(["--data-root", root, *flags, *cpu])
+    data = datasets.create("mnist", root, args.batch_size, device=device)
+    model = models.create(args.model).to(device, memory_format=torch.channels_last)
+    center_loss = CenterLoss(use_gpu=False).to(device)
+    net = models.Compiled(model, args.batch_size) if args.compile else model
+    optimizers = create_optimizers(model, center_loss, args)
+    schedule = SCHEDULES[args.schedule]
+    scheduler = schedule.create(optimizers["optimizer_model"], args, 10**6, 10**6)
+    step = Step(net, center_loss, optimizers, weight=args.weight_cent, amp=args.amp)
+    if args.cuda_graph:
         step = captured(step, args.batch_size)
 
-    def train(batches) -> None:
-        torch.backends.cudnn.benchmark = False
-        epoch_.train_epoch(step, batches, scheduler).results()
+    def train() -> None:
+        epoch.train_epoch(step, data.train, scheduler).results()
 
-    def test(batches) -> None:
-        epoch_.test(model, batches, settings.amp)
+    def test() -> None:
+        epoch.test(model, data.test, args.amp)
 
-    return functools.partial(timed, train, test, data.train, data.test, args)
-
-
-def timed(train, test, trainloader, testloader, args) -> tuple[float, float, float, int]:
-    begun, memory = time.perf_counter(), 0
-    training_clock, test_clock = Clock(trainloader, args), Clock(testloader, args)
-    if args.device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        memory = -torch.cuda.memory_allocated()
-    train(training_clock)
-    test(test_clock)
-    if args.device == "cuda":
-        memory += torch.cuda.max_memory_allocated()
-    step = training_clock.seconds * args.batch_size
-    return step, test_clock.seconds, time.perf_counter() - begun, memory
+    return lambda: (seconds_of(train, device=device), seconds_of(test, device=device))

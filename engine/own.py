@@ -1,0 +1,49 @@
+"""Imports of this repository's modules, whose names other packages have, too."""
+
+import contextlib
+import importlib.util
+import sys
+from collections.abc import Iterator
+from importlib.machinery import ModuleSpec
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+NAMES = {path.stem for path in ROOT.glob("*.py")}
+NAMES |= {path.parent.name for path in ROOT.glob("*/__init__.py")}
+ASIDE = f"{ROOT}/"  # begins the names in sys.modules of own modules that would hide others
+
+
+@contextlib.contextmanager
+def own_modules() -> Iterator[None]:
+    """In this context `import datasets` is this repository's; afterwards, names mean what they did.
+
+    Hugging Face's datasets, or a user's utils, may be imported already or come first on sys.path:
+    then the own module serves those that have imported it in this context, and no one else.
+    """
+    imported = NAMES & sys.modules.keys()
+    foreign = {name for name in imported if not _is_own(name, sys.modules[name].__spec__)}
+    others = _take(foreign)
+    for name in [name for name in sys.modules if name.startswith(ASIDE)]:
+        sys.modules.setdefault(name.removeprefix(ASIDE), sys.modules[name])
+    sys.path.insert(0, str(ROOT))
+    try:
+        yield
+    finally:
+        sys.path.remove(str(ROOT))
+        for name in (NAMES & sys.modules.keys()) - (imported - foreign):
+            own = _take({name})
+            if name in foreign or not _is_own(name, importlib.util.find_spec(name)):
+                own = {f"{ASIDE}{each}": module for each, module in own.items()}
+            sys.modules.update(own)
+        sys.modules.update(others)
+
+
+def _take(packages: set[str]) -> dict:
+    """Removes these modules, and those within them, from sys.modules."""
+    names = [name for name in sys.modules if name.partition(".")[0] in packages]
+    return {name: sys.modules.pop(name) for name in names}
+
+
+def _is_own(name: str, spec: ModuleSpec | None) -> bool:
+    places = ROOT / f"{name}.py", ROOT / name / "__init__.py"
+    return bool(spec and spec.origin) and Path(spec.origin).resolve() in places
