@@ -7,6 +7,7 @@ python main.py --evaluate log/checkpoint.pt   test metrics of a trained network
 
 Where λ, both losses and both optimizers meet, one update at a time: engine/step.py.
 """
+# ruff: noqa: E402  (what Ctrl-C does comes before the imports, which take seconds)
 
 import os
 import signal
@@ -45,12 +46,11 @@ import plots
 import recipes
 import utils
 from engine import epoch
-from engine.device import choose_device, make_deterministic, multiplies_bfloat16
 from engine.ranks import Interrupted, Ranks, StopRequest
 from engine.state import State, from_checkpoint, new_row, to_checkpoint
 from engine.step import Step
 from tools import evaluate
-from tools.run_files import NoFiles, RunFiles
+from tools.run_files import NoFiles, RunFiles, is_moved
 
 
 @dataclass
@@ -59,6 +59,8 @@ class Experiment:
 
     args: argparse.Namespace
     log: utils.Log
+    files: RunFiles | NoFiles
+    pictures: plots.Plotter | None
     ranks: Ranks
     stop: StopRequest
     data: datasets.Data
@@ -68,6 +70,11 @@ class Experiment:
     modules: dict  # whose state dicts go into checkpoints
     steps: int  # of the whole run
     epochs: int
+
+    def is_tested(self, number: int) -> bool:
+        """Whether a test follows an epoch: the last one, and others."""
+        every = recipes.epochs_per_test(self.args, self.data)
+        return number == self.epochs or (every > 0 and number % every == 0)
 
     def is_complete(self, state: State) -> bool:
         """Whether all epochs are done and, with validation images, the best one is tested."""
@@ -92,68 +99,63 @@ def main(args: argparse.Namespace, saved: dict | None = None) -> None:
     if saved:
         state = restore(run, saved)
         start -= state.elapsed
-    first = run.ranks.rank == 0
-    files = RunFiles(args, state, run.log, start) if first else NoFiles()
     if args.evaluate:
-        test(run, run.model, state.centers, state.epoch, "test", files)
-        return files.finish()
-    if run.is_complete(state) and not (args.plot or files.is_moved):
+        test(run, run.model, state.centers, state.epoch, "test")
+        return run.files.write_rest()
+    if run.is_complete(state) and not (args.plot or is_moved(args)):
         return run.log(f"The run of {args.resume} is finished after {state.epoch} epochs")
 
-    pictures = plots.Plotter(run.log) if first and args.plot else None
-    with files, pictures or contextlib.nullcontext(), run.stop:
+    with (
+        run.files.opened(state, start) as files,
+        run.pictures or contextlib.nullcontext(),
+        run.stop,
+    ):
         files.save(run.checkpoint(state))  # a run killed in its first epoch can be resumed, too
         with contextlib.suppress(Interrupted):
             while state.epoch < run.epochs:
-                train_and_test(run, state, files, pictures)
+                train_and_test(run, state)
             if not run.is_complete(state):
-                state.add_best(test_best(run, files))
+                state.add_best(test_best(run))
                 files.save(run.checkpoint(state))
         undrawn = []
-        if pictures and state.history:
-            undrawn = plots.plot_run(pictures, files.directory, state.history, run.stop.is_urgent)
-        if not run.is_complete(state) or (undrawn and run.stop.is_urgent()):
+        if run.pictures and state.history:
+            undrawn = plots.plot_run(run.pictures, files.directory, state.history, run.stop.urgent)
+        if not run.is_complete(state) or (undrawn and run.stop.urgent()):
             raise utils.Stopped(run.stop.requested(), state.epoch, args.save_dir)
         run.log(f"Finished. Total elapsed time (h:m:s): {utils.passed(start)}")
         files.finish(undrawn)
 
 
-def train_and_test(
-    run: Experiment, state: State, files: RunFiles, pictures: plots.Plotter | None
-) -> None:
+def train_and_test(run: Experiment, state: State) -> None:
     """An epoch: train, test, record, save, plot."""
     start = time.monotonic()
     number = state.epoch + 1
     run.log(f"==> Epoch {number}/{run.epochs}")
     splits, centers = train(run, number)
-    if is_tested(run, number):
-        splits |= test(run, run.model, centers, number, "val" if run.data.val else "test", files)
+    if run.is_tested(number):
+        splits |= test(run, run.model, centers, number, "val" if run.data.val else "test")
     is_best = "val" in splits and state.is_best(splits["val"])
     state.add_epoch(new_row(number, run.scheduler.get_last_lr()[0], splits), centers)
     run.log(f"Epoch {number} took {time.monotonic() - start:.1f} s")
+    run.files.save_epoch(state.history[-1], splits, centers)
+    if run.pictures:
+        plots.plot_epoch(run.pictures, run.files.directory, number, splits, centers, run.data)
     if is_best:
-        files.save(run.checkpoint(state), "best.pt")
-    files.save_epoch(state.history[-1], splits, centers)
-    files.save(run.checkpoint(state))
-    if pictures:
-        plots.plot_epoch(pictures, files.directory, number, splits, centers, run.data)
+        run.files.save(run.checkpoint(state), "best.pt")
+    run.files.save(run.checkpoint(state))  # last: an epoch that is killed before is done again
 
 
 def build(args: argparse.Namespace, saved: dict | None) -> Experiment:
     """Everything that a run needs, in order: device, data, network, losses, optimizers."""
     ranks = Ranks.of_environment()
-    log = utils.Log(quiet=ranks.rank > 0)
-    device = choose_device(args.gpu, args.use_cpu)
-    log("Currently using CPU" if device.type == "cpu" else f"Currently using GPU: {args.gpu}")
-    if args.deterministic:
-        make_deterministic()
-    if args.amp and not multiplies_bfloat16(device.index):
-        log("--amp is slow here: the hardware does not multiply bfloat16; --no-amp is faster")
-
+    first = ranks.rank == 0
+    log = utils.Log(quiet=not first)
+    files = RunFiles(args, log) if first else NoFiles()
+    pictures = plots.Plotter(log) if first and args.plot and not args.evaluate else None
+    device = recipes.prepare_device(args, log)
     log(f"Creating dataset: {args.dataset}")
     with ranks.first_alone():
-        trained = saved["data"] if args.evaluate else None
-        data = recipes.create_data(args, device, ranks, trained)
+        data = recipes.create_data(args, device, ranks, saved)
     for line in data.lines():
         log(line)
 
@@ -161,24 +163,19 @@ def build(args: argparse.Namespace, saved: dict | None) -> Experiment:
     torch.manual_seed(args.seed)
     model = recipes.create_model(args, data, pretrained=args.pretrained and not saved)
     center_loss = recipes.create_center_loss(len(data.classes), model.classifier.in_features, args)
-    models.INITS[args.init](center_loss.centers)
     model.to(device, memory_format=torch.channels_last)  # faster, in float32 as well
     center_loss.to(device)
-    net = ranks.parallel(model)
-    if args.compile and not args.evaluate:
-        net = models.Compiled(net, len(ranks.share(torch.empty(args.batch_size))))
-
     optimizers = recipes.create_optimizers(model, center_loss, args)
-    step = recipes.create_step(net, center_loss, optimizers, args, ranks, log)
+    step = recipes.create_step(model, center_loss, optimizers, args, ranks, log)
     per_epoch = len(data.train or data.test or data.unknown)  # to evaluate, nothing is trained
     steps = args.max_iter or args.max_epoch * per_epoch
     scheduler = recipes.create_scheduler(optimizers, args, per_epoch, steps, log)
     modules = dict(model=model, center_loss=center_loss, scheduler=scheduler, **optimizers)
     if data.train and data.train.augment:
         modules["augment"] = data.train.augment
-    stop = StopRequest(ranks)
-    epochs = math.ceil(steps / per_epoch)
-    return Experiment(args, log, ranks, stop, data, model, step, scheduler, modules, steps, epochs)
+    writes = (args, log, files, pictures, ranks, StopRequest(ranks))
+    trains = (data, model, step, scheduler, modules, steps, math.ceil(steps / per_epoch))
+    return Experiment(*writes, *trains)
 
 
 def restore(run: Experiment, saved: dict) -> State:
@@ -189,21 +186,6 @@ def restore(run: Experiment, saved: dict) -> State:
         return from_checkpoint(saved, run.modules, run.step.device)
     except ValueError as error:
         raise utils.RunError(f"{path} cannot be loaded: {error}") from error
-
-
-def is_tested(run: Experiment, number: int) -> bool:
-    """Whether a test follows an epoch: the last, and every --eval-freq-th or, without it, tenth.
-
-    Without it every epoch is tested if that chooses the best one, or if --plot makes films and a
-    test takes less than a tenth of an epoch. Images are counted, those of the training three times,
-    rather than seconds, so that a resumed run tests after the same epochs.
-    """
-    every = run.args.eval_freq
-    if every is None:
-        images = run.data.test_images * (2 if run.args.mirror else 1)
-        cheap = images < 3 * run.data.train.rows.size / 10
-        every = 1 if run.data.val or (run.args.plot and cheap) else 10
-    return number == run.epochs or (every > 0 and number % every == 0)
 
 
 def train(run: Experiment, number: int) -> tuple[dict[str, dict], Tensor]:
@@ -227,7 +209,7 @@ def train(run: Experiment, number: int) -> tuple[dict[str, dict], Tensor]:
 
 
 def test(
-    run: Experiment, model: nn.Module, centers: Tensor, number: int, on: str, files: RunFiles
+    run: Experiment, model: nn.Module, centers: Tensor, number: int, on: str
 ) -> dict[str, dict]:
     """Tests the network of epoch `number` on "val" or "test"; returns what was tested, by split.
 
@@ -250,18 +232,17 @@ def test(
         if not args.evaluate:
             cli.check_tested(splits[on], number, args)
     if on == "test" and (args.verify or args.evaluate) and run.ranks.rank == 0:
-        evaluate.report(args, run.data, splits, centers, number, run.log, files)
+        evaluate.report(args, run.data, splits, centers, number, run.log, run.files)
     return splits
 
 
-def test_best(run: Experiment, files: RunFiles) -> dict[str, dict]:
+def test_best(run: Experiment) -> dict[str, dict]:
     """Tests the network of best.pt, the best epoch by validation."""
     saved = utils.load_checkpoint(Path(run.args.save_dir, "best.pt"))
     model = copy.deepcopy(run.model)
     model.load_state_dict(saved["model"])
     run.log(f"Best epoch by validation: {saved['epoch']}")
-    centers = saved["centers"].to(run.step.device)
-    return test(run, model, centers, saved["epoch"], "test", files)
+    return test(run, model, saved["centers"].to(run.step.device), saved["epoch"], "test")
 
 
 if __name__ == "__main__":

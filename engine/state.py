@@ -43,6 +43,7 @@ class State:
         self.epoch = row["epoch"]
         self.history = (*self.history, row)
         self.centers = centers
+        self.best_tested = False
         self.rng = torch.get_rng_state()
 
     def add_best(self, splits: dict[str, dict]) -> None:
