@@ -341,5 +341,6 @@ def load_checkpoint(path: str | Path) -> dict:
 def read_facts(directory: Path) -> dict:
     """run.json; empty if it is missing or damaged."""
     with contextlib.suppress(ValueError):
-        return json.loads(read_start(directory / "run.json", 2**20))
+        facts = json.loads(read_start(directory / "run.json", 2**20))
+        return facts if isinstance(facts, dict) else {}
     return {}

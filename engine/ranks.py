@@ -47,7 +47,7 @@ class StopRequest:
         return self.ranks.largest(self.signal)
 
     def urgent(self) -> bool:
-        """Whether there is no time to draw: a SIGTERM of a cluster is followed by SIGKILL: there is no time to draw what is missing."""
+        """Whether there is no time to draw: a cluster's SIGTERM is followed by SIGKILL."""
         return self.signal == signal.SIGTERM
 
     def watch(self, batches: Iterable) -> Iterator:
