@@ -1,8 +1,8 @@
 """Data sets: `create(...)` returns the batches of each split, the class names and the image shape.
 
-With `workers=0` a whole data set is kept on the device as uint8, and a batch is an index into it; with `workers=N` the
-torchvision data set is read by N processes, which live as long as the run. Either way a batch is normalised on the
-device when it is drawn, and both give the same batches for the same seed and the same pixels, bit for bit.
+With `workers=0` a whole data set is kept on the device as uint8, and a batch is an index into it;
+with `workers=N` N processes read it. Either way a batch is normalised on the device when it is
+drawn, and both give the same batches for the same seed, bit for bit.
 """
 
 import contextlib
@@ -17,18 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch.utils.data import Dataset, TensorDataset
 
-from engine.batches import *
-from engine.batches import (
-    Augment,
-    Batches,
-    BatchRows,
-    Normalise,
-    _check_memory,
-    by_workers,
-    in_memory,
-)
-from engine.images import MODES, DatasetError, ReadImage, _one_line, _scan_folder, square
+from engine.batches import ALONE, Augment, Batches, BatchRows, Normalise
+from engine.images import MODES, DatasetError, ReadImage, one_line, scan_folder, square
 from engine.ranks import Ranks
+from engine.sources import FromWorkers, OnDevice, check_memory
 
 
 @dataclass(frozen=True)
@@ -98,7 +90,7 @@ def from_torchvision(
             except Exception as error:  # whatever a missing network or a broken file raises in torchvision's readers
                 _remove_empty(root / name, created)
                 raise DatasetError(
-                    f"{name} could be neither read from {root} nor downloaded to it ({_one_line(error)}); "
+                    f"{name} could be neither read from {root} nor downloaded to it ({one_line(error)}); "
                     "--dataset digits needs no download"
                 ) from error
             _complete(opened[-1], num_classes, shape, f"{name} in {root}")
@@ -144,14 +136,14 @@ def open_folder(root: Path, image_size: int) -> tuple[Dataset, Dataset]:
     """train/<class>/* and test/<class>/* of a directory, resized and cropped to squares of image_size pixels."""
     from torchvision.datasets import ImageFolder
 
-    read, transform = ReadImage(_scan_folder(root)), square(image_size)
+    read, transform = ReadImage(scan_folder(root)), square(image_size)
     splits = []
     for split in (root / "train", root / "test"):
         try:
             splits.append(ImageFolder(split, transform, loader=read))
         except OSError as error:
             raise DatasetError(
-                f"{split} must hold a directory of images for each class: {_one_line(error)}"
+                f"{split} must hold a directory of images for each class: {one_line(error)}"
             ) from error
         if len(splits[-1].classes) < 2:
             raise DatasetError(
@@ -176,7 +168,7 @@ def open_test_folder(root: Path, image_size: int, classes: list[str], in_channel
     try:
         test = ImageFolder(root / "test", square(image_size), loader=ReadImage(MODES[in_channels]))
     except OSError as error:
-        raise DatasetError(f"--data-root must hold test/<class>/*: {_one_line(error)}") from error
+        raise DatasetError(f"--data-root must hold test/<class>/*: {one_line(error)}") from error
     if odd := sorted(set(test.classes) - set(classes)):
         raise DatasetError(
             f"{root / 'test'} must hold classes of the trained network, but it has {', '.join(odd)}"
@@ -223,7 +215,7 @@ def moments(spec: Spec, scaling: str | Moments, in_channels: int) -> Moments:
 
 def create(
     name: str,
-    root: str,
+    root: str | Path,
     batch_size: int,
     workers: int = 0,
     device: str | torch.device = "cpu",
@@ -236,68 +228,82 @@ def create(
     val_share: float = 0.0,
     seed: int = 1,
     trained: dict | None = None,
-    ranks: Ranks = Ranks(),  # noqa: B008  (immutable)
+    ranks: Ranks = ALONE,
 ) -> Data:
     """Opens data set `name` below `root`, downloading it where torchvision can.
 
-    `image_size` is for data sets without a size of their own: "folder". `scaling` is in SCALINGS, or the mean and std.
-    `unseen` are the names or numbers of classes to leave out of `train` and `test`; their test images are `unknown`.
-    `augment`, which shifts and flips, and `erase` change the training images as in Augment. `val_share` of each class's
-    training images, drawn by `seed`, become `val`. `trained` are the facts() of a network to be tested, whose training
-    images may be missing.
-    Raises DatasetError if the data are missing, broken or too large for the device, or too few classes are left.
+    `image_size` is for data sets without a size of their own: "folder". `scaling` is in SCALINGS, or
+    the mean and std. `unseen` are the names or numbers of classes to leave out of `train` and `test`;
+    their test images are `unknown`. `augment`, which shifts and flips, and `erase` change the
+    training images as in Augment. `val_share` of each class's training images, drawn by `seed`,
+    become `val`. `trained` are the facts() of a network to be tested, whose training images may be
+    missing.
+    Raises DatasetError if the data are missing, broken or too large for the device, or too few
+    classes are left.
     """
-    spec, root = SPECS[name], Path(root)
-    if root.exists() and not root.is_dir():
-        raise DatasetError(f"--data-root must be a directory, got the file {root}")
-    unseen = (trained or {}).get(
-        "unseen", unseen
-    )  # names: a number may be another class's where some are missing
-    if spec.open_test and "in_channels" in (trained or {}) and not (root / "train").exists():
-        train = test = spec.open_test(
-            root, image_size, [*trained["classes"], *unseen], trained["in_channels"]
-        )
-    else:
-        train, test = spec.open(root, image_size)
-    splits = dict(train=train, test=test)
-    if unseen:
-        seen, unseen = _divide(train.classes, unseen)
-        splits = dict(
-            train=of_classes(train, seen),
-            test=of_classes(test, seen),
-            unknown=of_classes(test, unseen, first_label=len(seen)),
-        )
-    if not len(splits["test"]):
-        raise DatasetError("--data-root must have test images of the trained classes, got none")
-    if unseen and not len(splits["unknown"]):
-        del splits["unknown"]
+    spec = SPECS[name]
+    device = torch.device(device)
+    splits = open_splits(spec, Path(root), image_size, unseen, trained)
     if val_share and not trained:
         splits["train"], splits["val"] = split_off(splits["train"], val_share, seed)
-    shape, cuda = tuple(train[0][0].shape), torch.device(device).type == "cuda"
-    if workers == 0:
-        _check_memory(sum(map(len, splits.values())) * math.prod(shape), torch.device(device))
-        loads = [in_memory(split, shape, device) for split in splits.values()]
-    else:
-        loads = by_workers(list(splits.values()), workers, shape, pin=cuda)
-    # A GPU tests in larger batches, as far as they take some 32 MiB.
-    test_size = max(batch_size, min(2000, 2**23 // math.prod(shape))) if cuda else batch_size
-    normalise, batches = Normalise(*moments(spec, scaling, shape[0]), device), {}
-    for (name, split), load in zip(splits.items(), loads, strict=True):
-        size = batch_size if name == "train" else test_size
-        rows = BatchRows(len(split), size, name == "train", "cpu" if workers else device, ranks)
-        batches[name] = Batches(rows, load, normalise, device)
-        batches[name].paths = [path for path, _ in getattr(split, "samples", [])]
+    shape = tuple(splits["train"][0][0].shape)
+    if not workers:
+        check_memory(sum(map(len, splits.values())) * math.prod(shape), device)
+    normalise = Normalise(*moments(spec, scaling, shape[0]), device)
+    batches = {}
+    for split_name, split in splits.items():
+        size = batch_size
+        if split_name != "train" and device.type == "cuda":  # larger batches, of some 32 MiB
+            size = max(batch_size, min(2000, 2**23 // math.prod(shape)))
+        shuffle = split_name == "train"
+        if workers:
+            source = FromWorkers(split, shape, workers, pin=device.type == "cuda")
+            rows = BatchRows(len(split), size, shuffle, "cpu", ranks)
+        else:
+            source = OnDevice(split, shape, device)
+            rows = BatchRows(len(split), size, shuffle, device, ranks)
+        paths = [path for path, _ in getattr(split, "samples", [])]
+        batches[split_name] = Batches(rows, source, normalise, paths)
     if augment or erase:
         batches["train"].augment = Augment(
             seed, shift=augment, flip=augment and spec.flip, erase=erase, ranks=ranks
         )
     return Data(
-        **{name: batches.get(name) for name in ("train", "test", "unknown", "val")},
+        train=batches["train"],
+        test=batches["test"],
+        unknown=batches.get("unknown"),
         classes=list(splits["train"].classes),
         unseen=list(splits["unknown"].classes) if "unknown" in splits else [],
         in_channels=shape[0],
         image_size=shape[1],
+        val=batches.get("val"),
     )
+
+
+def open_splits(
+    spec: Spec, root: Path, image_size: int, unseen: Sequence[str], trained: dict | None
+) -> dict[str, Dataset]:
+    """The splits "train", "test" and, with test images of classes left out, "unknown"."""
+    if root.exists() and not root.is_dir():
+        raise DatasetError(f"--data-root must be a directory, got the file {root}")
+    if trained:  # names: a number may be another class's where some are missing
+        unseen = trained.get("unseen", unseen)
+    if trained and spec.open_test and not (root / "train").exists():
+        classes = [*trained["classes"], *unseen]
+        train = test = spec.open_test(root, image_size, classes, trained["in_channels"])
+    else:
+        train, test = spec.open(root, image_size)
+    splits = dict(train=train, test=test)
+    if unseen:
+        seen, left_out = _divide(train.classes, unseen)
+        splits["train"] = of_classes(train, seen)
+        splits["test"] = of_classes(test, seen)
+        unknown = of_classes(test, left_out, first_label=len(seen))
+        if len(unknown):
+            splits["unknown"] = unknown
+    if not len(splits["test"]):
+        raise DatasetError("--data-root must have test images of the trained classes, got none")
+    return splits
 
 
 class Rows(Dataset):
@@ -306,11 +312,17 @@ class Rows(Dataset):
     def __init__(
         self, split: Dataset, rows: torch.Tensor, targets: torch.Tensor, classes: Sequence[str]
     ):
-        self.split, self.rows, self.targets, self.classes = split, rows.tolist(), targets, classes
-        if hasattr(split, "data"):
-            self.data = torch.as_tensor(split.data)[rows]
+        self.split = split
+        self.rows = rows.tolist()
+        self.targets = targets
+        self.classes = classes
         if hasattr(split, "samples"):
             self.samples = [split.samples[row] for row in self.rows]
+
+    @property
+    def data(self) -> torch.Tensor:
+        """AttributeError where the images are not in memory."""
+        return torch.as_tensor(self.split.data)[self.rows]
 
     def __len__(self) -> int:
         return len(self.rows)

@@ -65,10 +65,10 @@ def _opened(path: str):
     except (DatasetError, MemoryError):
         raise
     except Exception as error:  # whatever a damaged file raises in Pillow's readers
-        raise DatasetError(f"cannot read the image {path}: {_one_line(error)}") from error
+        raise DatasetError(f"cannot read the image {path}: {one_line(error)}") from error
 
 
-def _scan_folder(root: Path) -> str:
+def scan_folder(root: Path) -> str:
     """Opens each image's header, which refuses what ReadImage does: "L" where all are grey, else "RGB"."""
 
     def is_grey(path: str) -> bool:
@@ -103,5 +103,5 @@ def _image_paths(split: Path) -> Iterator[str]:
             )
 
 
-def _one_line(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__

@@ -75,6 +75,7 @@ class Looks:
         if not self.has_known:
             self.colors = palette(count) + palette(len(self.unseen))
         self.marks = marks(self.known)
+        self.cross = "black" if self.has_known else "0.6"  # at a center
 
     def short(self, width: int) -> list[str]:
         return shorten(self.known + self.unseen, width)

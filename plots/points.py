@@ -68,7 +68,7 @@ class Scatter:
             if label >= len(self.looks.known):
                 looks |= hollow(color) | {"marker": "o", "markersize": 0.8 * size}
             self.points += axes.plot([], [], linestyle="", rasterized=True, **looks)
-        self.crosses = add_crosses(axes, 3 if small else 5)
+        self.crosses = add_crosses(axes, 3 if small else 5, self.looks.cross)
         self.centers = []
         if self.looks.has_known and len(self.looks.known) <= MARKED:
             text = (6 if small else 8) * (1 if len(self.looks.known) <= 20 else 0.75)
@@ -89,11 +89,11 @@ class Scatter:
             text.set_position(1.2 * text.get_fontsize() * away / max(np.hypot(*away), 1e-30))
 
 
-def add_crosses(axes, size: float) -> list:
+def add_crosses(axes, size: float, color: str) -> list:
     """Thin crosses at the centers, on a white one each: they hide no cluster."""
     return [
-        axes.plot([], [], "+", color=color, markersize=size + width, markeredgewidth=width)[0]
-        for color, width in (("white", size / 2), ("black", size / 6))
+        axes.plot([], [], "+", color=shade, markersize=size + width, markeredgewidth=width)[0]
+        for shade, width in (("white", size / 2), (color, size / 6))
     ]
 
 
@@ -114,8 +114,9 @@ def add_legend(axes, shown: dict, small: bool = False) -> None:
         return
     size = 3 if small else 5
     handles = [axes.plot([], [], "o", markersize=size, **style)[0] for _, style in listed]
-    handles += axes.plot([], [], "+", color="black", markersize=size + 1)
-    names = drawable([*(name for name, _ in listed), "center"])
+    handles += axes.plot([], [], "+", color=looks.cross, markersize=size + 1)
+    center = "center" if looks.has_known else "center of a trained class"
+    names = drawable([*(name for name, _ in listed), center])
     options = {"handletextpad": 0.2, "labelspacing": 0.3, "columnspacing": 1.0}
     options |= {"frameon": False, "borderaxespad": 0}
     if small and len(names) > 13:

@@ -96,6 +96,8 @@ def read_history(path: Path) -> list[dict]:
             values = {name: measured(cell) for name, cell in row.items()}
             values["epoch"] = int(row["epoch"])
             history.append(values)
+    if not history:
+        raise ValueError("no epoch")
     return history
 
 

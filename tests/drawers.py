@@ -1,4 +1,4 @@
-"""What the tests let a plotter's background processes draw; imports nothing heavy, as plots.py itself."""
+"""What the tests let a plotter's background processes draw; imports nothing heavy, as plots itself."""
 
 import os
 import signal

@@ -1,34 +1,19 @@
-"""Loaders: the right pixels, the same for every number of workers, in a DataLoader's order; and what is refused."""
+"""Data sets: the right pixels and classes, the same for every number of workers; refusals."""
 
 import hashlib
-import multiprocessing
-import os
 import pickle
-import select
-import signal
 import struct
-import subprocess
-import threading
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torchvision
-from conftest import PYTHON, SHARED_DATA, make_folder
-from hypothesis import given
-from hypothesis import strategies as st
+from conftest import SHARED_DATA, make_folder
+from data_files import batches, refusal
 from PIL import Image
-from torch.utils.data import BatchSampler, DataLoader, TensorDataset
 from torchvision import transforms
 
 import datasets
-from engine.ranks import Ranks
-
-
-def batches(loader, seed=1):
-    torch.manual_seed(seed)
-    return [(images.clone(), labels.clone()) for images, labels, _ in loader]
 
 
 def write_mnist(root, train=32, test=16, size=28, name="MNIST"):
@@ -125,15 +110,6 @@ def test_pixels_are_those_of_torchvisions_transforms(tmp_path):
     assert torch.equal(images, torch.stack([image for image, _ in oracle]))
 
 
-@pytest.mark.parametrize(
-    "scaling, low, high", [("symmetric", -127.5 / 128, 127.5 / 128), ("unit", 0.0, 1.0)]
-)
-def test_scalings_map_0_and_255_to_their_formula(scaling, low, high):
-    normalise = datasets.Normalise(*datasets.SCALINGS[scaling](datasets.SPECS["mnist"]))
-    pixels = torch.tensor([0, 255], dtype=torch.uint8).view(2, 1, 1, 1)
-    assert normalise(pixels).flatten().tolist() == pytest.approx([low, high], abs=1e-6)
-
-
 def test_standard_scaling_of_digits_has_mean_0_and_deviation_1():
     images = torch.cat([images for images, _, _ in datasets.create("digits", "nowhere", 500).train])
     assert images.mean().item() == pytest.approx(0, abs=2e-3)
@@ -154,76 +130,6 @@ def test_digits_are_split_by_class_and_without_overlap():
     assert sum(image.numpy().tobytes() in rows for image in test) < 10
 
 
-@given(size=st.integers(1, 70), batch_size=st.integers(1, 40), seed=st.integers(0, 2**40))
-def test_batches_are_those_of_a_shuffling_dataloader(size, batch_size, seed):
-    plain = DataLoader(TensorDataset(torch.arange(size)), batch_size, shuffle=True)
-    ours = datasets.BatchRows(size, batch_size, True, "cpu", Ranks())
-    for _ in range(2):  # the second epoch goes on from the first one's random state
-        torch.manual_seed(seed)
-        expected = [rows.tolist() for _ in range(2) for (rows,) in plain]
-        torch.manual_seed(seed)
-        assert [rows.tolist() for _ in range(2) for rows in ours] == expected
-
-
-@given(size=st.integers(1, 60), batch_size=st.integers(1, 20), ranks=st.integers(1, 5))
-def test_ranks_share_each_batch_without_loss_or_repetition(size, batch_size, ranks):
-    shares = [
-        list(datasets.BatchRows(size, batch_size, False, "cpu", Ranks(rank, ranks)))
-        for rank in range(ranks)
-    ]
-    whole = list(BatchSampler(range(size), batch_size, drop_last=False))
-    assert [sorted(torch.cat(parts).tolist()) for parts in zip(*shares, strict=True)] == whole
-    assert len({len(share) for share in shares}) == 1
-
-
-def test_the_rest_of_a_pass_is_what_the_whole_one_would_have_gone_on_with():
-    train = datasets.create("digits", "nowhere", 500).train
-    whole = batches(train)
-    torch.manual_seed(1)
-    rest = list(train.after(2))
-    assert [size for _, _, size in rest] == [437] and torch.equal(rest[0].labels, whole[2][1])
-    assert torch.equal(rest[0].images, whole[2][0]) and len(list(train)) == 3
-
-
-@pytest.mark.parametrize("workers", [0, 1])
-def test_thumbnails_are_the_images_of_the_data_set_and_no_larger_than_asked(workers, tmp_path):
-    root = make_folder(tmp_path / "images", size=(16, 16), mode="RGB")
-    data = datasets.create("folder", root, 4, workers, image_size=16)
-    whole = np.stack(
-        [np.asarray(Image.open(path)) for path in sorted((root / "test").rglob("*.png"))]
-    )
-    assert (data.test.thumbnails([11, 2]) == whole[[11, 2]].transpose(0, 3, 1, 2)).all()
-    halves = whole.reshape(12, 8, 2, 8, 2, 3).mean((2, 4)).transpose(0, 3, 1, 2)
-    assert data.test.thumbnails(range(12), largest=8) == pytest.approx(halves, abs=0.51)
-    data = datasets.create("folder", root, 4, workers, image_size=16, unseen=["bee"], val_share=0.5)
-    assert (data.unknown.thumbnails([3, 0]) == whole[[7, 4]].transpose(0, 3, 1, 2)).all()
-    validation = np.stack([np.asarray(Image.open(path)) for path in data.val.paths])
-    assert (data.val.thumbnails(range(8)) == validation.transpose(0, 3, 1, 2)).all()
-
-
-def test_testing_draws_nothing_from_the_training_randomness():
-    data = datasets.create("digits", "nowhere", 500)
-    torch.manual_seed(3)
-    list(data.test)
-    after = torch.get_rng_state()
-    torch.manual_seed(3)
-    assert torch.equal(after, torch.get_rng_state())
-
-
-def test_folder_is_grey_only_where_every_image_is(tmp_path):
-    make_folder(tmp_path)
-    assert datasets.create("folder", tmp_path, 4, image_size=8).in_channels == 1
-    Image.new("RGB", (8, 8), "red").save(tmp_path / "test" / "ant" / "red.png")
-    assert datasets.create("folder", tmp_path, 4, image_size=8).in_channels == 3
-
-
-def refusal(*arguments, **options) -> str:
-    with pytest.raises(datasets.DatasetError) as error:
-        datasets.create(*arguments, **options)
-    assert "\n" not in str(error.value)
-    return str(error.value)
-
-
 def test_folders_that_cannot_be_used_are_refused(tmp_path):
     assert "train is missing" in refusal("folder", tmp_path, 4)
     (tmp_path / "train").mkdir()
@@ -242,196 +148,6 @@ def test_folders_that_cannot_be_used_are_refused(tmp_path):
     assert "only train has bee and only test has cow" in refusal("folder", tmp_path, 4)
     (tmp_path / "file").touch()
     assert "got the file" in refusal("folder", tmp_path / "file", 4)
-
-
-@pytest.mark.parametrize("dtype", [np.uint16, np.int32, np.float32])
-@pytest.mark.parametrize("mode", ["L", "RGB"])
-def test_images_of_more_than_8_bits_are_refused_wherever_they_are(tmp_path, mode, dtype):
-    path = make_folder(tmp_path, mode=mode) / "test" / "cat" / "zz.tif"
-    Image.fromarray(np.full((8, 8), 1000, dtype)).save(path)
-    with Image.open(path) as image:
-        message = f"at most 8 bits a channel, got mode {image.mode} in {path}"
-    for workers in (0, 1):
-        assert message in refusal("folder", tmp_path, 4, workers)
-    with pytest.raises(
-        datasets.DatasetError, match="at most 8 bits"
-    ):  # one that came after the scan
-        datasets.ReadImage(mode)(path)
-
-
-def test_pictures_of_runs_below_the_data_root_are_no_data(tmp_path):
-    make_folder(tmp_path)
-    for directory in ("log/train", "log/test", "train", "features/x"):
-        (tmp_path / directory).mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", (8, 8), "red").save(tmp_path / directory / "epoch_1.png")
-    data = datasets.create("folder", tmp_path, 4, image_size=8)
-    assert data.in_channels == 1 and data.train.rows.size == 24
-
-
-def test_links_are_followed_but_not_in_circles(tmp_path):
-    root = make_folder(tmp_path / "images")
-    (root / "train" / "ant").rename(tmp_path / "elsewhere")
-    (root / "train" / "ant").symlink_to(tmp_path / "elsewhere")
-    assert datasets.create("folder", root, 4, image_size=8).train.rows.size == 24
-    for name in "ab":  # two make 2^40 paths before the system has enough
-        (tmp_path / "elsewhere" / name).symlink_to(root / "train")
-    assert "must not form a circle" in refusal("folder", root, 4, image_size=8)
-
-
-PIXELS = np.arange(6, dtype=np.uint8).reshape(2, 3) * 40
-# What each EXIF orientation does to the stored pixels so that they stand upright.
-UPRIGHT = {
-    1: PIXELS,
-    2: PIXELS[:, ::-1],
-    3: PIXELS[::-1, ::-1],
-    4: PIXELS[::-1],
-    5: PIXELS.T,
-    6: PIXELS.T[:, ::-1],
-    7: PIXELS.T[::-1, ::-1],
-    8: PIXELS.T[::-1],
-}
-
-
-@pytest.mark.parametrize("orientation", UPRIGHT)
-def test_images_stand_upright_as_their_exif_says(tmp_path, orientation):
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    Image.fromarray(PIXELS).save(tmp_path / "a.png", exif=exif)
-    assert np.array_equal(datasets.ReadImage("L")(tmp_path / "a.png"), UPRIGHT[orientation])
-
-
-@pytest.mark.parametrize(
-    "exif", [b"", b"Exif\0\0", b"Exif\0\0nonsense", b"Exif\0\0II*\0\xff\xff\xff\xff"]
-)
-def test_broken_exif_data_change_nothing(tmp_path, exif):
-    Image.fromarray(PIXELS).save(tmp_path / "a.png", exif=exif)
-    assert np.array_equal(datasets.ReadImage("L")(tmp_path / "a.png"), PIXELS)
-
-
-def test_transparency_is_blended_on_white(tmp_path):
-    red = np.full((4, 1, 4), (200, 0, 0, 0), np.uint8)
-    red[:, 0, 3] = alpha = [0, 51, 102, 255]
-    expected = [
-        [round(value * a / 255 + 255 * (1 - a / 255)) for value in (200, 0, 0)] for a in alpha
-    ]
-    grey = np.stack([np.full((4, 1), 100, np.uint8), red[:, :, 3]], axis=2)
-    palette = Image.new("P", (2, 1))
-    palette.putpalette([10, 20, 30, 40, 50, 60])
-    palette.putpixel((1, 0), 1)
-    for name, image, options in (
-        ("rgba", Image.fromarray(red), {}),
-        ("la", Image.fromarray(grey), {}),
-        ("p", palette, dict(transparency=0)),
-        ("l", Image.fromarray(PIXELS), dict(transparency=40)),
-        ("rgb", Image.new("RGB", (2, 2), "red"), {}),
-    ):
-        image.save(tmp_path / f"{name}.png", **options)
-    read = {
-        mode: lambda name, mode=mode: np.asarray(
-            datasets.ReadImage(mode)(tmp_path / f"{name}.png")
-        ).astype(int)
-        for mode in ("L", "RGB")
-    }
-    assert abs(read["RGB"]("rgba")[:, 0] - expected).max() <= 1
-    assert (
-        abs(
-            read["L"]("la")[:, 0] - [round(100 * a / 255 + 255 * (1 - a / 255)) for a in alpha]
-        ).max()
-        <= 1
-    )
-    assert read["RGB"]("p").tolist() == [[[255] * 3, [40, 50, 60]]]
-    assert np.array_equal(read["L"]("l"), np.where(PIXELS == 40, 255, PIXELS))
-    assert (read["RGB"]("rgb") == (255, 0, 0)).all()
-
-
-@pytest.mark.parametrize("damage", [b"", b"no image", None])
-def test_an_unreadable_image_is_named(tmp_path, damage):
-    bad = make_folder(tmp_path, size=(64, 64)) / "train" / "bee" / "3.png"
-    bad.write_bytes(bad.read_bytes()[:2000] if damage is None else damage)
-    assert "bee/3.png" in refusal("folder", tmp_path, 4, image_size=8)
-
-
-def test_workers_live_as_long_as_the_run_and_are_forked_from_a_process_without_threads(
-    run, monkeypatch
-):
-    """Also where a progress bar is shown, and where an epoch's rest and tests come in between."""
-    starts, start, before = [], multiprocessing.Process.start, set(threading.enumerate())
-    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
-    monkeypatch.setattr(
-        multiprocessing.Process,
-        "start",
-        lambda process: (
-            starts.append((process, set(threading.enumerate()) - before)),
-            start(process),
-        ),
-    )
-    status, _, err = run("-j", "2", "--max-iter", "5", "--eval-freq", "1")
-    assert status == 0 and "epoch 2" in err  # the bar
-    assert len(starts) == 2 and not any(threads for _, threads in starts)
-    assert not any(process.is_alive() for process, _ in starts)
-
-
-def test_whatever_a_reader_raises_for_a_damaged_file_is_named(folder, monkeypatch):
-    def fail(path):
-        raise TypeError(
-            "'IFDRational' object cannot be interpreted as an integer"
-        )  # as Pillow 13 for a damaged TIFF
-
-    monkeypatch.setattr(Image, "open", fail)
-    assert "cannot read the image" in refusal("folder", folder, 4)
-
-
-def test_a_truncated_image_ends_workers_with_its_name(tmp_path):
-    bad = make_folder(tmp_path, size=(64, 64)) / "train" / "bee" / "3.png"
-    bad.write_bytes(bad.read_bytes()[:2000])
-    others, loader = (
-        multiprocessing.active_children(),
-        datasets.create("folder", tmp_path, 4, workers=1, image_size=8),
-    )
-    try:
-        list(loader.train)
-    except datasets.DatasetError as error:
-        assert str(error).startswith("cannot read the image ") and "bee/3.png" in str(error)
-    del loader
-    assert (
-        multiprocessing.active_children() == others
-    )  # one that is left would delay the interpreter's end
-
-
-def test_workers_end_with_a_killed_main_process(folder):
-    """Whoever lives holds the standard output open. torch's own watch takes up to five seconds."""
-    code = (
-        f"import datasets; batches = iter(datasets.create('folder', {str(folder)!r}, 1, 2, image_size=8).train); "
-        "next(batches); print('up', flush=True); input()"
-    )
-    main = subprocess.Popen(
-        [PYTHON, "-c", code],
-        cwd=Path(datasets.__file__).parent,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-    )
-    assert main.stdout.readline() == b"up\n"
-    main.kill()
-    main.wait()
-    assert select.select([main.stdout], [], [], 2.5)[0] and main.stdout.read() == b""
-
-
-def test_a_signal_that_comes_while_workers_start_does_not_end_them(folder, monkeypatch):
-    original = datasets._start_worker
-
-    def start_worker(worker):
-        for number in (signal.SIGINT, signal.SIGTERM):
-            os.kill(os.getpid(), number)
-        original(worker)
-
-    monkeypatch.setattr(datasets, "_start_worker", start_worker)
-    assert len(list(datasets.create("folder", folder, 10, workers=1, image_size=8).train)) == 3
-
-
-def test_a_set_too_large_for_memory_names_the_way_out(folder, monkeypatch):
-    monkeypatch.setattr(datasets, "_free_memory", lambda device: 1000)
-    assert "-j 4" in refusal("folder", folder, 4, image_size=8)
-    datasets.create("folder", folder, 4, workers=1, image_size=8)
 
 
 def no_network(*arguments, **options):
@@ -478,73 +194,8 @@ def test_real_mnist():
     assert images.std().item() == pytest.approx(1, abs=1e-3)
 
 
-def variants(image, flip):
-    """All that Augment may make of an image of 8 pixels: shifted by -1 to 1 with mirrored borders, and mirrored."""
-    padded = np.pad(image, ((0, 0), (1, 1), (1, 1)), mode="reflect")
-    shifted = [padded[:, y : y + 8, x : x + 8] for y in range(3) for x in range(3)]
-    return [*shifted, *(each[:, :, ::-1] for each in shifted)] if flip else shifted
-
-
-@pytest.mark.parametrize("flip", [False, True])
-def test_each_image_is_shifted_and_mirrored_by_itself(flip):
-    images = torch.randint(0, 256, (400, 3, 8, 8), dtype=torch.uint8)
-    changed, drawn = datasets.Augment(1, shift=True, flip=flip)(images, 400), []
-    for before, after in zip(images.numpy(), changed.numpy(), strict=True):
-        matches = [np.array_equal(after, each) for each in variants(before, flip)]
-        assert sum(matches) == 1
-        drawn.append(matches.index(True))
-    assert set(drawn) == set(range(18 if flip else 9))
-    assert changed.dtype == torch.uint8 and changed.is_contiguous(memory_format=torch.channels_last)
-
-
-@pytest.mark.parametrize("erase, sides", [(0.25, {1}), (0.5, {2, 3}), (1.0, {4, 5, 6, 7})])
-def test_a_grey_square_is_erased_anywhere_in_each_image(erase, sides):
-    images = torch.randint(0, 128, (400, 3, 8, 8), dtype=torch.uint8)
-    changed, seen = datasets.Augment(1, erase=erase)(images, 400), torch.zeros(8, 8)
-    found = set()
-    for before, after in zip(images, changed, strict=True):
-        grey = (after == 128).all(0)
-        rows, columns = (grey.any(dim) for dim in (1, 0))
-        assert torch.equal(grey, rows.outer(columns)) and torch.equal(
-            after[:, ~grey], before[:, ~grey]
-        )
-        found |= {int(each.sum()) for each in (rows, columns)}
-        seen += grey
-    assert seen.min() > 0 and found == sides
-
-
-def test_augmentation_goes_by_its_seed_alone_is_resumed_and_the_same_over_ranks():
-    images = torch.randint(0, 256, (3, 7, 1, 8, 8), dtype=torch.uint8)
-    changes = dict(shift=True, flip=True, erase=0.25)
-    augment, again = (datasets.Augment(seed, **changes) for seed in (5, 6))
-    global_state = torch.get_rng_state()
-    first, state = augment(images[0], 7), augment.state_dict()
-    rest = [augment(each, 7) for each in images[1:]]
-    assert torch.equal(torch.get_rng_state(), global_state)
-    assert not torch.equal(again(images[0], 7), first)
-    again.load_state_dict(state)
-    assert all(map(torch.equal, [again(each, 7) for each in images[1:]], rest))
-    for rank in range(3):
-        ranks = Ranks(rank, 3)
-        shared = datasets.Augment(5, **changes, ranks=ranks)
-        assert torch.equal(shared(ranks.share(images[0]), 7), ranks.share(first))
-        assert torch.equal(shared(ranks.share(images[1]), 7), ranks.share(rest[0]))
-    assert datasets.Augment(5, **changes, ranks=Ranks(2, 3))(images[0, :0], 2).shape == (0, 1, 8, 8)
-
-
 def test_digits_are_not_mirrored():
     assert {name for name, spec in datasets.SPECS.items() if not spec.flip} == {"mnist", "digits"}
-
-
-def test_augmented_batches_are_the_same_for_every_number_of_workers(folder):
-    loaded = []
-    for workers in (0, 1):
-        train = datasets.create("folder", folder, 7, workers, image_size=8).train
-        plain = torch.cat([images for images, _ in batches(train)])
-        train.augment = datasets.Augment(1, shift=True, flip=True, erase=0.25)
-        loaded.append(torch.cat([images for images, _ in batches(train)]))
-        assert not torch.equal(loaded[-1], plain)
-    assert torch.equal(*loaded)
 
 
 @pytest.mark.parametrize("name", ["digits", "folder", "mnist"])

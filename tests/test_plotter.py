@@ -1,0 +1,178 @@
+"""Drawing in background processes."""
+
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+
+from plots import plotter as plotter_module
+from plots.plotter import Plotter
+from tests import drawers
+
+
+def test_plotter_draws_in_the_background_and_reports_what_failed(tmp_path):
+    plotter = Plotter()
+    plotter(tmp_path / "good", drawers.write, "drawn")
+    plotter(tmp_path / "bad", drawers.fail)
+    assert plotter.finish() == [f"{tmp_path / 'bad'}: no ink"]
+    assert (tmp_path / "good").read_text() == "drawn" and not (tmp_path / "bad").exists()
+    assert plotter.finish() == []
+
+
+def test_warnings_of_all_pictures_are_logged_once(tmp_path):
+    lines = []
+    plotter = Plotter(lines.append)
+    for name in "abc":
+        plotter(tmp_path / name, drawers.warn)
+    assert plotter.finish() == [] and lines == ["pale ink"]
+
+
+def wait_for_part(directory):
+    while not list(directory.glob(".*.part")):
+        time.sleep(0.01)
+
+
+def test_a_plotter_that_is_asked_to_stop_leaves_no_process_and_no_half_picture(tmp_path):
+    plotter = Plotter()
+    plotter(tmp_path / "slow", drawers.hang)
+    plotter(tmp_path / "next", drawers.write, "drawn")
+    wait_for_part(tmp_path)
+    began = time.monotonic()
+    assert plotter.finish(lambda: True) == [
+        f"{tmp_path / name}: stopped" for name in ("slow", "next")
+    ]
+    assert time.monotonic() - began < 5 and os.listdir(tmp_path) == []
+    assert not any(drawer.is_alive() for drawer in plotter.drawers)
+
+
+def test_an_interrupt_ends_what_is_being_drawn(tmp_path):
+    with pytest.raises(KeyboardInterrupt), Plotter() as plotter:
+        plotter(tmp_path / "slow", drawers.hang)
+        wait_for_part(tmp_path)
+        raise KeyboardInterrupt
+    assert os.listdir(tmp_path) == [] and not any(drawer.is_alive() for drawer in plotter.drawers)
+
+
+def test_a_drawing_process_loads_neither_the_script_that_runs_nor_torch(tmp_path, monkeypatch):
+    script = ModuleType("__main__")
+    script.__file__ = str(tmp_path / "script.py")
+    Path(script.__file__).write_text("import torch")
+    monkeypatch.setitem(sys.modules, "__main__", script)
+    plotter = Plotter()
+    plotter(tmp_path / "modules", drawers.name_modules)
+    assert plotter.finish() == [] and sys.modules["__main__"] is script
+    modules = (tmp_path / "modules").read_text().split()
+    assert "plots" in modules and "torch" not in modules
+
+
+def test_a_drawer_that_dies_costs_pictures_but_not_the_run_and_is_said_in_one_line(tmp_path):
+    lines = []
+    plotter = Plotter(lines.append)
+    plotter(tmp_path / "first", drawers.die)
+    plotter.tasks[tmp_path / "first"].error()
+    plotter(tmp_path / "second", drawers.write, "drawn")
+    why = "the drawing process could not start or was killed"
+    assert plotter.finish() == [f"{tmp_path / name}: {why}" for name in ("first", "second")]
+    assert lines == [f"A picture could not be drawn: {tmp_path / 'first'}: {why} (1 more)"]
+
+
+@pytest.mark.parametrize("others", [0, 1])
+def test_a_process_that_cannot_start_neither_ends_nor_delays_the_run(others, tmp_path, monkeypatch):
+    def start(process):
+        raise BlockingIOError(11, "Resource temporarily unavailable")
+
+    began = time.monotonic()
+    with Plotter(lambda line: None) as plotter:
+        monkeypatch.setattr(plotter_module.os, "cpu_count", lambda: 8)
+        for number in range(others):
+            plotter(tmp_path / str(number), drawers.write, "drawn")
+        with monkeypatch.context() as patched:
+            patched.setattr(multiprocessing.get_context("spawn").Process, "start", start)
+            plotter(tmp_path / "first", drawers.write, "drawn")
+            plotter(tmp_path / "second", drawers.write, "drawn")
+        errors = plotter.finish()
+    assert [error.partition(": ")[2] for error in errors] == [
+        "[Errno 11] Resource temporarily unavailable"
+    ] * 2
+    assert time.monotonic() - began < 20
+
+
+def test_a_long_tmpdir_does_not_matter(tmp_path, monkeypatch):
+    long = tmp_path / ("d" * 110)
+    long.mkdir()
+    monkeypatch.setenv("TMPDIR", str(long))
+    monkeypatch.setattr("tempfile.tempdir", None)
+    with Plotter() as plotter:
+        plotter(tmp_path / "good", drawers.write, "drawn")
+        assert plotter.finish(lambda: False) == []
+
+
+def test_what_cannot_be_written_is_said_once_and_tried_again(tmp_path):
+    lines = []
+    plotter = Plotter(lines.append)
+    blocked = tmp_path / "train"
+    blocked.write_text("a file where the directory of the pictures would be")
+    for epoch in (1, 2, 3):
+        plotter.retry()
+        assert not plotter.save(blocked / f"epoch_{epoch}.npz", {"points": np.zeros((2, 2))})
+        plotter(blocked / f"epoch_{epoch}.png", drawers.write, "drawn")
+        plotter.tasks[blocked / f"epoch_{epoch}.png"].error()
+    assert len(lines) == 1 and lines[0].startswith("A picture is tried again")
+    blocked.unlink()
+    plotter.retry(last=True)
+    assert plotter.finish() == [] and len(lines) == 1
+    names = [f"epoch_{epoch}.{ending}" for epoch in (1, 2, 3) for ending in ("npz", "png")]
+    assert sorted(os.listdir(blocked)) == names
+
+
+def test_what_can_never_be_written_is_one_line_more_and_tried_thrice(tmp_path):
+    lines = []
+    plotter = Plotter(lines.append)
+    plotter(tmp_path / "bad", drawers.fail)
+    for last in (False, False, False, True, True):
+        plotter.tasks[tmp_path / "bad"].error()
+        plotter.retry(last)
+    assert plotter.tasks[tmp_path / "bad"].tries == 3
+    assert plotter.finish() == [f"{tmp_path / 'bad'}: no ink"] and len(lines) == 2
+
+
+def test_a_stop_names_the_undrawn_pictures_in_one_line_but_none_that_exist(tmp_path):
+    lines = []
+    plotter = Plotter(lines.append)
+    (tmp_path / "old").write_text("of an earlier epoch")
+    for name in ("slow", "old", "a", "b", "c", "d", "e"):
+        plotter(tmp_path / name, drawers.hang)
+    wait_for_part(tmp_path)
+    assert len(plotter.finish(lambda: True)) == 7
+    assert lines == ["Not drawn before the stop: slow, a, b, c, d and 1 more"]
+
+
+@pytest.mark.parametrize("backend", ["module://no_such_backend", "agg"])
+def test_the_backend_of_a_notebook_stops_no_picture(backend, tmp_path):
+    command = [sys.executable, "-c", DRAW, str(tmp_path / "c.png")]
+    done = subprocess.run(
+        command, env=os.environ | {"MPLBACKEND": backend}, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stderr) == (0, "") and done.stdout == f"{backend}\n"
+    assert (tmp_path / "c.png").stat().st_size > 1000
+
+
+DRAW = """
+import os, sys, pathlib, numpy, plots
+plots.draw_to(pathlib.Path(sys.argv[1]), plots.draw_confusion, numpy.eye(2, dtype=int), "ab")
+print(os.environ["MPLBACKEND"])
+"""
+
+
+def test_drawers_outlive_the_signals_that_a_whole_run_gets(tmp_path):
+    plotter = Plotter()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        plotter(tmp_path / str(number), drawers.signal_oneself, number)
+    assert plotter.finish() == [] and len(os.listdir(tmp_path)) == 2
