@@ -238,6 +238,8 @@ def files_in(directory: Path) -> Iterator[tuple[str, Path]]:
 def start_list(directory: Path) -> None:
     """Creates the directory, in which what is written is listed from now on."""
     directory.mkdir(parents=True, exist_ok=True)
+    if is_listed(directory):
+        return
     names = sorted(recorded(directory))
     (directory / FILES).write_text("\n".join([LIST, *names, ""]), encoding="utf-8", newline="\n")
 
@@ -325,6 +327,12 @@ def load_checkpoint(path: str | Path) -> dict:
         for name, kind in types.items():
             if not isinstance(checkpoint[name], kind):
                 raise ValueError(f"wrong {name}")
+        data = checkpoint["data"]
+        names = [*data["classes"], *data.get("unseen", [])]
+        if not all(isinstance(name, str) for name in names):
+            raise ValueError("wrong classes")
+        if int(data.get("in_channels", 1)) < 1 or checkpoint["epoch"] < 0:
+            raise ValueError("wrong channels or epoch")
     except FileNotFoundError:
         raise RunError(f"there is no checkpoint {path}") from None
     except Exception as error:  # of zip, pickle and others, depending on what the file is

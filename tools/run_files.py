@@ -100,7 +100,7 @@ def claim(save_dir: Path, log: Log) -> Iterator[Callable[[], None]]:
     Yields a function that raises WriteError if the directory has been removed or replaced.
     """
     try:
-        utils.start_list(save_dir)
+        save_dir.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=save_dir).close()
     except OSError as error:
         reason = f"got {save_dir}: {error.strerror}"
@@ -108,6 +108,7 @@ def claim(save_dir: Path, log: Log) -> Iterator[Callable[[], None]]:
     try:
         import fcntl
     except ImportError:  # Windows
+        utils.start_list(save_dir)
         yield lambda: None
         return
     directory = os.open(save_dir, os.O_RDONLY)
@@ -125,8 +126,11 @@ def claim(save_dir: Path, log: Log) -> Iterator[Callable[[], None]]:
             raise RunError(f"--save-dir {save_dir} {reason}") from None
         except OSError as error:  # many network disks have no locks
             log(f"--save-dir {save_dir} cannot be locked against other runs: {error.strerror}")
+        utils.start_list(save_dir)
         yield check
     finally:
+        with contextlib.suppress(OSError):  # processes that were forked meanwhile have it, too
+            fcntl.flock(directory, fcntl.LOCK_UN)
         os.close(directory)
 
 
