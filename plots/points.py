@@ -95,7 +95,7 @@ def add_legend(axes, shown: dict, small: bool = False) -> None:
     size = 3 if small else 5
     handles = [axes.plot([], [], markersize=size, **entry)[0] for entry in entries.values()]
     handles += axes.plot([], [], **looks.cross(size))
-    names = drawable([*entries, "center" if looks.has_known else "center of a trained class"])
+    names = drawable([*entries, "center" if looks.has_known else "trained center"])
     options = {"handletextpad": 0.2, "labelspacing": 0.3, "columnspacing": 1.0}
     options |= {"frameon": False, "borderaxespad": 0}
     if small and len(names) > 13:

@@ -171,7 +171,7 @@ def test_a_test_of_unknown_classes_alone_shows_them_in_the_best_colours(tmp_path
         tmp_path / "e.npz", features, labels + 30, cloud(30)[2], unseen=["ant", "bee", "cat"]
     )
     scatter, names = scatter_of(read_epoch(source))
-    assert names == ["ant", "bee", "cat", "center of a trained class"]
+    assert names == ["ant", "bee", "cat", "trained center"]
     unknown = scatter.points[30:]
     assert [line.get_markeredgecolor() for line in unknown] == list(COLORS[:3])
     assert sum(len(points_of(line)) for line in unknown) == len(features)
