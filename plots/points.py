@@ -20,10 +20,9 @@ def plane(features: np.ndarray) -> tuple[Callable[[np.ndarray], np.ndarray], tup
     D = 2 is shown as it is; D > 2 by the first two principal components, fitted on `features`;
     D = 1 along a line.
     """
-    if features.shape[1] == 2:
-        return (lambda x: x), ("feature 1", "feature 2")
-    if features.shape[1] == 1:
-        return (lambda x: np.pad(x, ((0, 0), (0, 1)))), ("feature 1", "")
+    dimensions = features.shape[1]
+    if dimensions <= 2:
+        return (lambda x: x @ np.eye(dimensions, 2)), ("feature 1", "feature 2" * (dimensions - 1))
     mean = features.mean(0, dtype=np.float64)
     variances, components = np.linalg.eigh(np.cov((features - mean).T))  # ascending
     components = components[:, :-3:-1]  # (D, 2)
