@@ -50,6 +50,8 @@ class FromWorkers:
     """
 
     def __init__(self, split: Dataset, shape: Shape, workers: int, pin: bool):
+        if getattr(split, "data", None) is not None:  # such as torchvision's
+            split = InMemory(split, shape)
         self.split = split
         self.shape = shape
         self.workers = workers
@@ -140,15 +142,23 @@ class Lists:
             yield some.tolist()
 
 
+class InMemory(Dataset):
+    """The images of a split without its class, whose module takes long to load."""
+
+    def __init__(self, split: Dataset, shape: Shape):
+        self.images = _load_all(split, shape)
+        self.targets = torch.as_tensor(split.targets)
+
+    def __getitem__(self, row: int) -> tuple[torch.Tensor, int]:
+        return self.images[row], int(self.targets[row])
+
+
 class WholeBatches(Dataset):
     """A split of which a worker reads a batch at once: into shared memory, or a line of error."""
 
     def __init__(self, split: Dataset, shape: Shape):
         self.split = split
         self.shape = shape
-
-    def __len__(self) -> int:
-        return len(self.split)
 
     def __getitems__(self, rows: list[int]) -> list[torch.Tensor] | str:
         images = torch.empty(len(rows), *self.shape, dtype=torch.uint8)
