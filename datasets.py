@@ -232,7 +232,7 @@ SPECS = {
         (0.5071, 0.4865, 0.4409),
         (0.2673, 0.2564, 0.2762),
     ),
-    "omniglot": Spec(open_omniglot, (0.92,), (0.2,), flip=False, new_classes=True),
+    "omniglot": Spec(open_omniglot, (0.92,), (0.22,), flip=False, new_classes=True),
     "digits": Spec(open_digits, (0.3053,), (0.3247,), flip=False),
     "folder": Spec(open_folder, (0.5,), (0.5,), open_test=open_test_folder),
 }
