@@ -457,6 +457,8 @@ def _known_args(path: str, saved: dict) -> dict:
     # Where newer flags are not in the checkpoint, they had their defaults.
     parser = build_parser()
     known = vars(parser.parse_args([]))
+    if not {"recipe", "dataset", "model"} <= saved.keys():
+        raise utils.RunError(f"{path} is no checkpoint of main.py: its flags are missing")
     saved = known | {name: value for name, value in saved.items() if name in known}
     if saved["mirror"] is True:  # before there was concat
         saved["mirror"] = "mean"
@@ -470,13 +472,13 @@ def _can_be(action: argparse.Action, value) -> bool:
     """Whether a flag can have this value."""
     if value is None or value == action.default:
         return True
+    if action.nargs == 0:  # a switch
+        return isinstance(value, bool)
     values = value if isinstance(value, list) else [value]
-    if action.choices or not action.type:
-        return all(each in (action.choices or values) for each in values) and all(
-            isinstance(each, bool | str) for each in values
-        )
+    if action.choices:
+        return all(each in action.choices for each in values)
     try:
-        return all(action.type(str(each)) == each for each in values)
+        return all((action.type or str)(str(each)) == each for each in values)
     except argparse.ArgumentTypeError:
         return False
 
