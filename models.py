@@ -5,17 +5,16 @@ image_size is (H, W). Each ends in an embedding of feat_dim dimensions, small en
 and a linear classifier on it. Any other name is one of torchvision's classification networks.
 """
 
-import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
+from functools import partial, reduce
 
 import torch
 from torch import Tensor, nn
 
-from engine.backbone import Backbone, ModelError, Size, pretrained_scaling, shown
-from engine.prelu import PReLU
-
-__all__ = ["INITS", "MODELS", "Compiled", "Mirrored", "ModelError", "create", "pretrained_scaling"]
+from engine.backbone import Backbone, ModelError, Size, shown
+from engine.backbone import pretrained_scaling as pretrained_scaling
+from engine.layers import GlobalMax, PReLU, Residual, SmallConv2d
 
 # Layers: their order is that of state dicts and of the random numbers that they draw.
 
@@ -32,12 +31,18 @@ def conv_pool_bn(inputs: int, outputs: int, kernel: int, padding: int) -> list[n
     return [convolution, nn.MaxPool2d(2), nn.BatchNorm2d(outputs), nn.ReLU()]
 
 
-def lenetpp(in_channels: int, per_channel: bool, last_pool: int) -> list[nn.Module]:
-    """LeNet++ (Wen et al., Table 1). `per_channel`: a PReLU slope for each channel, not layer."""
+def one_slope(channels: int) -> PReLU:
+    """PReLU with one slope for all channels; PReLU(channels) has one for each."""
+    return PReLU()
+
+
+def lenetpp(
+    in_channels: int, activation: Callable[[int], nn.Module], last_pool: int = 2
+) -> list[nn.Module]:
+    """LeNet++ (Wen et al., Table 1)."""
 
     def layer(inputs: int, outputs: int) -> list[nn.Module]:
-        slopes = outputs if per_channel else 1
-        return [nn.Conv2d(inputs, outputs, 5, padding=2), PReLU(slopes)]
+        return [nn.Conv2d(inputs, outputs, 5, padding=2), activation(outputs)]
 
     return [
         *layer(in_channels, 32),
@@ -99,7 +104,7 @@ def colour(in_channels: int) -> list[nn.Module]:
         *conv_bn(256, 256, kernel=3),
         *conv_pool_bn(256, 256, kernel=3, padding=1),
         *conv_bn(256, 256, kernel=3),
-        nn.AdaptiveMaxPool2d(1),
+        GlobalMax(),
     ]
     convolutions = [layer for layer in layers if isinstance(layer, nn.Conv2d)]
     begin_as_patches(convolutions[0].weight)
@@ -119,14 +124,14 @@ def begin_as_patches(weight: Tensor) -> None:
         vectors = torch.cos(math.pi / size * index.unsqueeze(1) * (index + 0.5))
         return vectors / vectors.norm(dim=1, keepdim=True)
 
-    patches = functools.reduce(torch.kron, map(basis, weight.shape[1:]))
+    patches = reduce(torch.kron, map(basis, weight.shape[1:]))
     patches = patches.view(-1, *weight.shape[1:])
     filters = torch.cat([patches, -patches])[: len(weight)]
     with torch.no_grad():
         weight[: len(filters)] = filters
 
 
-def output_shape(layers: Sequence[nn.Module], image_size: Size) -> tuple[int, int, int]:
+def output_shape(layers: Iterable[nn.Module], image_size: Size) -> tuple[int, int, int]:
     """Channels, height and width after the layers. ModelError if the images are too small."""
     channels, size = 0, image_size
     for layer in layers:
@@ -136,7 +141,7 @@ def output_shape(layers: Sequence[nn.Module], image_size: Size) -> tuple[int, in
             size = size[0] + growth, size[1] + growth
         elif isinstance(layer, nn.MaxPool2d):
             size = tuple((side - layer.kernel_size) // layer.stride + 1 for side in size)
-        elif isinstance(layer, nn.AdaptiveMaxPool2d):
+        elif isinstance(layer, GlobalMax):
             size = 1, 1
         # A BatchNorm of one pixel could not train on a batch of one image.
         smallest = 2 if isinstance(layer, nn.BatchNorm2d) else 1
@@ -149,8 +154,8 @@ class ConvNet(nn.Module):
     """Convolutions, an embedding and a linear classifier on it.
 
     Args:
-        layers: the convolutions, for images of `image_size` (H, W).
-        activation: of the embedding; None: none.
+        layers: creates the convolutions for so many channels.
+        activation: creates that of the embedding.
         classifier_bias: without it the class centers spread on a circle, else on rays to one side.
 
     Raises ModelError if the images are too small for the layers, or feat_dim is 0.
@@ -158,21 +163,22 @@ class ConvNet(nn.Module):
 
     def __init__(
         self,
-        layers: Sequence[nn.Module],
         num_classes: int,
+        in_channels: int,
         image_size: Size,
         feat_dim: int,
-        activation: nn.Module | None = None,
+        *,
+        layers: Callable[[int], list[nn.Module]],
+        activation: Callable[[int], nn.Module] | None = None,
         classifier_bias: bool = True,
     ):
         super().__init__()
         if not feat_dim:
             raise ModelError("--feat-dim must be at least 1 for a network of models.py, got 0")
-        self.body = nn.Sequential(*layers)
-        width = math.prod(output_shape(layers, image_size))
-        self.embedding = nn.Linear(width, feat_dim)
+        self.body = nn.Sequential(*layers(in_channels))
+        self.embedding = nn.Linear(math.prod(output_shape(self.body, image_size)), feat_dim)
         if activation:
-            self.embedding = nn.Sequential(self.embedding, activation)
+            self.embedding = nn.Sequential(self.embedding, activation(feat_dim))
         self.classifier = nn.Linear(feat_dim, num_classes, bias=classifier_bias)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -183,45 +189,66 @@ class ConvNet(nn.Module):
             return features, self.classifier(features)
 
 
-def cnn(num_classes: int, in_channels: int, image_size: Size, feat_dim: int) -> ConvNet:
-    """LeNet++ as in zhou2018."""
-    layers = lenetpp(in_channels, per_channel=False, last_pool=2)
-    return ConvNet(layers, num_classes, image_size, feat_dim, PReLU())
-
-
-def cnn_wen2016(num_classes: int, in_channels: int, image_size: Size, feat_dim: int) -> ConvNet:
-    """LeNet++ as in the authors' Caffe files."""
-    layers = lenetpp(in_channels, per_channel=True, last_pool=3)
-    activation = PReLU(feat_dim) if feat_dim else None
-    return ConvNet(layers, num_classes, image_size, feat_dim, activation, classifier_bias=False)
-
-
-def of_layers(create_layers: Callable[[int], list[nn.Module]]) -> Callable[..., ConvNet]:
-    """The constructor of a network whose embedding has no activation."""
-
-    def construct(num_classes: int, in_channels: int, image_size: Size, feat_dim: int) -> ConvNet:
-        return ConvNet(create_layers(in_channels), num_classes, image_size, feat_dim)
-
-    return construct
-
-
-def resnet18_small(num_classes: int, in_channels: int, image_size: Size, feat_dim: int) -> Backbone:
+def resnet18_small(*shape) -> Backbone:
     """resnet18 for small images: a first convolution of 3x3 without stride and without a pool."""
-    model = Backbone("resnet18", num_classes, in_channels, image_size, feat_dim)
+    model = Backbone("resnet18", *shape)
     model.body.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
     nn.init.kaiming_normal_(model.body.conv1.weight, mode="fan_out", nonlinearity="relu")
     model.body.maxpool = nn.Identity()
     return model
 
 
+def faces(in_channels: int) -> list[nn.Module]:
+    """Of the face network in the authors' Caffe files."""
+
+    def layer(inputs: int, outputs: int) -> list[nn.Module]:
+        return [nn.Conv2d(inputs, outputs, 3), PReLU(outputs)]
+
+    return [
+        *layer(in_channels, 32),
+        *layer(32, 64),
+        nn.MaxPool2d(2),
+        Residual(64),
+        *layer(64, 128),
+        nn.MaxPool2d(2),
+        Residual(128),
+        Residual(128),
+        *layer(128, 256),
+        nn.MaxPool2d(2),
+        Residual(256),
+        Residual(256),
+        Residual(256),
+        Residual(256),
+        Residual(256),
+        *layer(256, 512),
+        nn.MaxPool2d(2),
+        Residual(512),
+        Residual(512),
+        Residual(512),
+    ]
+
+
+def face_resnet(*shape) -> ConvNet:
+    """wen2016's network, for faces of 112 x 96 pixels and feat_dim 512; it begins as there."""
+    model = ConvNet(*shape, layers=faces)
+    initialise(model, "xavier")
+    return model
+
+
 MODELS: dict[str, Callable[..., nn.Module]] = {
-    "cnn": cnn,
-    "cnn-wen2016": cnn_wen2016,
-    "bn-deep": of_layers(deep),
-    "bn-shallow": of_layers(shallow),
-    "bn-fast": of_layers(fast),
-    "bn-images": of_layers(colour),
+    "cnn": partial(ConvNet, layers=partial(lenetpp, activation=one_slope), activation=one_slope),
+    "cnn-wen2016": partial(
+        ConvNet,
+        layers=partial(lenetpp, activation=PReLU, last_pool=3),
+        activation=PReLU,
+        classifier_bias=False,
+    ),
+    "bn-deep": partial(ConvNet, layers=deep),
+    "bn-shallow": partial(ConvNet, layers=shallow),
+    "bn-fast": partial(ConvNet, layers=fast),
+    "bn-images": partial(ConvNet, layers=colour),
     "resnet18-small": resnet18_small,
+    "face-resnet": face_resnet,
 }
 
 
@@ -235,20 +262,34 @@ def is_known(name: str) -> bool:
 
 
 class Mirrored(nn.Module):
-    """The mean features and logits of images and of their mirror images.
+    """The features of images and of their mirror images, and the mean logits of both.
 
-    Wen et al. (ECCV 2016, section 4.1) test faces so, with the two features side by side. As the
-    classifiers here are linear, the mean logits are those of the mean features.
+    `mode`: "mean", of the two features (B, D), or "concat", both side by side (B, 2 D), as Wen et
+    al. (ECCV 2016, section 4.1) test faces. As the classifiers here are linear, the mean logits
+    are those of the mean features.
     """
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, mode: str = "mean"):
         super().__init__()
+        if mode not in MIRRORS:
+            raise ModelError(f"mirror must be one of {', '.join(MIRRORS)}, got {mode}")
         self.model = model
+        self.mode = mode
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         features, logits = self.model(images)
         mirrored_features, mirrored_logits = self.model(images.flip(3))
-        return (features + mirrored_features) / 2, (logits + mirrored_logits) / 2
+        logits = (logits + mirrored_logits) / 2
+        if self.mode == "concat":
+            return torch.cat([features, mirrored_features], 1), logits
+        return (features + mirrored_features) / 2, logits
+
+    def centers(self, centers: Tensor) -> Tensor:
+        """Class centers (C, D) in the space of these features."""
+        return torch.cat([centers, centers], 1) if self.mode == "concat" else centers
+
+
+MIRRORS = ("mean", "concat")
 
 
 class Compiled(nn.Module):
@@ -285,6 +326,14 @@ def xavier_(parameter: Tensor) -> Tensor:
 INITS = {"default": keep_, "xavier": xavier_}
 
 
+def initialise(model: nn.Module, init: str) -> None:
+    """Initialises convolutions and linear layers by INITS[init]."""
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d | nn.Linear) and not isinstance(module, SmallConv2d):
+            for parameter in module.parameters():
+                INITS[init](parameter)
+
+
 def create(
     name: str,
     num_classes: int = 10,
@@ -304,8 +353,5 @@ def create(
         model = MODELS[name](num_classes, in_channels, size, feat_dim)
     else:
         model = Backbone(name, num_classes, in_channels, size, feat_dim, pretrained)
-    for module in model.modules():
-        if isinstance(module, nn.Conv2d | nn.Linear):
-            for parameter in module.parameters():
-                INITS[init](parameter)
+    initialise(model, init)
     return model

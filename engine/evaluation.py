@@ -8,7 +8,7 @@ from torch import Tensor
 from engine import metrics
 
 TESTED = ("xent", "accuracy", "nearest_center_accuracy", "intra_distance", "inter_distance")
-AT_MOST = 5  # names in a line, and lines of single classes
+AT_MOST = 5  # classes named in a line
 
 
 def measure(
@@ -23,25 +23,23 @@ def measure(
     Each of them may be missing. Labels of "unknown" go on from len(classes). `confusion`: count the
     test images by class and prediction, too.
 
-    Returns the contents of evaluation.json, in % but for "auc" and "auroc", and ROC curves: the
-    true positive rates at metrics.FARS.
+    Returns the contents of evaluation.json, in % but for "auc" and "auroc", and ROC curves: true
+    positive rates at metrics.FARS.
     """
     tested = splits.get("test")
     unknown = splits.get("unknown")
     measured = dict(classes=list(classes))
     curves = {}
 
-    def compare(into: dict, features: Tensor, labels: Tensor, what: str = "") -> None:
-        into["images"] = len(labels)
-        compared = metrics.compare_all(features, labels)
-        into["verification"] = compared.verification
-        into["retrieval"] = compared.retrieval
-        for name, curve in compared.curves.items():
-            if what:
-                curves[f"{what} classes, {metrics.COMPARISONS[name].name}"] = curve
+    def compare(into: dict, features: Tensor, labels: Tensor, what: str) -> None:
+        found, tprs = metrics.compare_all(features, labels)
+        into.update(found, images=len(labels))
+        for name, comparison in metrics.COMPARISONS.items():
+            if name in tprs and what:
+                curves[f"{what} classes, {comparison.name}"] = tprs[name]
 
     if tested:
-        measured.update((name, tested[name]) for name in TESTED if name in tested)
+        measured.update((name, tested[name]) for name in TESTED)
         compare(measured, tested["features"], tested["labels"], "trained")
     if unknown:
         measured["unknown"] = dict(classes=list(unseen))
@@ -50,7 +48,7 @@ def measure(
         measured["unknown"].update(metrics.open_set(tested, unknown, centers))
         measured["all"] = {}
         both = [torch.cat([tested[name], unknown[name]]) for name in ("features", "labels")]
-        compare(measured["all"], *both)
+        compare(measured["all"], *both, "")
     if tested and confusion:
         counts = metrics.confusion(tested["labels"], tested["predictions"], len(classes))
         measured["confusion"] = counts
@@ -61,7 +59,7 @@ def lines(measured: dict) -> list[str]:
     """What the log says of it, the most important last."""
     said = []
     if "confusion" in measured:
-        said += confusion_lines(measured["confusion"], measured["classes"])
+        said.append(worst_line(measured["confusion"], measured["classes"]))
     if "verification" in measured:
         said.append(compared_line("Trained classes", measured))
     if unknown := measured.get("unknown"):
@@ -102,22 +100,15 @@ def compared_line(what: str, measured: dict) -> str:
     )
 
 
-def confusion_lines(counts: Sequence[Sequence[int]], classes: Sequence[str]) -> list[str]:
-    """The accuracy (%) and the three most frequent mistakes of the least accurate classes."""
-    tested = [label for label, row in enumerate(counts) if any(row)]
-    accuracy = {label: 100 * counts[label][label] / sum(counts[label]) for label in tested}
-    worst = sorted(tested, key=accuracy.get)[:AT_MOST]
-    width = max([len("true class"), *(len(classes[label]) for label in worst)])
-    said = [f"{'true class':{width}}  accuracy %  most frequent mistakes"]
-    for label in worst:
-        mistakes = [(number, other) for other, number in enumerate(counts[label]) if number]
-        mistakes = sorted((-number, other) for number, other in mistakes if other != label)
-        shown = [f"{classes[other]} {-number}" for number, other in mistakes[:3]]
-        if rest := -sum(number for number, _ in mistakes[3:]):
-            shown.append(f"others {rest}")
-        line = f"{classes[label]:{width}}  {accuracy[label]:10.2f}  {', '.join(shown)}"
-        said.append(line.rstrip())
-    if len(tested) > AT_MOST:
-        rest = len(tested) - AT_MOST
-        said.append(f"… and {rest} more accurate classes: evaluation.json has all")
-    return said
+def worst_line(counts: Sequence[Sequence[int]], classes: Sequence[str]) -> str:
+    """The least accurate classes, with what they are taken for most often."""
+    accuracies = []
+    for label, row in enumerate(counts):
+        if any(row):
+            mistaken = max((number, other) for other, number in enumerate(row) if other != label)
+            accuracies.append((100 * row[label] / sum(row), label, mistaken))
+    said = []
+    for accuracy, label, (number, other) in sorted(accuracies)[:AT_MOST]:
+        taken = f", {number} taken for {classes[other]}" if number else ""
+        said.append(f"{classes[label]} {accuracy:.2f}{taken}")
+    return f"Least accurate of {len(accuracies)} classes (%): {'; '.join(said)}"

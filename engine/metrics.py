@@ -49,9 +49,9 @@ def confusion(labels: Tensor, predictions: Tensor, num_classes: int) -> list[lis
 
 
 class Comparison(NamedTuple):
-    """How two features are compared: by the Euclidean distance of what `prepare` makes of them.
+    """Features are compared by the Euclidean distance of what `prepare` makes of them.
 
-    `threshold` turns that distance into the number that a user compares.
+    `threshold` turns a distance into the number that a user compares.
     """
 
     name: str
@@ -86,150 +86,125 @@ class Roc:
         self.genuine = genuine
         self.impostor = impostor
 
+    def rates(self, distance: float, side: str) -> tuple[float, float]:
+        """False and true accepts of a threshold just below ("left") or at ("right") a distance."""
+        far = np.searchsorted(self.impostor, distance, side) / len(self.impostor)
+        return far, np.searchsorted(self.genuine, distance, side) / len(self.genuine)
+
+    def threshold(self, distance: float, side: str) -> float | None:
+        """That threshold, halfway to the next distance; None if it accepts nothing."""
+        accepted, refused = [], []
+        for values in (self.genuine, self.impostor):
+            count = np.searchsorted(values, distance, side)
+            accepted += values[:count][-1:].tolist()
+            refused += values[count:][:1].tolist()
+        return (max(accepted) + min(refused or accepted)) / 2 if accepted else None
+
     def auc(self) -> float:
         """Area under the curve: how often a genuine distance is the smaller; ties count half."""
-        below = 0
-        for some in np.array_split(self.genuine, max(len(self.genuine) // BLOCK, 1)):
-            below += int(np.searchsorted(self.impostor, some, "left").sum())
-            below += int(np.searchsorted(self.impostor, some, "right").sum())
-        return 1 - below / (2 * len(self.genuine) * len(self.impostor))
+        below = np.searchsorted(self.impostor, self.genuine, "left").sum()
+        below += np.searchsorted(self.impostor, self.genuine, "right").sum()
+        return 1 - float(below) / (2 * len(self.genuine) * len(self.impostor))
 
-    def tpr(self, far: float) -> tuple[float, float | None]:
-        """The largest share of genuine distances accepted with at most `far` of the impostors.
-
-        And the threshold of it, None where nothing may be accepted.
-        """
+    def at_far(self, far: float) -> tuple[float, float | None]:
+        """The largest true positive rate with at most this rate of false accepts; the threshold."""
         accepted = math.floor(far * len(self.impostor) + 1e-9)
         if accepted >= len(self.impostor):
-            return 1.0, float(max(self.genuine[-1], self.impostor[-1]))
-        refused = self.impostor[accepted]
-        return self._share(self.genuine, refused, "left"), self._threshold(refused, "left")
+            return 1.0, None
+        first_refused = self.impostor[accepted]
+        return self.rates(first_refused, "left")[1], self.threshold(first_refused, "left")
 
     def eer(self) -> tuple[float, float]:
         """The rate of false accepts where it is that of false rejects, and the threshold there.
 
         The curve is straight between its points.
         """
-        crossings = []
-        for values in (self.genuine, self.impostor):
-            crossings.append(values[bisect_left(values, 0, key=self._excess)])
-        first = min(crossings)
-        before = self._excess(first, "left")
-        after = self._excess(first)
-        far_before = self._share(self.impostor, first, "left")
-        far_after = self._share(self.impostor, first, "right")
-        rate = far_before + (far_after - far_before) * before / (before - after)
-        return rate, self._threshold(first, "right")
 
-    def _excess(self, distance: float, side: str = "right") -> float:
-        """False accepts over false rejects, of a threshold just below or at a distance."""
-        far = self._share(self.impostor, distance, side)
-        return far + self._share(self.genuine, distance, side) - 1
+        def excess(distance: float, side: str = "right") -> float:  # over false rejects
+            return sum(self.rates(distance, side)) - 1
 
-    def _threshold(self, distance: float, side: str) -> float | None:
-        """Halfway from the last distance below ("left") or up to ("right") this one to the next."""
-        accepted, refused = [], []
-        for values in (self.genuine, self.impostor):
-            count = np.searchsorted(values, distance, side)
-            accepted += values[:count][-1:].tolist()
-            refused += values[count:][:1].tolist()
-        if not accepted:
-            return None
-        return (max(accepted) + min(refused, default=max(accepted))) / 2
+        both = (self.genuine, self.impostor)
+        crossing = min(values[bisect_left(values, 0, key=excess)] for values in both)
+        before = excess(crossing, "left")
+        share = before / (before - excess(crossing))
+        far = (1 - share) * self.rates(crossing, "left")[0] + share * self.rates(crossing, "right")[
+            0
+        ]
+        return far, self.threshold(crossing, "right")
 
-    @staticmethod
-    def _share(values: np.ndarray, distance: float, side: str) -> float:
-        return float(np.searchsorted(values, distance, side)) / len(values)
-
-    def metrics(self, threshold: Callable[[float], float]) -> dict[str, float | None]:
-        """EER and TPR at RATES in %, the area under the curve in [0, 1], and the thresholds."""
+    def metrics(self, limit: Callable[[float], float]) -> dict[str, float | None]:
+        """EER and TPR at RATES in %, their thresholds as `limit` of distances; AUC in [0, 1]."""
         rate, distance = self.eer()
-        measured = {"eer": 100 * rate, "threshold_at_eer": threshold(distance), "auc": self.auc()}
+        measured = {"eer": 100 * rate, "threshold_at_eer": limit(distance), "auc": self.auc()}
         for name, (far, needed) in RATES.items():
             if len(self.impostor) >= needed:
-                rate, distance = self.tpr(far)
+                rate, distance = self.at_far(far)
                 measured[f"tpr_at_far_{name}"] = 100 * rate
-                found = None if distance is None else threshold(distance)
+                found = None if distance is None else limit(distance)
                 measured[f"threshold_at_far_{name}"] = found
         return measured
 
     def curve(self) -> list[float]:
-        return [self.tpr(far)[0] for far in FARS]
+        """The TPR at each of FARS."""
+        return [self.at_far(far)[0] for far in FARS]
 
 
-class Retrieval:
-    """Every image asks for the others of its class; those of equal distance count as of others."""
+def rank(distances: np.ndarray, own: np.ndarray) -> list[tuple[float, int]]:
+    """Every image asks for the others of its class: (Q, N) distances, and which are of its class.
 
-    def __init__(self):
-        self.precisions = []  # average precision of each query
-        self.wrong = []  # images of other classes that come before the first of its own
-
-    def add(self, distances: np.ndarray, equal: np.ndarray) -> None:
-        """Queries (Q, N): the distances from all images, infinite from itself; whose class it is.
-
-        Images that are alone in their class ask for nothing.
-        """
-        ordered = np.sort(distances, axis=1)
-        for row, own in enumerate(equal):
-            wanted = np.sort(distances[row][own])[:-1]  # the last is the image itself
-            if len(wanted):
-                found = np.searchsorted(wanted, wanted, "right")
-                seen = np.searchsorted(ordered[row], wanted, "right")
-                self.precisions.append((found / seen).mean())
-                self.wrong.append(seen[0] - found[0])
-
-    def metrics(self) -> dict[str, float]:
-        """In %."""
-        wrong = np.array(self.wrong)
-        return dict(
-            recall_at_1=100 * float((wrong < 1).mean()),
-            recall_at_5=100 * float((wrong < 5).mean()),
-            mean_average_precision=100 * float(np.mean(self.precisions)),
-        )
+    The distance of an image from itself is infinite. Returns, for each with others, the average
+    precision and how many of other classes come before the first of its own; ties come before.
+    """
+    ordered = np.sort(distances, axis=1)
+    ranked = []
+    for row, chosen in enumerate(own):
+        wanted = np.sort(distances[row][chosen])[:-1]  # the last is the image itself
+        if len(wanted):
+            found = np.searchsorted(wanted, wanted, "right")
+            seen = np.searchsorted(ordered[row], wanted, "right")
+            ranked.append(((found / seen).mean(), seen[0] - found[0]))
+    return ranked
 
 
-def compare(features: Tensor, labels: Tensor) -> tuple[Roc, Retrieval]:
-    """The Euclidean distances of all pairs of features (N, D)."""
+def compare(features: Tensor, labels: Tensor) -> tuple[Roc, dict[str, float]]:
+    """The Euclidean distances of all pairs of features (N, D), and retrieval by them in %."""
     count = len(labels)
     sizes = labels.bincount()
-    genuine = np.empty(int((sizes * (sizes - 1) // 2).sum()), np.float32)
-    impostor = np.empty(math.comb(count, 2) - len(genuine), np.float32)
-    filled = filled_impostor = 0
-    retrieval = Retrieval()
+    same = int((sizes * (sizes - 1) // 2).sum())
+    pairs = {True: np.empty(same, np.float32)}
+    pairs[False] = np.empty(math.comb(count, 2) - same, np.float32)
+    filled = {True: 0, False: 0}
+    ranked = []
     norms = features.square().sum(1)
-    step = max(BLOCK // count, 1)
-    for start in range(0, count, step):
-        rows = slice(start, start + step)
+    for rows in torch.arange(count, device=features.device).split(max(BLOCK // count, 1)):
         sums = norms[rows, None] + norms
         squares = torch.addmm(sums, features[rows], features.T, alpha=-2)  # exact enough: float64
         squares[squares < 1e-14 * sums] = 0  # closer than the float32 of the network resolves
-        squares[:, rows].fill_diagonal_(torch.inf)
+        squares[torch.arange(len(rows)), rows] = torch.inf
         distances = squares.sqrt().float().cpu().numpy()
-        equal = (labels[rows, None] == labels).cpu().numpy()
-        retrieval.add(distances, equal)
-        later = np.arange(count) > np.arange(start, start + len(equal))[:, None]  # each pair once
-        values = distances[equal & later]
-        genuine[filled : filled + len(values)] = values
-        filled += len(values)
-        values = distances[~equal & later]
-        impostor[filled_impostor : filled_impostor + len(values)] = values
-        filled_impostor += len(values)
-    genuine.sort()
-    impostor.sort()
-    return Roc(genuine, impostor), retrieval
+        own = (labels[rows, None] == labels).cpu().numpy()
+        ranked += rank(distances, own)
+        later = np.arange(count) > rows.cpu().numpy()[:, None]  # each pair once
+        for kind, array in pairs.items():
+            values = distances[(own == kind) & later]
+            array[filled[kind] : filled[kind] + len(values)] = values
+            filled[kind] += len(values)
+    for array in pairs.values():
+        array.sort()
+    precisions, wrong = np.array(ranked).T
+    retrieval = dict(
+        recall_at_1=100 * float((wrong < 1).mean()),
+        recall_at_5=100 * float((wrong < 5).mean()),
+        mean_average_precision=100 * float(precisions.mean()),
+    )
+    return Roc(pairs[True], pairs[False]), retrieval
 
 
-class Compared(NamedTuple):
-    verification: dict  # how well distances tell pairs of one class from pairs of two
-    retrieval: dict  # how well they find the other images of a class
-    curves: dict[str, list[float]]  # the TPR at each of FARS
-
-
-def compare_all(features: Tensor, labels: Tensor) -> Compared:
+def compare_all(features: Tensor, labels: Tensor) -> tuple[dict, dict[str, list[float]]]:
     """Verification and retrieval over all pairs of features (N, D), for each of COMPARISONS.
 
-    Of more than MAX_IMAGES images a fixed sample is taken. Without pairs to compare, both have the
-    reason as "missing", and there are no curves.
+    Of more than MAX_IMAGES images a fixed sample is taken. Also returns the curves, the TPR at each
+    of FARS. Without pairs to compare, both have the reason as "missing", and there are no curves.
     """
     total = len(labels)
     if total > MAX_IMAGES:
@@ -247,16 +222,15 @@ def compare_all(features: Tensor, labels: Tensor) -> Compared:
     elif not features.isfinite().all():
         missing = "the features are not finite"
     if missing:
-        return Compared(size | dict(missing=missing), size | dict(missing=missing), {})
+        return dict(verification=size | dict(missing=missing), retrieval=dict(missing=missing)), {}
     verification = dict(size)
     retrieval = dict(queries=int(counts[counts > 1].sum()))
     curves = {}
     for name, comparison in COMPARISONS.items():
-        roc, ranking = compare(comparison.prepare(features.double()), labels)
+        roc, retrieval[name] = compare(comparison.prepare(features.double()), labels)
         verification[name] = roc.metrics(comparison.threshold)
-        retrieval[name] = ranking.metrics()
         curves[name] = roc.curve()
-    return Compared(verification, retrieval, curves)
+    return dict(verification=verification, retrieval=retrieval), curves
 
 
 def open_set(known: dict, unknown: dict, centers: Tensor) -> dict[str, float]:

@@ -25,7 +25,7 @@ def draw_film(part: Path, directory: Path) -> None:
     figure.set_dpi(80)
     add_legend(axes, shown)
     scatter = Scatter(axes, shown, axis_limits)
-    axes.set_title(str(shown["title"]), fontsize=11)
+    scatter.show(shown, str(shown["title"]))
     figure.draw_without_rendering()  # computes the layout, which is then frozen for all frames
     figure.set_layout_engine("none")
     colors = Image.new("P", (1, 1))
@@ -33,8 +33,7 @@ def draw_film(part: Path, directory: Path) -> None:
 
     def frame(source: Path) -> Image.Image:
         shown = read_epoch(source)
-        scatter.show(shown)
-        axes.set_title(str(shown["title"]), fontsize=11)
+        scatter.show(shown, str(shown["title"]))
         figure.canvas.draw()
         drawn = Image.fromarray(np.asarray(figure.canvas.buffer_rgba())).convert("RGB")
         return drawn.quantize(palette=colors, dither=Image.Dither.NONE)

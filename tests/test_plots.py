@@ -99,7 +99,7 @@ def test_command_draws_chosen_epochs_for_print(command, tmp_path):
     assert (status, err) == (0, "")
     assert files == [
         f"one/figures/{name}.svg"
-        for name in ("train_epoch_1_2", "test_epoch_2", "curves", "confusion")
+        for name in ("curves", "train_epoch_1_2", "test_epoch_2", "confusion")
     ]
     assert all((tmp_path / file).read_text().startswith("<?xml") for file in files)
 
@@ -116,7 +116,7 @@ def test_unknown_classes_are_left_out_of_the_confusion_matrix(directory, tmp_pat
 
 def test_command_draws_a_run_that_validates(command, tmp_path):
     (tmp_path / "one" / "test").rename(tmp_path / "one" / "val")
-    names = ("train_epoch_2", "val_epoch_2", "curves", "confusion")
+    names = ("curves", "train_epoch_2", "val_epoch_2", "confusion")
     assert command("--format", "png") == (0, [f"one/figures/{name}.png" for name in names], "")
     assert command("--projection", "tsne", "--format", "png") == (
         0,
@@ -159,7 +159,7 @@ def test_tsne_keeps_clusters_together_is_seeded_and_says_what_it_is(directory, d
         (["--compare"], "--compare needs two runs or more"),
         (
             ["--projection", "tsne", "--compare"],
-            "--projection tsne shows the last tested epoch",
+            "--projection tsne goes without --compare",
         ),
         (["--format", "gif"], "invalid choice: 'gif'"),
         (["--unknown"], "unrecognized arguments: --unknown"),

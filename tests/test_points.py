@@ -66,10 +66,9 @@ def test_every_class_has_its_own_colour_and_mark_and_all_points_are_drawn(classe
     assert len({line.get_color() for line in scatter.points}) == classes
     for label, line in enumerate(scatter.points):
         assert points_of(line) == pytest.approx(features[labels == label], abs=1e-5)
-    for line in scatter.crosses:
-        assert points_of(line) == pytest.approx(centers, abs=1e-5)
-    assert [text.xy for text in scatter.centers] == pytest.approx(centers, abs=1e-5)
-    assert [text.get_text() for text in scatter.centers] == list(map(str, range(classes)))
+    assert points_of(scatter.crosses) == pytest.approx(centers, abs=1e-5)
+    assert [text.xy for text in scatter.marks] == pytest.approx(centers, abs=1e-5)
+    assert [text.get_text() for text in scatter.marks] == list(map(str, range(classes)))
     assert axes.get_aspect() == 1
     legend = axes.get_legend()
     names = [text.get_text() for text in legend.get_texts()] if legend else []
@@ -176,7 +175,7 @@ def test_a_test_of_unknown_classes_alone_shows_them_in_the_best_colours(tmp_path
     unknown = scatter.points[30:]
     assert [line.get_markeredgecolor() for line in unknown] == list(COLORS[:3])
     assert sum(len(points_of(line)) for line in unknown) == len(features)
-    assert scatter.centers == []
+    assert scatter.marks == []
 
 
 def test_many_unknown_classes_are_counted_and_those_of_earlier_versions_are_one(tmp_path):

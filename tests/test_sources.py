@@ -96,7 +96,7 @@ def test_a_dead_worker_is_one_line(main_process):
         if b"forkserver" in Path(f"/proc/{pid}/cmdline").read_bytes():
             os.kill(pid, signal.SIGKILL)  # the server and the workers
     _, err = main_process.communicate(b"\n", timeout=60)
-    assert b"WorkerError: a worker of -j 2 has died" in err
+    assert b"WorkerError: a worker of -j 2 died" in err
 
 
 def test_workers_that_cannot_start_are_a_line_at_once(folder):
