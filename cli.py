@@ -463,9 +463,9 @@ def _known_args(path: str, saved: dict) -> dict:
     saved = known | {name: value for name, value in saved.items() if name in known}
     if saved["mirror"] is True:  # before there was concat
         saved["mirror"] = "mean"
-    for action in parser._actions:
-        if action.dest in saved and not _can_be(action, saved[action.dest]):
-            raise utils.RunError(f"{path} is no checkpoint of main.py: wrong {action.dest}")
+    for name, value in saved.items():
+        if not any(_can_be(action, value) for action in parser._actions if action.dest == name):
+            raise utils.RunError(f"{path} is no checkpoint of main.py: wrong {name}")
     return saved
 
 
