@@ -17,6 +17,7 @@ import utils
 from engine.device import multiplies_bfloat16
 from engine.epoch import state_sum
 from engine.ranks import Ranks, RanksError
+from engine.sources import WorkerError
 from recipes import OPTIMIZERS, RECIPES, SCHEDULES
 from tools.run_files import check_save_dir, is_moved
 
@@ -457,12 +458,14 @@ def _known_args(path: str, saved: dict) -> dict:
     # Where newer flags are not in the checkpoint, they had their defaults.
     parser = build_parser()
     known = vars(parser.parse_args([]))
+    if not {"recipe", "dataset", "model"} <= saved.keys():
+        raise utils.RunError(f"{path} is no checkpoint of main.py: its flags are missing")
     saved = known | {name: value for name, value in saved.items() if name in known}
     if saved["mirror"] is True:  # before there was concat
         saved["mirror"] = "mean"
-    for action in parser._actions:
-        if action.dest in saved and not _can_be(action, saved[action.dest]):
-            raise utils.RunError(f"{path} is no checkpoint of main.py: wrong {action.dest}")
+    for name, value in saved.items():
+        if not any(_can_be(action, value) for action in parser._actions if action.dest == name):
+            raise utils.RunError(f"{path} is no checkpoint of main.py: wrong {name}")
     return saved
 
 
@@ -470,13 +473,13 @@ def _can_be(action: argparse.Action, value) -> bool:
     """Whether a flag can have this value."""
     if value is None or value == action.default:
         return True
+    if action.nargs == 0:  # a switch
+        return isinstance(value, bool)
     values = value if isinstance(value, list) else [value]
-    if action.choices or not action.type:
-        return all(each in (action.choices or values) for each in values) and all(
-            isinstance(each, bool | str) for each in values
-        )
+    if action.choices:
+        return all(each in action.choices for each in values)
     try:
-        return all(action.type(str(each)) == each for each in values)
+        return all((action.type or str)(str(each)) == each for each in values)
     except argparse.ArgumentTypeError:
         return False
 
@@ -600,21 +603,28 @@ def run(
         status, message = error.status, f"error: {error}"
     except (datasets.DatasetError, models.ModelError, RanksError) as error:
         status, message = 2, f"error: {error}"
-    except (MemoryError, torch.OutOfMemoryError) as error:
-        advice = "a smaller --batch-size, --image-size or --feat-dim, or -j 4, needs less"
-        status, message = 1, f"error: out of memory; {advice}: {_first_line(error)}"
-    except (OSError, RuntimeError) as error:
-        if ranks.size == 1 and not isinstance(error, OSError):
+    except (MemoryError, OSError, RuntimeError) as error:
+        status, message = 1, _failure(error, ranks)
+        if not message:
             raise
-        status, message = 1, f"error: {_first_line(error)}"
-        if ranks.size > 1:
-            message = (
-                f"error: rank {ranks.rank} has failed or lost the others: {_first_line(error)}"
-            )
     if ranks.rank == 0 or status == 1:
         with contextlib.suppress(OSError):  # no one can read it; the status remains
             print(f"main.py: {message}", file=sys.stderr, flush=True)
     return status
+
+
+def _failure(error: Exception, ranks: Ranks) -> str:
+    """What is said of a failure that is no fault of the program; empty if it may be one."""
+    line = _first_line(error)
+    memory = isinstance(error, MemoryError | torch.OutOfMemoryError)
+    if memory or "DefaultCPUAllocator" in line:  # torch's own error for the CPU is a RuntimeError
+        advice = "a smaller --batch-size, --image-size or --feat-dim, or -j 4, needs less"
+        return f"error: out of memory; {advice}: {line}"
+    if isinstance(error, OSError | WorkerError):
+        return f"error: {line}"
+    if ranks.size > 1:
+        return f"error: rank {ranks.rank} has failed or lost the others: {line}"
+    return ""
 
 
 def _first_line(error: BaseException) -> str:

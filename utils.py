@@ -148,8 +148,8 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
         write(part)
         with open(part, "rb+") as file:  # Windows syncs only what may be written
             os.fsync(file.fileno())
-        _rename(part, path)
         record(path)
+        _rename(part, path)
     except OSError as error:
         raise _unwritable(path, error) from error
     finally:
