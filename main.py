@@ -238,6 +238,7 @@ def test(
 
 def test_best(run: Experiment) -> dict[str, dict]:
     """Tests the network of best.pt, the best epoch by validation."""
+    run.ranks.wait()  # for rank 0, which writes it
     saved = utils.load_checkpoint(Path(run.args.save_dir, "best.pt"))
     model = copy.deepcopy(run.model)
     model.load_state_dict(saved["model"])
