@@ -5,9 +5,7 @@ import contextlib
 import importlib.util
 import math
 import os
-import signal
 import sys
-import threading
 from collections.abc import Callable
 
 import torch
@@ -17,8 +15,11 @@ import datasets
 import models
 import utils
 from engine.device import multiplies_bfloat16
-from engine.ranks import Ranks
+from engine.epoch import state_sum
+from engine.ranks import Ranks, RanksError
+from engine.sources import WorkerError
 from recipes import OPTIMIZERS, RECIPES, SCHEDULES
+from tools.run_files import check_save_dir, is_moved
 
 # Beyond these, 1/λ, rates or gradients would leave the range of float32.
 TINY = 1e-30
@@ -339,7 +340,7 @@ def build_parser(description: str = "") -> Parser:
         "--resume",
         nargs="?",
         type=path,
-        const="",
+        const=True,
         metavar="CHECKPOINT",
         free=True,
         help="continue from a checkpoint, by default the one in --save-dir, with its run's flags",
@@ -402,7 +403,8 @@ def parse(argv: list[str] | None, description: str = "") -> tuple[argparse.Names
         saved = None
         if given.evaluate or given.resume is not None:
             path = given.evaluate or given.resume
-            path = path or os.path.join(given.save_dir, "checkpoint.pt")
+            if path is True:
+                path = os.path.join(given.save_dir, "checkpoint.pt")
             saved = utils.load_checkpoint(path)
             args = _with_checkpoint(parser, argv, given, path, saved["args"])
         else:
@@ -431,11 +433,7 @@ def _with_checkpoint(
     saved: dict,
 ) -> argparse.Namespace:
     """The flags of a run to resume or evaluate, of which only the `free` ones may differ."""
-    # Where newer flags are not in the checkpoint, they had their defaults.
-    known = vars(build_parser().parse_args([]))
-    saved = known | {name: value for name, value in saved.items() if name in known}
-    if saved["mirror"] is True:  # before there was concat
-        saved["mirror"] = "mean"
+    saved = _known_args(path, saved)
     # A link stands for the run that it points to.
     directory = os.path.dirname(os.path.realpath(path) if os.path.islink(path) else path) or "."
     parser.set_defaults(**saved | dict(save_dir=directory, gpu=given.gpu, overwrite=False))
@@ -453,6 +451,37 @@ def _with_checkpoint(
             flag = "--" + name.replace("_", "-")
             parser.error(f"{flag} must be {saved[name]}, as in {path}, got {getattr(args, name)}")
     return args
+
+
+def _known_args(path: str, saved: dict) -> dict:
+    """The flags of a checkpoint; RunError if a value is not one that they can have."""
+    # Where newer flags are not in the checkpoint, they had their defaults.
+    parser = build_parser()
+    known = vars(parser.parse_args([]))
+    if not {"recipe", "dataset", "model"} <= saved.keys():
+        raise utils.RunError(f"{path} is no checkpoint of main.py: its flags are missing")
+    saved = known | {name: value for name, value in saved.items() if name in known}
+    if saved["mirror"] is True:  # before there was concat
+        saved["mirror"] = "mean"
+    for name, value in saved.items():
+        if not any(_can_be(action, value) for action in parser._actions if action.dest == name):
+            raise utils.RunError(f"{path} is no checkpoint of main.py: wrong {name}")
+    return saved
+
+
+def _can_be(action: argparse.Action, value) -> bool:
+    """Whether a flag can have this value."""
+    if value is None or value == action.default:
+        return True
+    if action.nargs == 0:  # a switch
+        return isinstance(value, bool)
+    values = value if isinstance(value, list) else [value]
+    if action.choices:
+        return all(each in action.choices for each in values)
+    try:
+        return all((action.type or str)(str(each)) == each for each in values)
+    except argparse.ArgumentTypeError:
+        return False
 
 
 def _check_together(args: argparse.Namespace) -> None:
@@ -483,9 +512,8 @@ def _check_together(args: argparse.Namespace) -> None:
 def _check_files(args: argparse.Namespace) -> None:
     """Raises RunError if the run cannot have its --save-dir."""
     datasets.check_save_dir(args.data_root, args.save_dir)
-    source = os.path.dirname(os.path.abspath(args.resume)) if args.resume else None
-    own = source and os.path.realpath(source) == os.path.realpath(args.save_dir)
-    utils.check_save_dir(args.save_dir, overwrite=args.overwrite or bool(own))
+    overwrite = args.overwrite or bool(args.resume and not is_moved(args))
+    check_save_dir(args.save_dir, args.dataset, overwrite, evaluate=bool(args.evaluate))
 
 
 def _choose_hardware(args: argparse.Namespace, ranks: Ranks) -> None:
@@ -523,16 +551,32 @@ def check_finite(values: dict[str, float], epoch: int, args: argparse.Namespace)
     )
 
 
-def chance_advice(accuracy: float, epoch: int, classes: int, batches: int) -> str:
+def check_losses(xent: float, center: float, epoch: int, args: argparse.Namespace) -> None:
+    check_finite({"cross entropy": xent, "center loss": center}, epoch, args)
+
+
+def check_trained(trained: dict, model, center_loss, epoch: int, args: argparse.Namespace) -> None:
+    """After an epoch; no checkpoint may have what is not finite."""
+    check_losses(trained["xent"], trained["center"], epoch, args)
+    weights = {"network's weights": state_sum(model), "centers": state_sum(center_loss)}
+    check_finite(weights, epoch, args)
+
+
+def check_tested(tested: dict, epoch: int, args: argparse.Namespace) -> None:
+    names = {"xent": "cross entropy of the test", "intra_distance": "distances from the centers"}
+    check_finite({what: tested[name] for name, what in names.items()}, epoch, args)
+
+
+def advice(accuracy: float, epoch: int, classes: int, batches: int) -> list[str]:
     """What may help, once after 200 steps but not in epoch 1, if the accuracy (%) is at chance."""
     chance = 100 / classes
     first = max(2, math.ceil(200 / batches))
     if epoch != first or accuracy >= chance + min(2, chance / 5):
-        return ""
-    return (
+        return []
+    return [
         f"The training accuracy is still about {chance:.3g} %, that of guessing: --recipe images "
         "(colour images), --init xavier, another --lr-model or a lower --weight-cent may help"
-    )
+    ]
 
 
 def run(
@@ -541,8 +585,6 @@ def run(
     description: str = "",
 ) -> int:
     """Parses the flags and runs `main`; prints one line on what ended it; returns the status."""
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGINT, signal.default_int_handler)
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # λ, where the terminal or the file has no such letter
             stream.reconfigure(errors="replace")
@@ -559,27 +601,30 @@ def run(
         status, message = 130, "interrupted"
     except utils.RunError as error:
         status, message = error.status, f"error: {error}"
-    except (datasets.DatasetError, models.ModelError) as error:
+    except (datasets.DatasetError, models.ModelError, RanksError) as error:
         status, message = 2, f"error: {error}"
-    except ValueError as error:
-        if ranks.size > 1 or "RANK" not in os.environ:
+    except (MemoryError, OSError, RuntimeError) as error:
+        status, message = 1, _failure(error, ranks)
+        if not message:
             raise
-        status, message = 2, f"error: {error}"
-    except (MemoryError, torch.OutOfMemoryError) as error:
-        advice = "a smaller --batch-size, --image-size or --feat-dim, or -j 4, needs less"
-        status, message = 1, f"error: out of memory; {advice}: {_first_line(error)}"
-    except (OSError, RuntimeError) as error:
-        if ranks.size == 1 and not isinstance(error, OSError):
-            raise
-        status, message = 1, f"error: {_first_line(error)}"
-        if ranks.size > 1:
-            message = (
-                f"error: rank {ranks.rank} has failed or lost the others: {_first_line(error)}"
-            )
     if ranks.rank == 0 or status == 1:
         with contextlib.suppress(OSError):  # no one can read it; the status remains
             print(f"main.py: {message}", file=sys.stderr, flush=True)
     return status
+
+
+def _failure(error: Exception, ranks: Ranks) -> str:
+    """What is said of a failure that is no fault of the program; empty if it may be one."""
+    line = _first_line(error)
+    memory = isinstance(error, MemoryError | torch.OutOfMemoryError)
+    if memory or "DefaultCPUAllocator" in line:  # torch's own error for the CPU is a RuntimeError
+        advice = "a smaller --batch-size, --image-size or --feat-dim, or -j 4, needs less"
+        return f"error: out of memory; {advice}: {line}"
+    if isinstance(error, OSError | WorkerError):
+        return f"error: {line}"
+    if ranks.size > 1:
+        return f"error: rank {ranks.rank} has failed or lost the others: {line}"
+    return ""
 
 
 def _first_line(error: BaseException) -> str:

@@ -13,8 +13,11 @@ from torch import nn
 from torch.optim import Optimizer, lr_scheduler
 from torch.optim.lr_scheduler import LRScheduler
 
+import datasets
+import models
 from center_loss import CenterLoss
 from engine.cuda_graph import captured
+from engine.device import choose_device, make_deterministic, multiplies_bfloat16
 from engine.ranks import Ranks
 from engine.step import Step
 
@@ -136,8 +139,62 @@ SCHEDULES = {
 }
 
 
+def prepare_device(args: argparse.Namespace, log: Callable[[str], object]) -> torch.device:
+    device = choose_device(args.gpu, args.use_cpu)
+    log("Currently using CPU" if device.type == "cpu" else f"Currently using GPU: {args.gpu}")
+    if args.deterministic:
+        make_deterministic()
+    if args.amp and not multiplies_bfloat16(device.index):
+        log("--amp is slow here: the hardware does not multiply bfloat16; --no-amp is faster")
+    return device
+
+
+def create_data(
+    args: argparse.Namespace, device: torch.device, ranks: Ranks, saved: dict | None
+) -> datasets.Data:
+    """The data set; to evaluate, what the network of the checkpoint `saved` can be tested on."""
+    scaling = args.scaling
+    if args.pretrained:
+        scaling = models.pretrained_scaling(args.model)
+    return datasets.create(
+        args.dataset,
+        args.data_root,
+        args.batch_size,
+        args.workers,
+        device,
+        image_size=args.image_size,
+        scaling=scaling,
+        unseen=args.unseen,
+        augment=args.augment,
+        erase=args.erase,
+        val_share=args.val_share,
+        seed=args.seed,
+        trained=saved["data"] if args.evaluate else None,
+        ranks=ranks,
+    )
+
+
+def epochs_per_test(args: argparse.Namespace, data: datasets.Data) -> int:
+    """--eval-freq or, where it is not given, 10; 0: only the last epoch is tested.
+
+    Without that flag every epoch is tested if that chooses the best one, or if --plot makes films
+    and a test takes less than a tenth of an epoch. Images are counted, those of the training three
+    times, rather than seconds, so that a resumed run tests after the same epochs.
+    """
+    if args.eval_freq is not None:
+        return args.eval_freq
+    images = data.test_images * (2 if args.mirror else 1)
+    cheap = images < 3 * data.train.rows.size / 10
+    return 1 if data.val or (args.plot and cheap) else 10
+
+
+def create_model(args: argparse.Namespace, data: datasets.Data, pretrained: bool) -> nn.Module:
+    shape = (len(data.classes), data.in_channels, data.image_size, args.feat_dim)
+    return models.create(args.model, *shape, args.init, pretrained=pretrained)
+
+
 def create_center_loss(num_classes: int, feat_dim: int, args: argparse.Namespace) -> CenterLoss:
-    return CenterLoss(
+    center_loss = CenterLoss(
         num_classes,
         feat_dim,
         use_gpu=False,
@@ -147,10 +204,12 @@ def create_center_loss(num_classes: int, feat_dim: int, args: argparse.Namespace
         class_average=args.class_average,
         center_update=args.center_update,
     )
+    models.INITS[args.init](center_loss.centers)
+    return center_loss
 
 
 def create_step(
-    net: nn.Module,
+    model: nn.Module,
     center_loss: CenterLoss,
     optimizers: dict[str, Optimizer],
     args: argparse.Namespace,
@@ -158,6 +217,9 @@ def create_step(
     notice: Callable[[str], object] = print,
 ) -> Step:
     """One update; on a single GPU a CUDA graph, unless --no-cuda-graph."""
+    net = ranks.parallel(model)
+    if args.compile and not args.evaluate:
+        net = models.Compiled(net, len(ranks.share(torch.empty(args.batch_size))))
     step = Step(
         net,
         center_loss,

@@ -31,14 +31,28 @@ class CudaGraph:
 
     def record(self, function: Callable, *tensors: Tensor) -> None:
         """Computes nothing yet; raises an error if the function cannot be captured."""
-        capture = torch.cuda.graph(
-            self.graph,
-            stream=self.stream,
-            capture_error_mode="thread_local",  # loaders' threads may allocate in the meantime
-        )
         # The outer context leaves the stream, and its device, after a failure too.
-        with torch.cuda.stream(self.stream), capture:
-            self.output = function(*tensors)
+        with torch.cuda.stream(self.stream):
+            pool = torch.cuda.graph_pool_handle()
+            capture = torch.cuda.graph(
+                self.graph,
+                pool=pool,
+                stream=self.stream,
+                capture_error_mode="thread_local",  # loaders' threads may allocate in the meantime
+            )
+            try:
+                with capture:
+                    self.output = function(*tensors)
+            except BaseException:
+                self._leave_capture(pool)
+                raise
+
+    def _leave_capture(self, pool: tuple[int, int]) -> None:
+        """Gives the memory back, which torch does not where CUDA itself has ended the capture."""
+        device = self.stream.device.index
+        with contextlib.suppress(AttributeError, RuntimeError):  # elsewhere torch has done it
+            torch._C._cuda_endAllocateToPool(device, pool)
+            torch._C._cuda_releasePool(device, pool)
 
     def replay(self) -> Output:
         self.graph.replay()

@@ -3,13 +3,16 @@
 import contextlib
 import os
 import signal
-import threading
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import nn
+
+
+class RanksError(Exception):
+    """The environment is not as torchrun sets it: one line for the user."""
 
 
 class Interrupted(Exception):
@@ -30,8 +33,8 @@ class StopRequest:
         self.handlers = {}
 
     def __enter__(self) -> "StopRequest":
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
+        for number in (signal.SIGINT, signal.SIGTERM):
+            with contextlib.suppress(ValueError, OSError):  # in a thread, or not of this system
                 self.handlers[number] = signal.signal(number, self._note)
         return self
 
@@ -43,8 +46,8 @@ class StopRequest:
         """The signal that has reached any rank; 0: none."""
         return self.ranks.largest(self.signal)
 
-    def is_urgent(self) -> bool:
-        """A cluster's SIGTERM is followed by SIGKILL: there is no time to draw what is missing."""
+    def urgent(self) -> bool:
+        """Whether there is no time to draw: a cluster's SIGTERM is followed by SIGKILL."""
         return self.signal == signal.SIGTERM
 
     def watch(self, batches: Iterable) -> Iterator:
@@ -79,20 +82,23 @@ class Ranks(NamedTuple):
 
     @classmethod
     def of_environment(cls) -> "Ranks":
-        """ValueError, with its name, where a variable of torchrun's is missing or wrong."""
+        """RanksError, with its name, where a variable of torchrun's is missing or wrong."""
         names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-        if not all(name in os.environ for name in names):
+        numbers = [os.environ.get(name) for name in names]
+        if numbers == [None] * 3:
             return cls()
-        for name in names:
-            value = os.environ[name]
-            if not value.isdecimal():
-                raise ValueError(f"{name} must be a number, as torchrun sets it, got {value}")
-        rank, size, local = (int(os.environ[name]) for name in names)
+        for name, number in zip(names, numbers, strict=True):
+            if number is None or not number.isdecimal():
+                raise RanksError(
+                    f"{name} must be a number where one of {', '.join(names)} is set, got "
+                    f"{number or 'nothing'}: start the ranks by torchrun, or unset all three"
+                )
+        rank, size, local = map(int, numbers)
         for name in ("MASTER_ADDR", "MASTER_PORT"):
             if size > 1 and not os.environ.get(name):
-                raise ValueError(
+                raise RanksError(
                     f"{name} must be set where WORLD_SIZE is {size}: start the ranks by torchrun, "
-                    "or unset RANK, WORLD_SIZE and LOCAL_RANK"
+                    f"or unset {', '.join(names)}"
                 )
         return cls(rank, size, local)
 
@@ -107,14 +113,19 @@ class Ranks(NamedTuple):
             if self.size > 1:
                 dist.destroy_process_group()
 
+    def wait(self) -> None:
+        """Until all ranks are here."""
+        if self.size > 1:
+            dist.barrier()
+
     @contextlib.contextmanager
     def first_alone(self) -> Iterator[None]:
         """Lets rank 0 through before the others: for downloads."""
-        if self.size > 1 and self.rank > 0:
-            dist.barrier()
+        if self.rank > 0:
+            self.wait()
         yield
-        if self.size > 1 and self.rank == 0:
-            dist.barrier()
+        if self.rank == 0:
+            self.wait()
 
     def share(self, batch: torch.Tensor) -> torch.Tensor:
         """This rank's rows of a batch: every row goes to exactly one rank."""

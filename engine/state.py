@@ -1,5 +1,6 @@
 """What a run carries from epoch to epoch; with the states of its modules it is a checkpoint."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 
@@ -43,6 +44,7 @@ class State:
         self.epoch = row["epoch"]
         self.history = (*self.history, row)
         self.centers = centers
+        self.best_tested = False
         self.rng = torch.get_rng_state()
 
     def add_best(self, splits: dict[str, dict]) -> None:
@@ -85,8 +87,16 @@ def from_checkpoint(checkpoint: Mapping, modules: Mapping, device: torch.device)
         state = State(**{name: checkpoint[name] for name in names})
         state.history = tuple(state.history)
         state.centers = state.centers.to(device)
-        if [row["epoch"] for row in state.history] != list(range(1, state.epoch + 1)):
-            raise ValueError("its history is not that of its epochs")
+        centers = checkpoint["center_loss"]["centers"]
+        whole = (
+            [row["epoch"] for row in state.history] == list(range(1, state.epoch + 1))
+            and len({tuple(row) for row in state.history}) <= 1
+            and 0 <= state.elapsed < math.inf
+            and state.log_bytes >= 0
+            and (state.centers.shape, state.centers.dtype) == (centers.shape, centers.dtype)
+        )
+        if not whole:
+            raise ValueError("its entries contradict each other")
         for name, module in modules.items():
             module.load_state_dict(checkpoint[name])
         torch.set_rng_state(state.rng)

@@ -7,7 +7,7 @@ import numpy as np
 
 import utils
 from plots.looks import new_figure, rgb
-from plots.points import Scatter, add_legend, limits_of
+from plots.points import Scatter, add_legend, limits
 from plots.saved import read_epoch
 
 
@@ -19,13 +19,13 @@ def draw_film(part: Path, directory: Path) -> None:
     corners = []
     for source in sources:  # one by one: all together may not fit into memory
         shown = read_epoch(source)
-        corners.append(limits_of([shown]).T)
+        corners.append(limits([shown]).T)
     axis_limits = np.stack([np.min(corners, axis=(0, 1)), np.max(corners, axis=(0, 1))], axis=1)
     figure, ((axes,),) = new_figure(6.4, 5.2, layout="compressed")
     figure.set_dpi(80)
     add_legend(axes, shown)
     scatter = Scatter(axes, shown, axis_limits)
-    axes.set_title(str(shown["title"]), fontsize=11)
+    scatter.show(shown, str(shown["title"]))
     figure.draw_without_rendering()  # computes the layout, which is then frozen for all frames
     figure.set_layout_engine("none")
     colors = Image.new("P", (1, 1))
@@ -33,8 +33,7 @@ def draw_film(part: Path, directory: Path) -> None:
 
     def frame(source: Path) -> Image.Image:
         shown = read_epoch(source)
-        scatter.show(shown)
-        axes.set_title(str(shown["title"]), fontsize=11)
+        scatter.show(shown, str(shown["title"]))
         figure.canvas.draw()
         drawn = Image.fromarray(np.asarray(figure.canvas.buffer_rgba())).convert("RGB")
         return drawn.quantize(palette=colors, dither=Image.Dither.NONE)

@@ -8,30 +8,15 @@ import numpy as np
 COLUMN = 3.15  # inches, 8 cm: the width of a paper's column
 
 # Petroff's ten colours, which red-green blind readers can tell apart: at least 17 CIELAB units.
-COLORS = (
-    "#3f90da",
-    "#ffa90e",
-    "#bd1f01",
-    "#94a4a2",
-    "#832db6",
-    "#a96b59",
-    "#e76300",
-    "#b9ac70",
-    "#717581",
-    "#92dadd",
-)
+COLORS = "#3f90da #ffa90e #bd1f01 #94a4a2 #832db6 #a96b59 #e76300 #b9ac70 #717581 #92dadd".split()
 
 PRINT_STYLE = {
     "font.size": 7,
-    "axes.labelsize": 7,
-    "axes.titlesize": 7,
-    "xtick.labelsize": 6.5,
-    "ytick.labelsize": 6.5,
+    "axes.titlesize": "medium",
     "legend.fontsize": 6.5,
     "axes.linewidth": 0.6,
     "xtick.major.width": 0.6,
     "ytick.major.width": 0.6,
-    "grid.linewidth": 0.4,
     "lines.linewidth": 1.0,
     "pdf.fonttype": 42,
     "svg.hashsalt": "center-loss",
@@ -45,25 +30,20 @@ def rgb(colors: Sequence[str]) -> np.ndarray:
 
 def palette(count: int) -> list[str]:
     """A colour for each class: the ten of COLORS, then darker and lighter shades of them."""
-    base = rgb(COLORS)
-    shades = -(-count // len(base))
+    shades = -(-count // len(COLORS))
     colors = []
-    for label in range(count):
-        color = base[label % len(base)]
-        shade = label // len(base)
-        if shade % 2:  # darker and lighter in turn, ever further from the colour itself
-            color = color * (1 - 0.7 * (shade + 1) / (shades + 1))
-        else:
-            color = 1 - (1 - color) * (1 - 0.7 * shade / (shades + 1))
-        colors.append("#" + "".join(f"{round(255 * part):02x}" for part in color))
-    return colors
+    for shade in range(shades):  # darker and lighter in turn, ever further from the ten
+        kept = 1 - 0.7 * (shade + shade % 2) / (shades + 1)
+        target = 1 - shade % 2
+        mixed = 255 * (target + kept * (rgb(COLORS) - target))
+        colors += ["#" + bytes(color).hex() for color in mixed.round().astype(np.uint8)]
+    return colors[:count]
 
 
 class Looks:
-    """How the classes of an epoch look; first the trained ones, `known`, then the others, `unseen`.
+    """Names and colours of an epoch's classes: the trained ones, `known`, then others, `unseen`.
 
-    Unknown classes are hollow. They get colours of their own, or where no point is of a known class
-    the best ones anew.
+    Where no point is of a known class, the unknown ones have the best colours anew.
     """
 
     def __init__(self, shown: dict):
@@ -73,44 +53,43 @@ class Looks:
         self.has_known = bool((shown["labels"] < count).any())
         self.colors = palette(count + len(self.unseen))
         if not self.has_known:
-            self.colors = palette(count) + palette(len(self.unseen))
-        self.marks = marks(self.known)
-        self.cross = "black" if self.has_known else "0.6"  # at a center
+            self.colors[count:] = palette(len(self.unseen))
+        # The text at each center: the names if all are short, else numbers.
+        is_short = max(map(len, self.known)) <= 3
+        self.marks = self.known if is_short else [str(label) for label in range(count)]
 
     def short(self, width: int) -> list[str]:
         return shorten(self.known + self.unseen, width)
 
+    def styles(self) -> list[dict]:
+        """How the points of each class are drawn; those of unknown ones are hollow."""
+        known = {"marker": "o", "linestyle": "", "markeredgewidth": 0}
+        unknown = known | {"markerfacecolor": "none", "markeredgewidth": 0.6}
+        kinds = [known] * len(self.known) + [unknown] * len(self.unseen)
+        return [kind | {"color": color} for kind, color in zip(kinds, self.colors, strict=True)]
 
-def hollow(color: str) -> dict:
-    """How points of an unknown class are drawn."""
-    return {"color": color, "markerfacecolor": "none", "markeredgewidth": 0.6}
+    def cross(self, size: float) -> dict:
+        """How centers are drawn: thin, so that they hide no cluster."""
+        color = "black" if self.has_known else "0.6"
+        looks = {"marker": "+", "linestyle": "", "markersize": 1.2 * size, "color": color}
+        return looks | {"markeredgewidth": size / 6, "path_effects": edge(size / 2)}
 
 
-def marks(classes: Sequence[str]) -> list[str]:
-    """The text at each center: the names of the classes if all are short, else their numbers."""
-    if max(map(len, classes)) <= 3:
-        return list(classes)
-    return [str(label) for label in range(len(classes))]
+def edge(width: float) -> list:
+    """A white edge, in points, around what is to be seen on points of all colours."""
+    from matplotlib.patheffects import withStroke
+
+    return [withStroke(linewidth=width, foreground="white")]
 
 
 def shorten(names: Sequence[str], width: int) -> list[str]:
-    """Cuts the names to `width` characters, near the middle, so that different ones stay so.
-
-    If no cut does that, all get as many more characters as it takes.
-    """
-    for room in range(width, max(map(len, names), default=0)):
-        for tail in sorted(range(room), key=lambda tail: abs(tail - room // 2)):
-            short = [cut(name, room, tail) for name in names]
-            if len(set(short)) == len(set(names)):
-                return short
-    return list(names)
-
-
-def cut(name: str, room: int, tail: int) -> str:
-    """A name in at most `room` characters, of which the last `tail` are those of its end."""
-    if len(name) <= room:
-        return name
-    return name[: room - 1 - tail] + "…" + name[len(name) - tail :]
+    """Cuts the middle out of names of more than `width` characters, unless that makes two alike."""
+    half = width // 2
+    short = [
+        name if len(name) <= width else f"{name[:half]}…{name[1 + half - width :]}"
+        for name in names
+    ]
+    return short if len(set(short)) == len(set(names)) else list(names)
 
 
 def new_figure(width: float, height: float, rows: int = 1, columns: int = 1, **options):
@@ -132,13 +111,10 @@ def style(format: str):
 
 
 def save(figure, part: Path, format: str = "") -> None:
-    """Saves a figure as PNG or, for print, in `format`, cropped, at 600 dpi.
-
-    The same data give the same file.
-    """
+    """Saves a figure as PNG or, for print, in `format`: cropped, undated, at 600 dpi."""
     if not format:
         figure.savefig(part, format="png")
         return
-    metadata = {"pdf": {"CreationDate": None}, "svg": {"Date": None}}.get(format)
+    undated = {"pdf": {"CreationDate": None}, "svg": {"Date": None}}.get(format)
     options = {"dpi": 600, "bbox_inches": "tight", "pad_inches": 0.01}
-    figure.savefig(part, format=format, metadata=metadata, **options)
+    figure.savefig(part, format=format, metadata=undated, **options)

@@ -19,7 +19,7 @@ import utils
 
 @dataclass
 class Task:
-    """A picture that is being drawn, and what to draw it again from."""
+    """A picture that is being drawn: draw(part, *arguments) writes it."""
 
     future: Future
     draw: Callable
@@ -37,8 +37,8 @@ class Task:
 class Plotter:
     """Draws in background processes while the training goes on; `finish` waits for them.
 
-    What could not be drawn or saved is tried again by `retry`, and said once. An interrupt in its
-    context ends the processes, and so does `finish` if asked to stop.
+    What could not be written is said once and tried again by `retry`. An interrupt in its context
+    ends the processes, and so does `finish` if asked to stop.
     """
 
     def __init__(self, log: Callable[[str], None] = print):
@@ -77,16 +77,16 @@ class Plotter:
         return future
 
     def save(self, path: Path, arrays: dict) -> bool:
-        """Writes arrays, and their directory where it is missing; returns whether that worked."""
+        """Writes arrays, in a directory that may be missing; returns whether that worked."""
         try:
             path.parent.mkdir(exist_ok=True)
             utils.save_arrays(path, arrays)
         except (OSError, utils.RunError) as error:
             self.unsaved[path] = arrays
             self._complain(one_line(error))
-            return False
-        self.unsaved.pop(path, None)
-        return True
+        else:
+            self.unsaved.pop(path, None)
+        return path not in self.unsaved
 
     def retry(self, last: bool = False) -> None:
         """Tries again what could not be written: each picture once, and a `last` time."""
@@ -94,13 +94,13 @@ class Plotter:
             self.save(path, arrays)
         for path, task in self.tasks.items():
             if task.tries < 2 + last and task.future.done() and task.error():
-                self._complain(about(path, task.error()))
+                self._complain(f"{path}: {task.error()}")
                 task.future = self._submit(path, task.draw, *task.arguments)
                 task.tries += 1
 
     def _complain(self, error: str) -> None:
         if not self.has_complained:
-            self.log(f"A picture is tried again after the next epoch: {error}")
+            self.log(f"A picture could not be written and is tried again later: {error}")
         self.has_complained = True
 
     def finish(self, stop: Callable[[], bool] = lambda: False) -> list[str]:
@@ -113,27 +113,25 @@ class Plotter:
             pending = wait(pending, timeout=0.1).not_done
         if pending:
             self._kill()
-        failed = [about(path, "could not be written") for path in self.unsaved]
+        failed = [f"{path}: could not be written" for path in self.unsaved]
         stopped = []
         notes = set()
         for path, task in self.tasks.items():
             if task.future in pending:
                 stopped.append(path)
             elif task.error():
-                failed.append(about(path, task.error()))
+                failed.append(f"{path}: {task.error()}")
             else:
-                notes.update(task.future.result())
+                notes |= task.future.result()
+        undrawn = [path.name for path in stopped if not path.exists()]
+        if failed:
+            notes.add(f"Pictures that could not be drawn: {len(failed)}, the first {failed[0]}")
+        if undrawn:
+            notes.add(f"Pictures not drawn before the stop: {len(undrawn)}, the first {undrawn[0]}")
         for note in sorted(notes):
             self.log(note)
-        if failed:
-            others = f" ({len(failed) - 1} more)" if len(failed) > 1 else ""
-            self.log(f"A picture could not be drawn: {failed[0]}{others}")
-        undrawn = [path.name for path in stopped if not path.exists()]
-        if undrawn:
-            others = f" and {len(undrawn) - 5} more" if len(undrawn) > 5 else ""
-            self.log(f"Not drawn before the stop: {', '.join(undrawn[:5])}{others}")
         self.tasks = {}
-        return failed + [about(path, "stopped") for path in stopped]
+        return failed + [f"{path}: stopped" for path in stopped]
 
     def _kill(self) -> None:
         for drawer in self.drawers:
@@ -145,11 +143,6 @@ class Plotter:
 
 def one_line(error: BaseException) -> str:
     return " ".join(str(error).split())
-
-
-def about(path: Path, error: str) -> str:
-    """An error with the path that it is about."""
-    return error if str(path) in error else f"{path}: {error}"
 
 
 @contextlib.contextmanager
@@ -175,19 +168,13 @@ def draw_to(path: Path, draw: Callable, *arguments) -> set[str]:
 
 @contextlib.contextmanager
 def _without_backend() -> Iterator[None]:
-    """Hides MPLBACKEND, which in a notebook names a package that this Python may lack.
-
-    Pictures are drawn by Agg whatever it is; where matplotlib has been loaded, it still takes it.
-    """
+    """Hides MPLBACKEND while matplotlib is loaded: it may name a package that this Python lacks."""
     backend = os.environ.pop("MPLBACKEND", None)
     try:
         yield
     finally:
         if backend is not None:
             os.environ["MPLBACKEND"] = backend
-            if "matplotlib" in sys.modules:
-                with contextlib.suppress(ValueError):
-                    sys.modules["matplotlib"].rcParams["backend"] = backend
 
 
 def _start_drawing() -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from plots.fonts import drawable
-from plots.looks import COLUMN, PRINT_STYLE, Looks, hollow, new_figure, save
+from plots.looks import COLUMN, Looks, edge, new_figure, save, style
 from plots.saved import read_epoch
 
 TSNE_AXES = ("t-SNE 1\n(distances between clusters mean little)", "t-SNE 2")
@@ -20,10 +20,9 @@ def plane(features: np.ndarray) -> tuple[Callable[[np.ndarray], np.ndarray], tup
     D = 2 is shown as it is; D > 2 by the first two principal components, fitted on `features`;
     D = 1 along a line.
     """
-    if features.shape[1] == 2:
-        return (lambda x: x), ("feature 1", "feature 2")
-    if features.shape[1] == 1:
-        return (lambda x: np.pad(x, ((0, 0), (0, 1)))), ("feature 1", "")
+    dimensions = features.shape[1]
+    if dimensions <= 2:
+        return (lambda x: x @ np.eye(dimensions, 2)), ("feature 1", "feature 2" * (dimensions - 1))
     mean = features.mean(0, dtype=np.float64)
     variances, components = np.linalg.eigh(np.cov((features - mean).T))  # ascending
     components = components[:, :-3:-1]  # (D, 2)
@@ -34,9 +33,9 @@ def plane(features: np.ndarray) -> tuple[Callable[[np.ndarray], np.ndarray], tup
     return (lambda x: (x - mean) @ components), tuple(names)
 
 
-def limits(*clouds: np.ndarray) -> np.ndarray:
-    """Axis limits [[x0, x1], [y0, y1]] around all finite points, neither side much the shorter."""
-    points = np.concatenate(clouds)
+def limits(clouds: Sequence[dict]) -> np.ndarray:
+    """Axis limits [[x0, x1], [y0, y1]] around all points and centers, neither side much shorter."""
+    points = np.concatenate([cloud[name] for cloud in clouds for name in ("points", "centers")])
     points = points[np.isfinite(points).all(1)]
     middle = (points.max(0) + points.min(0)) / 2
     half = np.ptp(points, axis=0) / 2
@@ -44,18 +43,14 @@ def limits(*clouds: np.ndarray) -> np.ndarray:
     return np.stack([middle - half, middle + half], axis=1)
 
 
-def limits_of(clouds: Sequence[dict]) -> np.ndarray:
-    """Axis limits around all points and centers of these epochs."""
-    return limits(*(shown[name] for shown in clouds for name in ("points", "centers")))
-
-
 class Scatter:
     """Points coloured by class, and a mark at each center; `show` sets them, as for a film."""
 
     def __init__(self, axes, shown: dict, axis_limits: np.ndarray, small: bool = False):
+        self.axes = axes
         self.looks = Looks(shown)
-        axes.set(xlabel=shown["axes"][0], ylabel=shown["axes"][1])
         axes.set(xlim=axis_limits[0], ylim=axis_limits[1], aspect="equal", axisbelow=True)
+        axes.set(xlabel=shown["axes"][0], ylabel=shown["axes"][1])
         axes.ticklabel_format(scilimits=(-2, 4))  # with few ticks, so that labels do not overlap
         axes.locator_params("x", nbins=4 if small else 7)
         axes.grid(color="0.92")
@@ -63,60 +58,43 @@ class Scatter:
         if small:
             size *= 0.6
         self.points = []
-        for label, color in enumerate(self.looks.colors):
-            looks = {"marker": ".", "color": color, "markeredgewidth": 0, "markersize": size}
-            if label >= len(self.looks.known):
-                looks |= hollow(color) | {"marker": "o", "markersize": 0.8 * size}
-            self.points += axes.plot([], [], linestyle="", rasterized=True, **looks)
-        self.crosses = add_crosses(axes, 3 if small else 5, self.looks.cross)
-        self.centers = []
+        for label, looks in enumerate(self.looks.styles()):
+            scale = 0.5 if label < len(self.looks.known) else 0.8  # else one cannot see through
+            self.points += axes.plot([], [], rasterized=True, markersize=scale * size, **looks)
+        self.crosses = axes.plot([], [], **self.looks.cross(3 if small else 5))[0]
+        self.marks = []
         if self.looks.has_known and len(self.looks.known) <= MARKED:
-            text = (6 if small else 8) * (1 if len(self.looks.known) <= 20 else 0.75)
-            self.centers = [add_mark(axes, mark, text) for mark in drawable(self.looks.marks)]
+            size = 8 if len(self.looks.known) <= 20 and not small else 6
+            place = {"textcoords": "offset points", "ha": "center", "va": "center"}
+            looks = {"fontsize": size, "path_effects": edge(size / 4), "in_layout": False}
+            for mark in drawable(self.looks.marks):
+                self.marks.append(axes.annotate(mark, (0, 0), (0, 0), **place, **looks))
 
-    def show(self, shown: dict) -> None:
+    def show(self, shown: dict, title: str = "") -> None:
         for label, line in enumerate(self.points):
             line.set_data(*shown["points"][shown["labels"] == label].T)
         centers = shown["centers"]
         finite = np.isfinite(centers).all(1)
-        for line in self.crosses:
-            line.set_data(*centers[finite].T)
-        middle = centers[finite].mean(0) if finite.any() else np.zeros(2)
-        for text, center, is_finite in zip(self.centers, centers, finite, strict=False):
-            text.set_visible(bool(is_finite))
+        self.crosses.set_data(*centers[finite].T)
+        middle = centers[finite].mean(0) if finite.any() else 0
+        for text, center, is_finite in zip(self.marks, centers, finite, strict=False):
+            away = center - middle  # beside the center, which so hides no points
             text.xy = center
-            away = center - middle
             text.set_position(1.2 * text.get_fontsize() * away / max(np.hypot(*away), 1e-30))
-
-
-def add_crosses(axes, size: float, color: str) -> list:
-    """Thin crosses at the centers, on a white one each: they hide no cluster."""
-    return [
-        axes.plot([], [], "+", color=shade, markersize=size + width, markeredgewidth=width)[0]
-        for shade, width in (("white", size / 2), (color, size / 6))
-    ]
-
-
-def add_mark(axes, mark: str, size: float):
-    """The text beside a center; it has a white edge, to be read on points."""
-    from matplotlib.patheffects import withStroke
-
-    edge = [withStroke(linewidth=size / 4, foreground="white")]
-    place = {"textcoords": "offset points", "ha": "center", "va": "center", "in_layout": False}
-    return axes.annotate(mark, (0, 0), (0, 0), fontsize=size, path_effects=edge, **place)
+            text.set_visible(bool(is_finite))
+        self.axes.set_title(title)
 
 
 def add_legend(axes, shown: dict, small: bool = False) -> None:
     """Names up to 40 classes outside of `axes`: on the right or, of many in print, below."""
     looks = Looks(shown)
-    listed = legend_entries(looks, looks.short(14 if small else 20))
-    if not listed:
+    entries = legend_entries(looks, looks.short(14 if small else 20))
+    if not entries:
         return
     size = 3 if small else 5
-    handles = [axes.plot([], [], "o", markersize=size, **style)[0] for _, style in listed]
-    handles += axes.plot([], [], "+", color=looks.cross, markersize=size + 1)
-    center = "center" if looks.has_known else "center of a trained class"
-    names = drawable([*(name for name, _ in listed), center])
+    handles = [axes.plot([], [], markersize=size, **entry)[0] for entry in entries.values()]
+    handles += axes.plot([], [], **looks.cross(size))
+    names = drawable([*entries, "center" if looks.has_known else "trained center"])
     options = {"handletextpad": 0.2, "labelspacing": 0.3, "columnspacing": 1.0}
     options |= {"frameon": False, "borderaxespad": 0}
     if small and len(names) > 13:
@@ -128,20 +106,17 @@ def add_legend(axes, shown: dict, small: bool = False) -> None:
     axes.legend(handles, names, loc="center left", bbox_to_anchor=(1.02, 0.5), **options)
 
 
-def legend_entries(looks: Looks, short: Sequence[str]) -> list[tuple[str, dict]]:
-    """The names and styles of the classes that have points, or of many unknown ones their count."""
+def legend_entries(looks: Looks, short: Sequence[str]) -> dict[str, dict]:
+    """The names and styles of the classes that have points; of many unknown ones, their number."""
+    styles = looks.styles()
     count = len(looks.known)
-    entries = []
+    entries = {}
     if looks.has_known and count <= NAMED:
-        for mark, name, color in zip(looks.marks, short[:count], looks.colors, strict=False):
-            text = name if name.startswith(mark) else f"{mark} {name}"
-            entries.append((text, {"color": color}))
+        for mark, name, entry in zip(looks.marks, short, styles, strict=False):
+            entries[name if name.startswith(mark) else f"{mark} {name}"] = entry
     if len(entries) + len(looks.unseen) <= NAMED:
-        unseen = zip(short[count:], looks.colors[count:], strict=True)
-        entries += [(name, hollow(color)) for name, color in unseen]
-    elif looks.unseen:
-        entries.append((f"{len(looks.unseen)} unknown classes", hollow("0.5")))
-    return entries
+        return entries | dict(zip(short[count:], styles[count:], strict=True))
+    return entries | {f"{len(looks.unseen)} unknown classes": styles[-1] | {"color": "0.5"}}
 
 
 def draw_points(part: Path, source: Path) -> None:
@@ -149,8 +124,7 @@ def draw_points(part: Path, source: Path) -> None:
     shown = read_epoch(source)
     figure, ((axes,),) = new_figure(6.4, 5.2, layout="compressed")
     add_legend(axes, shown)
-    Scatter(axes, shown, limits_of([shown])).show(shown)
-    axes.set_title(str(shown["title"]), fontsize=11)
+    Scatter(axes, shown, limits([shown])).show(shown, str(shown["title"]))
     save(figure, part)
 
 
@@ -162,24 +136,21 @@ def draw_panels(
     own_axes: bool = False,
 ) -> None:
     """Draws epochs, of one run or several, for print. `panels`: the label and arrays of each."""
-    from matplotlib import rc_context
-
     width = min(columns * 2.3, 6.9) if columns > 1 else COLUMN
     rows = -(-len(panels) // columns)
-    common = limits_of([shown for _, shown in panels])
-    with rc_context(PRINT_STYLE):
+    common = limits([shown for _, shown in panels])
+    with style(format):
         titles = drawable([label for label, _ in panels])
         height = width / columns * rows + 0.4
         shared = {"sharex": not own_axes, "sharey": not own_axes}
         figure, grid = new_figure(width, height, rows, columns, layout="compressed", **shared)
         for axes, title, (_, shown) in zip(grid.flat, titles, panels, strict=False):
             short = [str(name).replace("principal component", "PC") for name in shown["axes"]]
-            axis_limits = limits_of([shown]) if own_axes else common
-            Scatter(axes, shown | {"axes": short}, axis_limits, small=True).show(shown)
+            axis_limits = limits([shown]) if own_axes else common
+            scatter = Scatter(axes, shown | {"axes": short}, axis_limits, small=True)
+            scatter.show(shown, title)
             if not own_axes:
                 axes.label_outer()
-            if len(panels) > 1:
-                axes.set_title(title)
         for axes in grid.flat[len(panels) :]:
             axes.set_axis_off()
         fullest = max((shown for _, shown in panels), key=lambda shown: len(shown["unseen"]))

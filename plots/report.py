@@ -14,22 +14,13 @@ from pathlib import Path
 
 import numpy as np
 
-import utils
 from plots.looks import Looks
-from plots.saved import (
-    TEST_POINTS,
-    TRAIN_POINTS,
-    Run,
-    names_of,
-    read_arrays,
-    read_run,
-    sample,
-)
+from plots.saved import Run, names_of, read_arrays, read_run, sample
 
 PAGE = Path(__file__).parent / "page"
-# In this order they become one script; `start` is called by the last.
-SCRIPTS = ("base", "data", "view", "points", "panels", "epochs", "legend", "curves", "confusion")
-SCRIPTS += ("run", "start")
+SCRIPTS = "base data view points panels epochs legend curves confusion run start"  # in this order
+TEST_POINTS = 10_000  # of more images, a fixed sample
+TRAIN_POINTS = 5_000
 EPOCHS = 100  # of more, as many evenly spaced ones
 SPRITE_BYTES = 3_000_000  # of the test images; above it they become JPEG
 LOG_CHARACTERS = 200_000  # of a longer log, the end
@@ -45,10 +36,9 @@ def write_page(part: Path, directories: Sequence[Path]) -> None:
 
 def page_of(runs: Sequence[Run]) -> str:
     """The HTML text of the page."""
-    packed = [pack_run(run) for run in runs]
-    for run, name in zip(packed, names_of(runs), strict=True):
-        run["name"] = name
-        if run is not packed[0] and run["images"] == packed[0]["images"]:
+    packed = [pack_run(run, name) for run, name in zip(runs, names_of(runs), strict=True)]
+    for run in packed[1:]:
+        if run["images"] == packed[0]["images"]:
             run["images"] = "as the first run"  # they are stored once
     looks = Looks(runs[0].last())
     data = {
@@ -60,22 +50,20 @@ def page_of(runs: Sequence[Run]) -> str:
         "runs": packed,
     }
     text = json.dumps(data, separators=(",", ":"), allow_nan=False)
+    files = {path.name: path.read_text(encoding="utf-8").strip() for path in PAGE.iterdir()}
     parts = {
         # A class may be called </script>: within the page's <script>, JSON has no "<".
         "json": text.replace("<", "\\u003c"),
-        "css": read_part("page.css"),
-        "js": "\n\n".join(read_part(f"{name}.js") for name in SCRIPTS),
+        "css": files["page.css"],
+        "js": "\n\n".join(files[f"{name}.js"] for name in SCRIPTS.split()),
     }
-    return re.sub(r"{{(css|js|json)}}", lambda name: parts[name[1]], read_part("page.html"))
+    return re.sub(r"{{(css|js|json)}}", lambda name: parts[name[1]], files["page.html"])
 
 
-def read_part(name: str) -> str:
-    return (PAGE / name).read_text(encoding="utf-8").strip()
-
-
-def pack_run(run: Run) -> dict:
+def pack_run(run: Run, name: str) -> dict:
     splits = {split: pack_split(run, split) for split in ("train", run.tested)}
     return {
+        "name": name,
         "args": run.args,
         "facts": run.facts,
         "history": run.history,
@@ -89,45 +77,30 @@ def pack_run(run: Run) -> dict:
 
 def pack_split(run: Run, split: str) -> dict:
     """The points and centers of a split over the epochs; of a test also the rows of its images."""
-    numbers = list(run.files[split])
-    epochs = [numbers[index] for index in spaced(len(numbers))]
+    numbers = np.array(list(run.files[split]))
+    spaced = np.linspace(0, len(numbers) - 1, min(len(numbers), EPOCHS)).round().astype(int)
+    epochs = numbers[spaced].tolist()
     count = len(run.epoch(split, epochs[-1])["labels"])
     rows = sample(count, TRAIN_POINTS if split == "train" else TEST_POINTS)
-    kept = {"grids": [], "centers": []}
-    values = {"points": [], "labels": [], "predictions": []}
+    values = {name: [] for name in ("points", "labels", "predictions", "grids", "centers")}
     for number in epochs:
         shown = run.epoch(split, number)
-        labels = shown["labels"]
-        if len(labels) != count:
-            raise utils.RunError(
-                f"the data of {run.directory} have changed during the run: {len(labels)} {split} "
-                f"images in epoch {number}, {count} in epoch {epochs[-1]}"
-            )
         order = rows
         if split == "train":  # shuffled in each epoch; by class, labels take no room
-            order = rows[np.argsort(labels[rows], kind="stable")]
+            order = rows[np.argsort(shown["labels"][rows], kind="stable")]
         points, grid = quantise(shown["points"][order])
-        kept["grids"].append(grid)
-        kept["centers"].append([finite_or_none(center) for center in shown["centers"]])
         values["points"].append(points)
-        values["labels"].append(labels[order])
+        values["grids"].append(grid)
+        values["labels"].append(shown["labels"][order])
         values["predictions"].append(shown["predictions"][order])
-    for name, stack in values.items():
-        kept[name] = pack(np.stack(stack))
-    kept["epochs"] = epochs
-    kept["rows"] = [] if split == "train" else rows.tolist()
-    kept["count"] = len(rows)
-    kept["of"] = count
-    return kept
-
-
-def spaced(count: int) -> list[int]:
-    """At most EPOCHS of `count` indices, evenly spaced, with the first and the last."""
-    return sorted(set(np.linspace(0, count - 1, min(count, EPOCHS)).round().astype(int).tolist()))
-
-
-def finite_or_none(center: np.ndarray) -> list[float] | None:
-    return center.tolist() if np.isfinite(center).all() else None
+        centers = [center if np.isfinite(center).all() else None for center in shown["centers"]]
+        values["centers"].append(
+            [center if center is None else center.tolist() for center in centers]
+        )
+    for name in ("points", "labels", "predictions"):
+        values[name] = pack(np.stack(values[name]))
+    shown_rows = [] if split == "train" else rows.tolist()
+    return values | {"epochs": epochs, "rows": shown_rows, "count": len(rows), "of": count}
 
 
 def quantise(points: np.ndarray) -> tuple[np.ndarray, list[float]]:
@@ -155,10 +128,8 @@ def pack(values: np.ndarray) -> str:
 def pack_images(run: Run, rows: Sequence[int]) -> dict | None:
     """The test images of these rows, in one image; None if the run has kept others, or none."""
     path = run.directory / run.tested / "images.npz"
-    if not path.exists():
-        return None
-    saved = read_arrays(path, ("rows", "images"))
-    if saved["rows"].tolist() != list(rows):
+    saved = read_arrays(path, ("rows", "images")) if path.exists() else {"rows": None}
+    if not np.array_equal(saved["rows"], rows):
         return None
     images = saved["images"]  # uint8 (N, C, H, W)
     count, channels, height, width = images.shape
@@ -174,12 +145,9 @@ def encode(pixels: np.ndarray) -> str:
     from PIL import Image
 
     image = Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels[:, :, :3])
-    attempts = [("JPEG", {"quality": quality}) for quality in (90, 75, 50, 30)]
-    if pixels.size < 4 * SPRITE_BYTES:
-        attempts.insert(0, ("PNG", {"optimize": True}))
-    for format, options in attempts:
+    for format, quality in (("PNG", None), ("JPEG", 80), ("JPEG", 40)):
         file = io.BytesIO()
-        image.save(file, format, **options)
+        image.save(file, format, quality=quality)
         if file.tell() <= SPRITE_BYTES:
             break
     return f"data:image/{format.lower()};base64,{base64.b64encode(file.getvalue()).decode()}"

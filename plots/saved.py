@@ -11,10 +11,6 @@ import numpy as np
 
 import utils
 
-# Of more images, a fixed sample is shown.
-TEST_POINTS = 10_000
-TRAIN_POINTS = 5_000
-TSNE_POINTS = 5_000
 # What <split>/epoch_<N>.npz holds.
 ARRAYS = ("points", "labels", "predictions", "centers", "classes", "axes", "title")
 
@@ -29,8 +25,6 @@ class Run:
     facts: dict  # run.json: commands, versions, device, elapsed seconds
     log: str
     files: dict[str, dict[int, Path]]  # of each split of the run, its points by epoch
-    classes: list[str]
-    unseen: list[str]  # the test classes that were not trained; their labels follow
 
     @property
     def tested(self) -> str:
@@ -42,13 +36,9 @@ class Run:
         return self.epoch(self.tested, max(self.files[self.tested]))
 
     def epoch(self, split: str, number: int) -> dict[str, np.ndarray]:
-        """The arrays of an epoch; RunError if it has none, or a damaged file."""
         if number not in self.files[split]:
-            known = ", ".join(map(str, self.files[split]))
-            directory = self.directory / split
-            raise utils.RunError(
-                f"--epochs must be among those of {directory}, {known}, got {number}"
-            )
+            known = f"{', '.join(map(str, self.files[split]))} of {self.directory / split}"
+            raise utils.RunError(f"--epochs must be among {known}, got {number}")
         return read_epoch(self.files[split][number])
 
 
@@ -56,17 +46,14 @@ def read_run(directory: Path) -> Run:
     """Reads the files of a run; RunError if the directory has no run, or one without --plot."""
     try:
         args = json.loads((directory / "args.json").read_text())
+        # args.json may be anyone's: only a log that lies in the directory can be meant.
+        logs = {path.name: path for path in directory.glob("log_*.txt")}
+        path = logs.get(f"log_{args['dataset']}.txt")
+        log = path.read_text(encoding="utf-8", errors="replace") if path else ""
         history = read_history(directory / "metrics.csv")
-        log = read_log(directory, args["dataset"])
-        facts = utils.read_facts(directory)
-    except OSError as error:
-        raise utils.RunError(
-            f"{directory} is no run: {error.strerror}: {error.filename}"
-        ) from error
-    except (KeyError, TypeError, ValueError) as error:
-        raise utils.RunError(
-            f"{directory} is no run: args.json, metrics.csv or run.json is damaged"
-        ) from error
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise utils.RunError(f"{directory} is no run: args.json, metrics.csv: {reason}") from error
     files = {}
     for split in utils.SPLITS:
         epochs = dict(utils.epoch_files(directory / split, ["epoch_*.npz"]))
@@ -74,39 +61,23 @@ def read_run(directory: Path) -> Run:
             files[split] = epochs
     if "train" not in files or len(files) < 2:
         raise utils.RunError(f"{directory} has no points of a tested epoch: train with --plot")
-    run = Run(directory, args, history, facts, log, files, [], [])
-    last = run.last()
-    run.classes = last["classes"].tolist()
-    run.unseen = last["unseen"].tolist()
-    return run
-
-
-def read_log(directory: Path, dataset: str) -> str:
-    """The log; args.json may be anyone's, so that only a file that is there can be meant."""
-    logs = {path.name: path for path in directory.glob("log_*.txt")}
-    path = logs.get(f"log_{dataset}.txt")
-    return path.read_text(encoding="utf-8", errors="replace") if path else ""
+    return Run(directory, args, history, utils.read_facts(directory), log, files)
 
 
 def read_history(path: Path) -> list[dict]:
-    """The rows of metrics.csv: a whole number for the epoch, else a number or None."""
+    """The rows of metrics.csv; None where nothing, or no finite number, was measured."""
     history = []
     with open(path, newline="") as file:
         for row in csv.DictReader(file):
-            values = {name: measured(cell) for name, cell in row.items()}
-            values["epoch"] = int(row["epoch"])
-            history.append(values)
+            values = {name: float(cell or "nan") for name, cell in row.items()}
+            values = {name: x if math.isfinite(x) else None for name, x in values.items()}
+            history.append(values | {"epoch": int(row["epoch"])})
     if not history:
-        raise ValueError("no epoch")
+        raise ValueError("no epochs")
     return history
 
 
-def measured(cell: str) -> float | None:
-    """A cell of metrics.csv; None where it is empty or, as JSON has no such numbers, not finite."""
-    return float(cell) if cell and math.isfinite(float(cell)) else None
-
-
-def read_arrays(path: Path, names: Sequence[str] = ()) -> dict[str, np.ndarray]:
+def read_arrays(path: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
     """The arrays of an .npz file; RunError if it is missing, damaged or lacks one of the names."""
     try:
         with np.load(path) as arrays:
@@ -115,9 +86,7 @@ def read_arrays(path: Path, names: Sequence[str] = ()) -> dict[str, np.ndarray]:
         raise utils.RunError(f"cannot read {path}: {' '.join(str(error).split())}") from error
     missing = [name for name in names if name not in arrays]
     if missing:
-        raise utils.RunError(
-            f"{path} has no {', '.join(missing)}: train again, with --plot of this version"
-        )
+        raise utils.RunError(f"{path} has no {', '.join(missing)}: train again, with --plot")
     return arrays
 
 
@@ -135,31 +104,28 @@ def read_epoch(path: Path, names: Sequence[str] = ARRAYS) -> dict[str, np.ndarra
 
 
 def names_of(runs: Sequence[Run]) -> list[str]:
-    """The directories of the runs, with as much of the paths as makes them different."""
-    parts = [run.directory.resolve().parts for run in runs]
-    for length in range(1, max(map(len, parts))):
-        short = ["/".join(each[-length:]) for each in parts]
-        if len(set(short)) == len(short):
-            break
-    return short
+    """The names of the directories of the runs, or their paths where two have the same name."""
+    paths = [run.directory.resolve() for run in runs]
+    names = [path.name for path in paths]
+    return names if len(set(names)) == len(names) else list(map(str, paths))
 
 
 def check_comparable(runs: Sequence[Run]) -> None:
     """Raises RunError unless the runs have the same data set, classes and test labels."""
-    first = what_was_tested(runs[0])
+    first = runs[0].last()
     for run in runs[1:]:
-        for what, value in what_was_tested(run).items():
-            if value != first[what]:
-                raise utils.RunError(
-                    f"--compare needs runs of the same data, but {runs[0].directory} and "
-                    f"{run.directory} differ in their {what}"
-                )
-
-
-def what_was_tested(run: Run) -> dict:
-    labels = run.last()["labels"].tolist()
-    classes = run.classes + run.unseen
-    return {"dataset": run.args["dataset"], "classes": classes, "test images": labels}
+        differing = [
+            name
+            for name in ("classes", "unseen", "labels")
+            if not np.array_equal(run.last()[name], first[name])
+        ]
+        if run.args["dataset"] != runs[0].args["dataset"]:
+            differing.insert(0, "dataset")
+        if differing:
+            raise utils.RunError(
+                f"--compare needs runs of the same data, but {runs[0].directory} and "
+                f"{run.directory} differ in their {differing[0]}"
+            )
 
 
 def sample(count: int, limit: int) -> np.ndarray:

@@ -3,17 +3,16 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-import utils
+import numpy as np
 
-METRICS = ("test_accuracy", "nearest_center_accuracy", "train_loss")  # beside the settings
+import utils
 
 
 class Board:
     """The settings as hparams, the metrics of each epoch and the pictures of --plot.
 
-    Pictures are drawn in the background, so they are added when the next epoch ends or, the last
-    ones, on leaving the context. Of a resumed run, `history` has the rows of metrics.csv so far;
-    they are added if they have not been recorded.
+    Pictures, which are drawn in the background, are added when the next epoch ends and on leaving
+    the context. `history`: the rows of metrics.csv of a resumed run, added if that was not done.
     """
 
     def __init__(self, directory: Path, settings: dict, history: Sequence[dict]):
@@ -21,16 +20,18 @@ class Board:
         from torch.utils.tensorboard.summary import hparams
 
         self.directory = directory
-        recorded = any(directory.glob(utils.EVENT_FILES))
-        last = history[-1]["epoch"] if history else 0
-        self.added = {path for epoch, path in self._pictures() if recorded and epoch <= last}
-        self.writer = SummaryWriter(directory / "tensorboard", purge_step=last + 1)
-        plain = {name: as_plain(value) for name, value in settings.items()}
-        for summary in hparams(plain, dict.fromkeys(METRICS)):
+        is_recorded = any(directory.glob(utils.EVENT_FILES))
+        self.added = set(self._pictures()) if is_recorded else set()
+        self.writer = SummaryWriter(directory / "tensorboard", purge_step=len(history) + 1)
+        plain = {
+            name: value if isinstance(value, bool | int | float | str) else str(value)
+            for name, value in settings.items()
+        }
+        metrics = ["test_accuracy", "nearest_center_accuracy", "train_loss"]
+        for summary in hparams(plain, dict.fromkeys(metrics)):
             self.writer.file_writer.add_summary(summary)
-        if not recorded:
-            for row in history:
-                self._add_metrics(row)
+        for row in [] if is_recorded else history:
+            self._add_metrics(row)
 
     def __enter__(self) -> "Board":
         return self
@@ -56,17 +57,12 @@ class Board:
         return utils.epoch_files(self.directory, patterns)
 
     def _add_pictures(self) -> None:
-        from tensorboard.compat.proto.summary_pb2 import Summary
+        from PIL import Image
 
         for epoch, path in self._pictures():
-            if path in self.added:
-                continue
-            image = Summary.Image(colorspace=3, encoded_image_string=path.read_bytes())
-            value = Summary.Value(tag=f"{path.parent.name} features", image=image)
-            self.writer.file_writer.add_summary(Summary(value=[value]), epoch)
-            self.added.add(path)
-
-
-def as_plain(value) -> bool | int | float | str:
-    """A setting as hparams takes it."""
-    return value if isinstance(value, bool | int | float | str) else str(value)
+            if (epoch, path) not in self.added:
+                pixels = np.asarray(Image.open(path).convert("RGB"))
+                self.writer.add_image(
+                    f"{path.parent.name} features", pixels, epoch, dataformats="HWC"
+                )
+                self.added.add((epoch, path))

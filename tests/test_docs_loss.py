@@ -15,7 +15,9 @@ PAGE = (ROOT / "docs" / "loss.md").read_text(encoding="utf-8")
 
 def run_snippet(name):
     """Its variables, after it has run."""
-    code = re.search(rf"<!-- tested: {name} -->\n+```python\n(.*?)^```$", PAGE, re.DOTALL | re.MULTILINE)[1]
+    code = re.search(
+        rf"<!-- tested: {name} -->\n+```python\n(.*?)^```$", PAGE, re.DOTALL | re.MULTILINE
+    )[1]
     exec(compile(code, name, "exec"), variables := {})
     return variables
 
@@ -42,7 +44,9 @@ def test_the_snippets_that_train_move_centers_and_network():
         run = run_snippet(name)
         assert not torch.equal(run["network"].weight.cpu(), start)
         centers = run["center_loss"].centers.detach().cpu()
-        assert centers.isfinite().all() and centers.norm(dim=1).max() < 8  # 8 at the start: towards the features
+        assert (
+            centers.isfinite().all() and centers.norm(dim=1).max() < 8
+        )  # 8 at the start: towards the features
 
 
 def test_three_lines_load_the_weights_that_their_run_ended_with(monkeypatch):
@@ -53,10 +57,18 @@ def test_three_lines_load_the_weights_that_their_run_ended_with(monkeypatch):
     saved, model = variables["saved"], variables["model"]
     assert saved["epoch"] == 3 and torch.equal(variables["center_loss"].centers, saved["centers"])
     assert not model.training
-    assert all(torch.equal(saved["model"][name], value) for name, value in model.state_dict().items())
+    assert all(
+        torch.equal(saved["model"][name], value) for name, value in model.state_dict().items()
+    )
 
 
 def test_the_changelog_begins_with_the_version_and_the_citation_is_of_the_paper():
-    assert re.search(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)[1] == center_loss.__version__
+    assert (
+        re.search(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)[1]
+        == center_loss.__version__
+    )
     citation = (ROOT / "CITATION.cff").read_text()
-    assert f"version: {center_loss.__version__}\n" in citation and "A Discriminative Feature Learning" in citation
+    assert (
+        f"version: {center_loss.__version__}\n" in citation
+        and "A Discriminative Feature Learning" in citation
+    )

@@ -34,6 +34,15 @@ def test_warnings_of_all_pictures_are_logged_once(tmp_path):
     assert plotter.finish() == [] and lines == ["pale ink"]
 
 
+def is_running(process: int) -> bool:
+    """Asks the system: Python cannot tell where the thread of the pool has waited for it, too."""
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
 def wait_for_part(directory):
     while not list(directory.glob(".*.part")):
         time.sleep(0.01)
@@ -49,7 +58,7 @@ def test_a_plotter_that_is_asked_to_stop_leaves_no_process_and_no_half_picture(t
         f"{tmp_path / name}: stopped" for name in ("slow", "next")
     ]
     assert time.monotonic() - began < 5 and os.listdir(tmp_path) == []
-    assert not any(drawer.is_alive() for drawer in plotter.drawers)
+    assert not any(is_running(drawer.pid) for drawer in plotter.drawers)
 
 
 def test_an_interrupt_ends_what_is_being_drawn(tmp_path):
@@ -57,7 +66,9 @@ def test_an_interrupt_ends_what_is_being_drawn(tmp_path):
         plotter(tmp_path / "slow", drawers.hang)
         wait_for_part(tmp_path)
         raise KeyboardInterrupt
-    assert os.listdir(tmp_path) == [] and not any(drawer.is_alive() for drawer in plotter.drawers)
+    assert os.listdir(tmp_path) == [] and not any(
+        is_running(drawer.pid) for drawer in plotter.drawers
+    )
 
 
 def test_a_drawing_process_loads_neither_the_script_that_runs_nor_torch(tmp_path, monkeypatch):
@@ -80,7 +91,8 @@ def test_a_drawer_that_dies_costs_pictures_but_not_the_run_and_is_said_in_one_li
     plotter(tmp_path / "second", drawers.write, "drawn")
     why = "the drawing process could not start or was killed"
     assert plotter.finish() == [f"{tmp_path / name}: {why}" for name in ("first", "second")]
-    assert lines == [f"A picture could not be drawn: {tmp_path / 'first'}: {why} (1 more)"]
+    text = "Pictures that could not be drawn: 2, the first"
+    assert lines == [f"{text} {tmp_path / 'first'}: {why}"]
 
 
 @pytest.mark.parametrize("others", [0, 1])
@@ -124,7 +136,7 @@ def test_what_cannot_be_written_is_said_once_and_tried_again(tmp_path):
         assert not plotter.save(blocked / f"epoch_{epoch}.npz", {"points": np.zeros((2, 2))})
         plotter(blocked / f"epoch_{epoch}.png", drawers.write, "drawn")
         plotter.tasks[blocked / f"epoch_{epoch}.png"].error()
-    assert len(lines) == 1 and lines[0].startswith("A picture is tried again")
+    assert len(lines) == 1 and "is tried again later" in lines[0]
     blocked.unlink()
     plotter.retry(last=True)
     assert plotter.finish() == [] and len(lines) == 1
@@ -151,7 +163,7 @@ def test_a_stop_names_the_undrawn_pictures_in_one_line_but_none_that_exist(tmp_p
         plotter(tmp_path / name, drawers.hang)
     wait_for_part(tmp_path)
     assert len(plotter.finish(lambda: True)) == 7
-    assert lines == ["Not drawn before the stop: slow, a, b, c, d and 1 more"]
+    assert lines == ["Pictures not drawn before the stop: 6, the first slow"]
 
 
 @pytest.mark.parametrize("backend", ["module://no_such_backend", "agg"])

@@ -116,13 +116,13 @@ def test_large_runs_are_sampled_and_thinned_out(directory, monkeypatch):
     monkeypatch.setattr(report, "TRAIN_POINTS", 10)
     monkeypatch.setattr(report, "TEST_POINTS", 6)
     monkeypatch.setattr(report, "EPOCHS", 2)
-    packed = report.pack_run(read_run(directory))
+    packed = report.pack_run(read_run(directory), "")
     train = packed["splits"]["train"]
     test = packed["splits"]["test"]
     assert (train["epochs"], train["count"]) == ([1, 3], 10)
     rows = test["rows"]
     assert len(set(rows)) == 6 and rows == sorted(rows)
-    assert rows == report.pack_run(read_run(directory))["splits"]["test"]["rows"]
+    assert rows == report.pack_run(read_run(directory), "")["splits"]["test"]["rows"]
     labels = np.load(directory / "test" / "epoch_3.npz")["labels"]
     assert unpack(test["labels"]).reshape(2, 6)[1].tolist() == labels[rows].tolist()
     assert packed["images"] is None  # the run has kept all fifteen, in other places of the sprite

@@ -24,7 +24,7 @@ def directory(original, tmp_path) -> Path:
 
 def refusal(path) -> str:
     with pytest.raises(utils.RunError) as caught:
-        read_run(path)
+        read_run(path).last()
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
@@ -50,7 +50,7 @@ def test_settings_that_no_run_has_written_are_one_line(text, directory):
 )
 def test_metrics_that_no_run_has_written_are_one_line(text, directory):
     (directory / "metrics.csv").write_text(text)
-    assert f"{directory} is no run: args.json, metrics.csv" in refusal(directory)
+    assert f"{directory} is no run: args.json, metrics.csv: " in refusal(directory)
 
 
 @pytest.mark.parametrize("dataset", ["x/../../secret", "../secret", "/etc/hosts", "*", "x"])
@@ -63,7 +63,7 @@ def test_no_name_in_the_settings_leads_to_another_file(dataset, directory, tmp_p
     assert read_run(directory).log == "Currently using CPU\n"
 
 
-def test_runs_of_other_data_are_not_compared(directory):
+def test_runs_of_other_data_are_not_compared(directory, tmp_path):
     def compare(**other):
         runs = [read_run(directory), read_run(directory)]
         for name, value in other.items():
@@ -73,14 +73,22 @@ def test_runs_of_other_data_are_not_compared(directory):
     compare()
     with pytest.raises(utils.RunError, match="differ in their dataset"):
         compare(args={"dataset": "digits"})
-    with pytest.raises(utils.RunError, match="differ in their classes"):
-        compare(classes=["a", "b", "c"])
-    with pytest.raises(utils.RunError, match="differ in their classes"):
-        compare(unseen=["d"])
+    source = directory / "test" / "epoch_2.npz"
+    shown = dict(np.load(source))
+    for name, value in (
+        ("classes", list("xyz")),
+        ("unseen", ["d"]),
+        ("labels", shown["labels"][:9]),
+    ):
+        other = Path(shutil.copytree(directory, tmp_path / name))
+        utils.save_arrays(other / "test" / "epoch_2.npz", shown | {name: value})
+        with pytest.raises(utils.RunError, match=f"differ in their {name}"):
+            check_comparable([read_run(directory), read_run(other)])
 
 
 def test_names_of_runs_are_as_long_as_makes_them_different(directory, tmp_path):
     (tmp_path / "b").mkdir()
     other = Path(shutil.copytree(directory, tmp_path / "b" / "run"))
     runs = [read_run(directory), read_run(other)]
-    assert names_of(runs) == [f"{tmp_path.name}/run", "b/run"] and names_of(runs[:1]) == ["run"]
+    assert names_of(runs) == [str(tmp_path / "run"), str(tmp_path / "b" / "run")]
+    assert names_of(runs[:1]) == ["run"]

@@ -122,7 +122,7 @@ function drawCenters(panel, context) {
     context.strokeStyle = color("--ground");
     context.lineWidth = 3.5;
     context.stroke(cross);
-    context.strokeStyle = color("--ink");
+    context.strokeStyle = color(panel.split.isKnown ? "--ink" : "--soft");
     context.lineWidth = 1.3;
     context.stroke(cross);
     if (!panel.split.isKnown) return;

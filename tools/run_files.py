@@ -1,0 +1,283 @@
+"""The files of a run, which has its directory to itself; checkpoints are the ones that must be."""
+
+import argparse
+import contextlib
+import os
+import platform
+import re
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import utils
+from utils import Log, RunError, WriteError
+
+EVALUATION_FILES = ("evaluation.json", "roc.png", "confusion.png", "features/test.npz")
+PART = re.compile(r"(\w+/)?\.(.+)\.\d+\.part")  # of a killed process
+
+
+def check_save_dir(path: str, dataset: str, overwrite: bool, evaluate: bool) -> None:
+    """RunError if `path` cannot be a run's directory or has others' files; creates nothing."""
+    directory = Path(path)
+    nearest = directory.absolute()
+    while not nearest.exists() and nearest != nearest.parent:
+        nearest = nearest.parent
+    if not nearest.is_dir():
+        raise RunError(f"--save-dir must be a directory, got {path}: {nearest} is a file")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise RunError(f"--save-dir must be writable, got {path}: {nearest} is not")
+    if overwrite or not directory.is_dir():
+        return
+    ours = utils.recorded(directory)
+    for name, _ in sorted(utils.files_in(directory)):
+        if name == utils.FILES:
+            written = not utils.is_listed(directory)
+        elif evaluate:
+            written = name in EVALUATION_FILES
+        elif name.startswith("log_"):
+            written = name == f"log_{dataset}.txt"
+        else:
+            written = utils.KNOWN.fullmatch(name)
+        if written and name not in ours:
+            raise RunError(
+                f"--save-dir must have no files of others that would be replaced, got {path} with "
+                f"{name}: choose another directory, or --overwrite"
+            )
+
+
+def clear(directory: Path, after: int | None = None) -> bool:
+    """Removes an earlier run's files, or only those of epochs after `after`; were there any?
+
+    Only files that a run is known to have written go, none behind a link to a directory.
+    """
+    ours = utils.recorded(directory) - {"args.json"}  # which is replaced, and says whose these are
+    removed = False
+    for name, path in list(utils.files_in(directory)):
+        part = PART.fullmatch(name)
+        if part and utils.KNOWN.fullmatch((part[1] or "") + part[2]):
+            path.unlink()
+        number = re.search(r"/epoch_(\d+)\.", name)
+        late = after is None or (number and int(number[1]) > after)
+        if name in ours and late:
+            path.unlink()
+            removed = True
+    return removed
+
+
+def copy_epochs(source: Path, target: Path, last: int) -> None:
+    """Copies what goes along with a run to another directory: the files of epochs up to `last` …"""
+    paths = [path for epoch, path in utils.epoch_files(source) if epoch <= last]
+    others = ["best.pt", "evaluation.json", "roc.png", utils.EVENT_FILES]
+    others += [
+        f"{split}/{name}.npz" for split in ("val", "test") for name in ("images", "features")
+    ]
+    for pattern in others:
+        paths += source.glob(pattern)
+    for path in paths:
+        copy = target / path.relative_to(source)
+        copy.parent.mkdir(exist_ok=True)
+        utils.replace_file(copy, lambda part, path=path: shutil.copyfile(path, part))
+
+
+def source_of(args: argparse.Namespace) -> Path | None:
+    """The directory of the run to resume, of a link that of the run that it points to."""
+    return Path(args.resume).resolve().parent if args.resume else None
+
+
+def is_moved(args: argparse.Namespace) -> bool:
+    """Whether a resumed run goes on in another directory."""
+    source = source_of(args)
+    return source is not None and source != Path(args.save_dir).resolve()
+
+
+@contextlib.contextmanager
+def claim(save_dir: Path, log: Log) -> Iterator[Callable[[], None]]:
+    """Creates the directory and locks it against other runs; RunError if one is using it.
+
+    Yields a function that raises WriteError if the directory has been removed or replaced.
+    """
+    try:
+        save_dir.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=save_dir).close()
+    except OSError as error:
+        reason = f"got {save_dir}: {error.strerror}"
+        raise RunError(f"--save-dir must be a writable directory, {reason}") from error
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        utils.start_list(save_dir)
+        yield lambda: None
+        return
+    directory = os.open(save_dir, os.O_RDONLY)
+
+    def check() -> None:
+        exists = save_dir.exists() and os.path.samestat(save_dir.stat(), os.fstat(directory))
+        if not exists:
+            raise WriteError(f"--save-dir {save_dir} was removed while the run was writing to it")
+
+    try:
+        try:
+            fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            reason = "is in use by another run; give this one its own"
+            raise RunError(f"--save-dir {save_dir} {reason}") from None
+        except OSError as error:  # many network disks have no locks
+            log(f"--save-dir {save_dir} cannot be locked against other runs: {error.strerror}")
+        utils.start_list(save_dir)
+        yield check
+    finally:
+        with contextlib.suppress(OSError):  # processes that were forked meanwhile have it, too
+            fcntl.flock(directory, fcntl.LOCK_UN)
+        os.close(directory)
+
+
+class NoFiles(contextlib.nullcontext):
+    """RunFiles of the ranks other than 0, which write nothing."""
+
+    directory = None
+
+    def opened(self, *arguments) -> "NoFiles":
+        return self
+
+    def __enter__(self) -> "NoFiles":
+        return self
+
+    def save(self, *arguments, **options) -> None:
+        pass
+
+    save_epoch = save
+    write = save
+    write_rest = save
+    finish = save
+
+
+class RunFiles:
+    """The files of a run in --save-dir, which is locked within the context.
+
+    opened(state, start) is the context of a training that goes on from `state` and has begun at
+    `start`. Entering it removes an earlier run's files or, to resume, those of epochs after the
+    checkpoint, and starts the log. A file other than a checkpoint that cannot be written is tried
+    again when the next epoch ends; `finish` raises WriteError if it still cannot.
+    """
+
+    def __init__(self, args: argparse.Namespace, log: Log):
+        self.args = args
+        self.log = log
+        self.directory = Path(args.save_dir)
+        self.context = contextlib.ExitStack()
+        self.facts = None  # what run.json has
+        self.board = None
+        self.unwritten = {}  # what is to be written, by path
+
+    def opened(self, state, start: float) -> "RunFiles":
+        self.state = state
+        self.start = start
+        return self
+
+    def __enter__(self) -> "RunFiles":
+        with self.context:
+            self.check = self.context.enter_context(claim(self.directory, self.log))
+            source = source_of(self.args)
+            earlier = utils.read_facts(source).get("commands", []) if source else []
+            printed = self._begin(source) if source else self._begin_anew()
+            utils.write_json(self.directory / "args.json", vars(self.args))
+            self.log.open(self.directory / f"log_{self.args.dataset}.txt", printed)
+            self.context.callback(self.log.close)
+            if self.args.plot:
+                self.facts = describe(self.args, [*earlier, utils.shell("python", *sys.argv)])
+            if self.args.tensorboard:
+                self._open_board()
+            self.context = self.context.pop_all()  # all went well: the directory stays locked
+        return self
+
+    def _begin(self, source: Path) -> bytes:
+        """Makes the directory that of the resumed run; returns its log."""
+        self.log(f"Resuming after epoch {self.state.epoch}")
+        log = source / f"log_{self.args.dataset}.txt"
+        printed = utils.read_start(log, self.state.log_bytes)
+        if is_moved(self.args):
+            self._begin_anew()
+            copy_epochs(source, self.directory, self.state.epoch)
+        else:
+            clear(self.directory, after=self.state.epoch)
+        return printed
+
+    def _begin_anew(self) -> bytes:
+        if clear(self.directory):
+            self.log(f"Replacing the earlier run in {self.directory}")
+        return b""
+
+    def _open_board(self) -> None:
+        from plots.tensorboard import Board
+
+        board = Board(self.directory, vars(self.args), self.state.history)
+        self.board = self.context.enter_context(board)
+        for path in self.directory.glob(utils.EVENT_FILES):
+            utils.record(path)
+
+    def __exit__(self, *error) -> None:
+        self.context.close()
+
+    def save(self, checkpoint: dict, name: str = "checkpoint.pt") -> None:
+        """Writes a checkpoint, and metrics.csv from its history."""
+        self.check()
+        elapsed = time.monotonic() - self.start
+        whole = dict(args=vars(self.args), elapsed=elapsed, log_bytes=self.log.position())
+        utils.save_checkpoint(self.directory / name, checkpoint | whole)
+        if checkpoint["history"]:
+            self.write(utils.write_metrics, "metrics.csv", checkpoint["history"])
+        if self.facts:
+            self.write(utils.write_json, "run.json", self.facts | dict(elapsed=elapsed))
+
+    def save_epoch(self, row: dict, splits: dict[str, dict], centers) -> None:
+        """Writes the files of --save-features, --tensorboard, and those that failed before."""
+        self.check()
+        for write, name, *arguments in list(self.unwritten.values()):
+            self.write(write, name, *arguments)
+        if self.args.save_features:
+            name = f"features/epoch_{row['epoch']}.npz"
+            self.write(utils.save_features, name, splits, centers)
+        if self.board:
+            self.board.add_epoch(row)
+
+    def write(self, write: Callable, name: str, *arguments) -> None:
+        """Lets write(path, *arguments) write a file that may fail."""
+        try:
+            write(self.directory / name, *arguments)
+            self.unwritten.pop(name, None)
+        except (WriteError, OSError) as error:
+            if name not in self.unwritten:
+                self.log(f"{error}; it is tried again later")
+            self.unwritten[name] = (write, name, *arguments)
+
+    def write_rest(self) -> None:
+        """Tries to write what is missing; WriteError if that fails."""
+        for write, name, *arguments in self.unwritten.values():
+            write(self.directory / name, *arguments)
+
+    def finish(self, undrawn: Sequence[str] = ()) -> None:
+        """The end of a finished run; WriteError if files or pictures are missing."""
+        self.write_rest()
+        if undrawn:
+            command = utils.shell("python", "-m", "plots", str(self.directory))
+            raise WriteError(f"{undrawn[0]}; to draw what is missing: {command}")
+        if self.args.plot:
+            self.log(f"Pictures in {self.directory}, page {self.directory / 'report.html'}")
+
+
+def describe(args: argparse.Namespace, commands: list[str]) -> dict:
+    """What run.json has of a run in addition to its settings: commands, versions and device."""
+    import torch
+
+    device = f"CPU, threads: {torch.get_num_threads()}"
+    if torch.cuda.is_available() and not args.use_cpu:
+        device = torch.cuda.get_device_name(int(args.gpu))
+    versions = dict(python=platform.python_version())
+    for name in ("torch", "torchvision", "numpy"):
+        if name in sys.modules:
+            versions[name] = sys.modules[name].__version__
+    ranks = int(os.environ.get("WORLD_SIZE", 1))
+    return dict(commands=commands, versions=versions, device=device, ranks=ranks)
