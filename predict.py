@@ -32,9 +32,19 @@ with own_modules():  # others may have modules of these names
     import models
     import utils
     from center_loss import pairwise
-    from engine.images import ENDINGS, MODES, DatasetError, ReadImage
+    from engine.device import choose_device
+    from engine.images import MODES, DatasetError, ReadImage, find_images
 
 COLUMNS = ["path", "class", "probability", "nearest_center", "distance", "error"]
+
+
+class Outputs(NamedTuple):
+    """What a network makes of image files, of which some may be unreadable."""
+
+    paths: list[str]  # of those that could be read
+    features: Tensor  # (N, D)
+    logits: Tensor  # (N, C)
+    errors: dict[str, str]  # why others could not, by path
 
 
 class Trained:
@@ -73,20 +83,44 @@ class Trained:
 
     def __call__(self, paths: str | Path | Sequence[str | Path]) -> tuple[Tensor, Tensor]:
         """Features (N, D) and logits (N, C) of image files. DatasetError if one cannot be read."""
-        if isinstance(paths, str | os.PathLike):
-            paths = [paths]
-        with ThreadPoolExecutor() as pool:
-            return self.outputs(list(pool.map(self.read, paths)))
+        found = self.outputs([paths] if isinstance(paths, str | os.PathLike) else paths)
+        for error in found.errors.values():
+            raise DatasetError(error)
+        return found.features, found.logits
 
     def scale(self, images: Sequence[Tensor]) -> Tensor:
         """The network's input (N, C, H, W), from images that have been read."""
         return self._normalise(torch.stack(list(images)).to(self.device))
 
     @torch.no_grad()
-    def outputs(self, images: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """Features and logits of images that have been read."""
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
-            return self.net(self.scale(images))
+    def outputs(self, paths: Sequence[str | Path], batch_size: int = 128) -> Outputs:
+        """The same, but for files that cannot be read."""
+        whole = []
+        features = [self.centers[:0]]
+        logits = [self.centers.new_empty(0, len(self.classes))]
+        errors = {}
+        with ThreadPoolExecutor() as pool:
+            for start in range(0, len(paths), batch_size):
+                batch = paths[start : start + batch_size]
+                images = []
+                for path, image in zip(batch, pool.map(self._read_or_say, batch), strict=True):
+                    if isinstance(image, str):
+                        errors[str(path)] = image
+                    else:
+                        whole.append(str(path))
+                        images.append(image)
+                if images:
+                    with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
+                        found = self.net(self.scale(images))
+                    features.append(found[0])
+                    logits.append(found[1])
+        return Outputs(whole, torch.cat(features), torch.cat(logits), errors)
+
+    def _read_or_say(self, path: str | Path) -> Tensor | str:
+        try:
+            return self.read(path)
+        except DatasetError as error:
+            return str(error)
 
 
 def load(
@@ -109,40 +143,6 @@ def load(
         raise utils.RunError(f"{path} is no whole checkpoint of main.py: {reason}") from error
 
 
-class Outputs(NamedTuple):
-    """What a network makes of image files, of which some may be unreadable."""
-
-    paths: list[str]  # of those that could be read
-    features: Tensor  # (N, D)
-    logits: Tensor  # (N, C)
-    errors: dict[str, str]  # why others could not, by path
-
-
-def outputs_of(network: Trained, paths: Sequence[str], batch_size: int = 128) -> Outputs:
-    def read(path: str) -> Tensor | str:
-        try:
-            return network.read(path)
-        except DatasetError as error:
-            return str(error)
-
-    whole = []
-    features = [network.centers[:0]]
-    logits = [network.centers.new_empty(0, len(network.classes))]
-    errors = {}
-    with ThreadPoolExecutor() as pool:
-        for start in range(0, len(paths), batch_size):
-            batch = paths[start : start + batch_size]
-            found = dict(zip(batch, pool.map(read, batch), strict=True))
-            errors |= {path: image for path, image in found.items() if isinstance(image, str)}
-            images = {path: image for path, image in found.items() if path not in errors}
-            if images:
-                outputs = network.outputs(list(images.values()))
-                whole += images
-                features.append(outputs[0])
-                logits.append(outputs[1])
-    return Outputs(whole, torch.cat(features), torch.cat(logits), errors)
-
-
 def predictions(network: Trained, outputs: Outputs) -> list[dict]:
     """A row of predictions.csv for each image that could be read."""
     probabilities, labels = outputs.logits.softmax(1).max(1)
@@ -160,17 +160,13 @@ def predictions(network: Trained, outputs: Outputs) -> list[dict]:
     return rows
 
 
-def find_images(roots: Sequence[str]) -> list[str]:
-    """The files among `roots`, and the images below the directories, but for hidden ones."""
+def image_paths(roots: Sequence[str]) -> list[str]:
+    """The files among `roots`, and the images below the directories among them."""
     paths = []
     for root in roots:
         if not os.path.exists(root):
             raise utils.RunError(f"PATH must be an image or a directory, but there is no {root}")
-        found = [] if os.path.isdir(root) else [root]
-        for path in sorted(Path(root).rglob("*")):
-            hidden = any(part.startswith(".") for part in path.relative_to(root).parts)
-            if path.suffix.lower() in ENDINGS and not hidden:
-                found.append(str(path))
+        found = find_images(Path(root), levels=0).paths if os.path.isdir(root) else [root]
         if not found:
             raise utils.RunError(f"PATH must be an image or a directory of them, got {root}")
         paths += found
@@ -283,7 +279,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error(f"--same must have two image files alone, got {' '.join(args.paths)}")
     if gpus and not 0 <= args.gpu < gpus:
         parser.error(f"--gpu must be below {gpus}, the number of GPUs here, got {args.gpu}")
-    args.device = torch.device("cuda", args.gpu) if gpus else torch.device("cpu")
+    args.device = choose_device(args.gpu, args.use_cpu)
     return args
 
 
@@ -294,9 +290,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.same:
             compare(args)
             return 0
-        paths = find_images(args.paths)
+        paths = image_paths(args.paths)
         network = load(args.checkpoint, args.device, args.mirror)
-        outputs = outputs_of(network, paths, args.batch_size)
+        outputs = network.outputs(paths, args.batch_size)
         if args.embed:
             write_features(outputs, args.paths, Path(args.embed))
         else:

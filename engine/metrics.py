@@ -89,7 +89,8 @@ class Roc:
     def rates(self, distance: float, side: str) -> tuple[float, float]:
         """False and true accepts of a threshold just below ("left") or at ("right") a distance."""
         far = np.searchsorted(self.impostor, distance, side) / len(self.impostor)
-        return far, np.searchsorted(self.genuine, distance, side) / len(self.genuine)
+        tpr = np.searchsorted(self.genuine, distance, side) / len(self.genuine)
+        return float(far), float(tpr)
 
     def threshold(self, distance: float, side: str) -> float | None:
         """That threshold, halfway to the next distance; None if it accepts nothing."""

@@ -225,7 +225,7 @@ def test_two_images_are_compared_by_the_thresholds_that_were_measured(
 def mirror_of(checkpoint, path):
     """The features of the mirror image alone."""
     plain = predict.load(checkpoint)
-    return plain.outputs([plain.read(path).flip(-1)])[0]
+    return plain.net(plain.scale([plain.read(path).flip(-1)]))[0].detach()
 
 
 def test_what_is_no_use_is_one_line(trained, pictures, tmp_path, command):
@@ -254,6 +254,7 @@ def test_a_network_is_loaded_with_its_centers_and_embeds_files(trained, pictures
     assert features.shape == (2, 3) and logits.shape == (2, 3) and not features.requires_grad
     assert network.centers.shape == (3, 3) and network.classes == ["ant", "bee", "cat"]
     assert not network.model.training and network.size == (8, 8)
+    assert torch.allclose(network([one, one])[0], features[[0, 0]], atol=1e-6)
     for path, expected in zip((one, other), features, strict=True):  # one file is taken as one
         assert torch.allclose(network(path)[0], expected[None], atol=1e-6)
     side_by_side = predict.load(trained[0], mirror="concat")
