@@ -8,21 +8,18 @@ drawn, and both give the same batches for the same seed, bit for bit.
 import contextlib
 import io
 import math
-import os
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.utils.data import Dataset, TensorDataset
 
 from engine.batches import ALONE, Augment, Batches, BatchRows, Normalise
 from engine.images import (
-    ENDINGS,
     MODES,
     DatasetError,
     Found,
@@ -34,7 +31,8 @@ from engine.images import (
     one_line,
     some,
 )
-from engine.images import square as square  # for predict.py
+from engine.pair_lists import Pairs as Pairs
+from engine.pair_lists import read_pairs as read_pairs
 from engine.ranks import Ranks
 from engine.sources import FromWorkers, OnDevice, check_memory
 from engine.splits import Folder, of_classes, split_off
@@ -47,8 +45,8 @@ class Spec:
     """How a data set is opened, and the mean and std of its pixels in [0, 1].
 
     `open` takes the root and an image size, for data sets that have none of their own, and returns
-    the training and the test split, which are as in engine/splits.py. Classes that only the test has
-    are unknown ones; with `new_classes` all of them are. `flip`: a mirrored image is of the same
+    the training and the test split, as in engine/splits.py. Classes that only the test has are
+    unknown ones; with `new_classes` all of them are. `flip`: a mirrored image is of the same
     class. `open_test` also takes a trained network's channels, and returns the test split alone.
     """
 
@@ -232,7 +230,7 @@ SPECS = {
         (0.5071, 0.4865, 0.4409),
         (0.2673, 0.2564, 0.2762),
     ),
-    "omniglot": Spec(open_omniglot, (0.92,), (0.2,), flip=False, new_classes=True),
+    "omniglot": Spec(open_omniglot, (0.92,), (0.22,), flip=False, new_classes=True),
     "digits": Spec(open_digits, (0.3053,), (0.3247,), flip=False),
     "folder": Spec(open_folder, (0.5,), (0.5,), open_test=open_test_folder),
 }
@@ -272,14 +270,12 @@ def create(
 ) -> Data:
     """Opens data set `name` below `root`, downloading it where torchvision can.
 
-    `image_size`, a number or (H, W), is for data sets without a size of their own. `scaling` is in
-    SCALINGS, or the mean and std. `unseen` are the names or numbers of classes to leave out of
-    `train` and `test`; their test images are `unknown`, as are those of classes that `train` lacks.
-    `augment`, which shifts and flips, and `erase` change the training images as in Augment.
-    `val_share` of each class's training images, drawn by `seed`, become `val`. `trained` are the
-    facts() of a network to be tested, for which no training images are read.
-    Raises DatasetError if the data are missing, broken or too large for the device, or too few
-    classes are left.
+    `image_size`, a number or (H, W), is for data sets without a size of their own; `scaling` is in
+    SCALINGS, or the mean and std. `unseen` are names or numbers of classes that are not trained;
+    their test images are `unknown`, as are those of classes that `train` lacks. `augment` (shifts
+    and flips) and `erase` are Augment's. `val_share` of each class's training images, drawn by
+    `seed`, become `val`. `trained` are the facts() of a network to be tested: no training images.
+    Raises DatasetError if the data are missing, broken or too large for the device.
     """
     spec = SPECS[name]
     device = torch.device(device)
@@ -289,24 +285,19 @@ def create(
         splits["train"], splits["val"] = split_off(splits["train"], val_share, seed)
     shape = tuple(next(iter(splits.values()))[0][0].shape)
     if not workers:
-        needed = sum(len(split) for split in splits.values()) * math.prod(shape)
-        check_memory(needed, device)
+        check_memory(sum(map(len, splits.values())) * math.prod(shape), device)
     normalise = Normalise(*moments(spec, scaling, shape[0]), device)
-    cuda = device.type == "cuda"  # which tests some 32 MiB at a time
-    test_size = max(batch_size, min(2000, 2**23 // math.prod(shape))) if cuda else batch_size
+    test_size = batch_size
+    if device.type == "cuda":  # which tests some 32 MiB at a time
+        test_size = max(batch_size, min(2000, 2**23 // math.prod(shape)))
     batches = {}
     for key, split in splits.items():
-        is_train = key == "train"
-        source = FromWorkers(split, shape, workers, cuda) if workers else None
-        rows = BatchRows(
-            len(split),
-            batch_size if is_train else test_size,
-            shuffle=is_train,
-            device="cpu" if workers else device,
-            ranks=ranks,
-        )
+        source = _source(split, shape, workers, device)
+        size = batch_size if key == "train" else test_size
+        where = "cpu" if workers else device
+        rows = BatchRows(len(split), size, key == "train", where, ranks)
         paths = [path for path, _ in getattr(split, "samples", [])]
-        batches[key] = Batches(rows, source or OnDevice(split, shape, device), normalise, paths)
+        batches[key] = Batches(rows, source, normalise, paths)
     if "train" in batches and (augment or erase):
         flip = augment and spec.flip
         batches["train"].augment = Augment(seed, shift=augment, flip=flip, erase=erase, ranks=ranks)
@@ -318,6 +309,12 @@ def create(
         image_size=shape[1:],
         read=describe(splits, classes, left_out),
     )
+
+
+def _source(split: Dataset, shape: tuple, workers: int, device: torch.device):
+    if workers:
+        return FromWorkers(split, shape, workers, pin=device.type == "cuda")
+    return OnDevice(split, shape, device)
 
 
 def open_splits(
@@ -391,88 +388,3 @@ def check_save_dir(root: str | Path, save_dir: str | Path) -> None:
             raise DatasetError(
                 f"--save-dir must not write into the images of --data-root, got {save_dir}"
             )
-
-
-# ----------------------------------------------------------------------------------------- pairs
-
-
-class Pairs(NamedTuple):
-    """Pairs of images, to be told apart."""
-
-    paths: list[str]  # of the images, each once
-    first: np.ndarray  # (P,) the places in `paths`
-    second: np.ndarray  # (P,)
-    same: np.ndarray  # (P,) whether both are of one class
-    folds: np.ndarray  # (P,) from 0
-
-
-def read_pairs(path: str | Path, root: str | Path) -> Pairs:
-    """Reads LFW's pairs.txt, of images root/name/name_0001.*, or lines `path path 0|1` below root.
-
-    LFW's first line says how many folds there are and how many pairs of each kind in each. Without
-    it there are ten, each with the next tenth of either kind.
-    Raises DatasetError for a line of another form, missing images, and a fold with one kind alone.
-    """
-    try:
-        lines = Path(path).read_text("utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DatasetError(f"--pairs: cannot read {path}: {one_line(error)}") from error
-    head = lines[0].split() if lines else []
-    is_lfw = len(head) in (1, 2) and "".join(head).isdecimal()
-    names = []  # of the two images
-    same = []
-    for number, line in enumerate(lines[is_lfw:], 1 + is_lfw):
-        if words := line.split("\t" if "\t" in line else None):
-            try:
-                first, second, last = _lfw_pair(*words) if is_lfw else words
-                same.append(bool((0, 1).index(int(last))))
-                names.append((first, second))
-            except (TypeError, ValueError):
-                form = "name i j or name i name j" if is_lfw else "path path 0|1"
-                raise DatasetError(
-                    f"--pairs: line {number} of {path} must be {form}, got {line!r}"
-                ) from None
-    files = {name: _file(Path(root, name)) for pair in names for name in pair}
-    if missing := [name for name, file in files.items() if file is None]:
-        raise DatasetError(f"--pairs names images that {root} does not hold: {some(missing)}")
-    places = {name: place for place, name in enumerate(files)}
-    first, second = np.array([[places[name] for name in pair] for pair in names]).reshape(-1, 2).T
-    same = np.array(same, bool)
-    folds = _folds(same, head if is_lfw else [], path)
-    return Pairs(list(files.values()), first, second, same, folds)
-
-
-def _lfw_pair(name: str, number: str, *other: str) -> tuple[str, str, int]:
-    name_2, number_2 = (name, *other) if len(other) == 1 else other
-    first = f"{name}/{name}_{int(number):04d}"
-    return first, f"{name_2}/{name_2}_{int(number_2):04d}", int(len(other) == 1)
-
-
-def _file(path: Path) -> str | None:
-    """The file of that path, or of that path and the ending of an image."""
-    files = (f"{path}{ending}" for ending in ("", *ENDINGS))
-    return next((file for file in files if os.path.isfile(file)), None)
-
-
-def _folds(same: np.ndarray, head: list[str], path: str | Path) -> np.ndarray:
-    if len(head) == 2:
-        count, size = int(head[0]), 2 * int(head[1])
-        if count * size != len(same):
-            raise DatasetError(
-                f"--pairs: {path} must have {count} folds of {size} pairs, as its first line says, "
-                f"got {len(same)} pairs"
-            )
-        folds = np.arange(len(same)) // max(size, 1)
-    else:
-        folds = np.zeros(len(same), int)
-        for kind in (False, True):
-            places = np.flatnonzero(same == kind)
-            folds[places] = 10 * np.arange(len(places)) // max(len(places), 1)
-    counts = np.zeros((folds.max(initial=0) + 1, 2), int)
-    np.add.at(counts, (folds, same.astype(int)), 1)
-    if not counts.all() or len(counts) < 2:
-        raise DatasetError(
-            f"--pairs: each of at least two folds must have pairs of one and of two classes, but "
-            f"{path} has {int(same.sum())} and {int((~same).sum())} in {len(counts)} folds"
-        )
-    return folds

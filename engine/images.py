@@ -64,7 +64,7 @@ class ReadImage:
 
     def __init__(self, mode: str, image_size: int | Sequence[int] | None = None):
         self.mode = mode
-        self.crop = square(image_size) if image_size else None
+        self.image_size = height_and_width(image_size) if image_size else None
 
     def __call__(self, path: str | Path):
         from PIL import Image, ImageOps
@@ -77,35 +77,30 @@ class ReadImage:
                 image = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
             image = image.convert(self.mode)
-            return self.crop(image) if self.crop else image
+            return crop(image, self.image_size) if self.image_size else image
 
 
-class square:
+def crop(image, image_size: Sequence[int]) -> torch.Tensor:
     """From a PIL image to uint8 (C, H, W): resized to cover H x W, and the middle cut out.
 
     Only what is cut out is computed: a line of a million pixels costs no more than another image.
     """
-
-    def __init__(self, image_size: int | Sequence[int]):
-        self.high, self.wide = height_and_width(image_size)
-
-    def __call__(self, image) -> torch.Tensor:
-        width, height = image.size
-        if self.high * width >= self.wide * height:
-            covering = self.high * width // height, self.high
-        else:
-            covering = self.wide, self.wide * height // width
-        left = round((covering[0] - self.wide) / 2)
-        top = round((covering[1] - self.high) / 2)
-        box = (
-            left * width / covering[0],
-            top * height / covering[1],
-            (left + self.wide) * width / covering[0],
-            (top + self.high) * height / covering[1],
-        )
-        pixels = np.array(image.resize((self.wide, self.high), 2, box))  # 2: bilinear, antialiased
-        pixels = pixels.reshape(self.high, self.wide, -1).transpose(2, 0, 1)
-        return torch.from_numpy(np.ascontiguousarray(pixels))
+    high, wide = image_size
+    width, height = image.size
+    if high * width >= wide * height:
+        covering = high * width // height, high
+    else:
+        covering = wide, wide * height // width
+    left = round((covering[0] - wide) / 2)
+    top = round((covering[1] - high) / 2)
+    box = (
+        left * width / covering[0],
+        top * height / covering[1],
+        (left + wide) * width / covering[0],
+        (top + high) * height / covering[1],
+    )
+    pixels = np.array(image.resize((wide, high), 2, box))  # 2: bilinear, antialiased
+    return torch.from_numpy(pixels.reshape(high, wide, -1)).permute(2, 0, 1).contiguous()
 
 
 @contextlib.contextmanager

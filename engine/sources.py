@@ -16,12 +16,12 @@ from pathlib import Path
 from types import ModuleType
 
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, TensorDataset, default_convert
 
 from engine.images import DatasetError, in_threads, one_line
 
 Shape = tuple[int, int, int]  # (C, H, W)
-Pairs = Iterator[tuple[torch.Tensor, torch.Tensor]]  # images, uint8 (B, C, H, W), and labels (B,)
+Loaded = Iterator[tuple[torch.Tensor, torch.Tensor]]  # images, uint8 (B, C, H, W), and labels (B,)
 
 
 class WorkerError(RuntimeError):
@@ -35,7 +35,7 @@ class OnDevice:
         self.everything = _load_all(split, shape).to(device)
         self.labels = torch.as_tensor(split.targets, dtype=torch.int64).to(device)
 
-    def batches(self, rows: Sequence[torch.Tensor]) -> Pairs:
+    def batches(self, rows: Sequence[torch.Tensor]) -> Loaded:
         return ((self.everything[some], self.labels[some]) for some in rows)
 
     def images(self, rows: torch.Tensor) -> torch.Tensor:
@@ -50,6 +50,10 @@ class FromWorkers:
     """
 
     def __init__(self, split: Dataset, shape: Shape, workers: int, pin: bool):
+        if getattr(split, "data", None) is not None:  # such as torchvision's
+            images = TensorDataset(_load_all(split, shape))  # whose module is loaded, unlike theirs
+            images.targets = split.targets
+            split = images
         self.split = split
         self.shape = shape
         self.workers = workers
@@ -64,7 +68,7 @@ class FromWorkers:
                     f"TMPDIR may help, now {multiprocessing.util.get_temp_dir()}"
                 ) from error
 
-    def batches(self, rows: Sequence[torch.Tensor]) -> Pairs:
+    def batches(self, rows: Sequence[torch.Tensor]) -> Loaded:
         """One pass. Raises DatasetError for an image that cannot be read, WorkerError."""
         if self.loader is None:
             self.loader = self._loader(rows)
@@ -91,7 +95,7 @@ class FromWorkers:
             num_workers=self.workers,
             persistent_workers=True,
             pin_memory=self.pin,
-            collate_fn=_as_it_is,
+            collate_fn=default_convert,
             worker_init_fn=_start_worker,
             multiprocessing_context="forkserver" if SERVED else "spawn",
             generator=torch.Generator(),  # so that the loader draws nothing from the training's
@@ -127,9 +131,9 @@ RUNNING = weakref.WeakSet()  # iterators of loaders
 
 
 class Lists:
-    """Row numbers as lists: a worker could get tensors only through shared memory.
+    """Row numbers as lists, since tensors would go to a worker through shared memory.
 
-    An iterator draws nothing before its first batch: of the first pass, a DataLoader makes two.
+    An iterator draws nothing before its first batch: for its first pass a DataLoader makes two.
     """
 
     def __init__(self, rows: Sequence[torch.Tensor]):
@@ -147,15 +151,12 @@ class WholeBatches(Dataset):
         self.split = split
         self.shape = shape
 
-    def __len__(self) -> int:
-        return len(self.split)
-
     def __getitems__(self, rows: list[int]) -> list[torch.Tensor] | str:
         images = torch.empty(len(rows), *self.shape, dtype=torch.uint8)
         try:
             for place, row in enumerate(rows):
                 images[place] = self.split[row][0]
-            labels = torch.tensor([self.split.targets[row] for row in rows], dtype=torch.int64)
+            labels = torch.tensor([int(self.split.targets[row]) for row in rows])
             return [images.share_memory_(), labels.share_memory_()]
         except DatasetError as error:
             return str(error)
@@ -172,10 +173,6 @@ class WholeBatches(Dataset):
 
 def _unpickled(data: bytes) -> WholeBatches:
     return WholeBatches(*pickle.loads(data))
-
-
-def _as_it_is(batch):
-    return batch
 
 
 def _start_worker(worker: int) -> None:
@@ -253,24 +250,23 @@ def _free_memory(device: torch.device) -> float:
 
 
 def _limits(root: Path, groups: Sequence[str]) -> Iterator[float]:
-    """What the control groups of this process, as of a container, leave to it, in bytes.
+    """What the control groups of this process, such as a container's, leave to it, in bytes.
 
-    `groups` are lines "number:controllers:path", for version 2 of control groups without a
-    controller. In a container the path may be the host's; its own group is then the root.
+    `groups` are lines "number:controllers:path"; version 2 names no controller. In a container the
+    path may be the host's: its own group is the root.
     """
+    names = {"": ("", "memory.max", "memory.current")}
+    names["memory"] = "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"
     for line in groups:
-        _, controllers, path = line.split(":", 2)
-        if controllers == "":
-            base, limit, used = root, "memory.max", "memory.current"
-        elif controllers == "memory":
-            base, limit, used = root / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"
-        else:
-            continue
-        group = base / path.strip("/")
-        for each in (group, *group.parents):
-            with contextlib.suppress(OSError, ValueError):  # there is no such file, or no limit
-                free = int((each / limit).read_text()) - int((each / used).read_text())
-                yield free + _numbers(each / "memory.stat").get("inactive_file", 0)  # a cache
+        _, controller, path = line.split(":", 2)
+        if controller in names:
+            base, limit, used = names[controller]
+            group = root / base / path.strip("/")
+            for each in (group, *group.parents):
+                with contextlib.suppress(OSError, ValueError):  # no such file, or no limit
+                    cache = _numbers(each / "memory.stat").get("inactive_file", 0)
+                    free = int((each / limit).read_text()) - int((each / used).read_text())
+                    yield free + cache
 
 
 def _numbers(path: Path) -> dict[str, int]:

@@ -96,12 +96,8 @@ def build_parser() -> argparse.ArgumentParser:
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = build_parser()
     args = parser.parse_args(argv)
-    if args.epochs and not (args.format or args.compare):
-        parser.error("--epochs goes with --format or --compare")
     if args.projection == "tsne" and (args.compare or args.epochs):
         parser.error("--projection tsne goes without --compare and --epochs: it shows the last")
-    if args.same_axes and not args.compare:
-        parser.error("--same-axes goes with --compare")
     if args.compare and len(args.directories) < 2:
         parser.error(f"--compare needs two runs or more, got {args.directories[0]} alone")
     return args
@@ -117,12 +113,14 @@ def draw(args: argparse.Namespace, plotter: Plotter) -> list[str]:
         drawings = compared(runs, args.epochs, format, args.same_axes)
     elif args.projection == "tsne":
         drawings = [tsne(run, format) for run in runs]
-    elif args.format:
+    elif args.format or args.epochs:
         drawings = [drawing for run in runs for drawing in figures(run, args.epochs, format)]
     else:
         for run in runs:
-            errors += plot_run(plotter, run.directory, run.history)
-            print(f"Pictures in {run.directory}, page {run.directory / 'report.html'}")
+            missing = plot_run(plotter, run.directory, run.history)
+            if not missing:
+                print(f"Pictures in {run.directory}, page {run.directory / 'report.html'}")
+            errors += missing
     for path, function, *arguments in drawings:
         path.parent.mkdir(exist_ok=True)
         plotter(path, function, *arguments)

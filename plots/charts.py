@@ -34,27 +34,27 @@ def draw_curves(part: Path, history: Sequence[dict], format: str = "") -> None:
         else:
             figure, grid = new_figure(9, 4.2, 1, 2)
         losses, errors = grid.flat
-        size = 2 if format else 3
-        for axes, lines in ((losses, LOSSES), (errors, ACCURACIES)):
-            for column, name, color, line in lines:
-                rows = [row for row in history if row.get(column) is not None]
-                values = np.array([row[column] for row in rows])
-                if axes is errors:
-                    values = 100 - values
-                elif column == "train_center" and not values.any():
-                    continue  # λ = 0 has none
-                if rows:
-                    epochs = [row["epoch"] for row in rows]
-                    axes.plot(epochs, values, line, label=name, color=color, markersize=size)
         losses.set(ylabel="loss", xlabel="" if format else "epoch")
         errors.set(ylabel="error rate (%)", xlabel="epoch")
-        for axes in (losses, errors):
+        for axes, lines in ((losses, LOSSES), (errors, ACCURACIES)):
+            for column, name, color, line in lines:
+                add_line(axes, history, column, line, label=name, color=color)
             log_axis(axes)
             axes.grid(color="0.92")
             axes.xaxis.get_major_locator().set_params(integer=True)
             place = {"loc": "lower center", "bbox_to_anchor": (0.5, 1), "ncols": 2}
             axes.legend(frameon=False, fontsize="small", **place)
         save(figure, part, format)
+
+
+def add_line(axes, history: Sequence[dict], column: str, line: str, **looks) -> None:
+    """Draws a column where it was measured, an accuracy as an error rate."""
+    rows = [row for row in history if row.get(column) is not None]
+    values = np.array([row[column] for row in rows])
+    if column.endswith("accuracy"):
+        values = 100 - values
+    if rows and (column != "train_center" or values.any()):  # λ = 0 has no center loss
+        axes.plot([row["epoch"] for row in rows], values, line, markersize=3, **looks)
 
 
 def log_axis(axes) -> None:
@@ -97,17 +97,12 @@ def draw_confusion(
             axes.set_xticks(range(count), names, rotation=turned, fontsize=size)
             axes.set_yticks(range(count), names, fontsize=size)
         if count <= 25:
-            write_counts(axes, counts, shares, room, size)
+            for row, column in zip(*counts.nonzero(), strict=True):
+                text = str(counts[row, column])
+                color = "white" if shares[row, column] > 50 else "black"
+                looks = {"color": color, "fontsize": min(size, 0.97 * room / len(text))}
+                axes.text(column, row, text, ha="center", va="center", **looks)
         save(figure, part, format)
-
-
-def write_counts(axes, counts: np.ndarray, shares: np.ndarray, room: float, size: float) -> None:
-    """Writes the counts into the cells, each of `room` points."""
-    for row, column in zip(*counts.nonzero(), strict=True):
-        text = str(counts[row, column])
-        color = "white" if shares[row, column] > 50 else "black"
-        looks = {"color": color, "fontsize": min(size, 0.97 * room / len(text))}
-        axes.text(column, row, text, ha="center", va="center", **looks)
 
 
 def draw_roc(part: Path, fars: Sequence[float], curves: dict[str, Sequence[float]]) -> None:

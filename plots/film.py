@@ -7,7 +7,7 @@ import numpy as np
 
 import utils
 from plots.looks import new_figure, rgb
-from plots.points import Scatter, add_legend, limits_of
+from plots.points import Scatter, add_legend, limits
 from plots.saved import read_epoch
 
 
@@ -19,7 +19,7 @@ def draw_film(part: Path, directory: Path) -> None:
     corners = []
     for source in sources:  # one by one: all together may not fit into memory
         shown = read_epoch(source)
-        corners.append(limits_of([shown]).T)
+        corners.append(limits([shown]).T)
     axis_limits = np.stack([np.min(corners, axis=(0, 1)), np.max(corners, axis=(0, 1))], axis=1)
     figure, ((axes,),) = new_figure(6.4, 5.2, layout="compressed")
     figure.set_dpi(80)

@@ -12,15 +12,11 @@ COLORS = "#3f90da #ffa90e #bd1f01 #94a4a2 #832db6 #a96b59 #e76300 #b9ac70 #71758
 
 PRINT_STYLE = {
     "font.size": 7,
-    "axes.labelsize": 7,
-    "axes.titlesize": 7,
-    "xtick.labelsize": 6.5,
-    "ytick.labelsize": 6.5,
+    "axes.titlesize": "medium",
     "legend.fontsize": 6.5,
     "axes.linewidth": 0.6,
     "xtick.major.width": 0.6,
     "ytick.major.width": 0.6,
-    "grid.linewidth": 0.4,
     "lines.linewidth": 1.0,
     "pdf.fonttype": 42,
     "svg.hashsalt": "center-loss",

@@ -20,10 +20,9 @@ def plane(features: np.ndarray) -> tuple[Callable[[np.ndarray], np.ndarray], tup
     D = 2 is shown as it is; D > 2 by the first two principal components, fitted on `features`;
     D = 1 along a line.
     """
-    if features.shape[1] == 2:
-        return (lambda x: x), ("feature 1", "feature 2")
-    if features.shape[1] == 1:
-        return (lambda x: np.pad(x, ((0, 0), (0, 1)))), ("feature 1", "")
+    dimensions = features.shape[1]
+    if dimensions <= 2:
+        return (lambda x: x @ np.eye(dimensions, 2)), ("feature 1", "feature 2" * (dimensions - 1))
     mean = features.mean(0, dtype=np.float64)
     variances, components = np.linalg.eigh(np.cov((features - mean).T))  # ascending
     components = components[:, :-3:-1]  # (D, 2)
@@ -34,19 +33,14 @@ def plane(features: np.ndarray) -> tuple[Callable[[np.ndarray], np.ndarray], tup
     return (lambda x: (x - mean) @ components), tuple(names)
 
 
-def limits(*clouds: np.ndarray) -> np.ndarray:
-    """Axis limits [[x0, x1], [y0, y1]] around all finite points, neither side much the shorter."""
-    points = np.concatenate(clouds)
+def limits(clouds: Sequence[dict]) -> np.ndarray:
+    """Axis limits [[x0, x1], [y0, y1]] around all points and centers, neither side much shorter."""
+    points = np.concatenate([cloud[name] for cloud in clouds for name in ("points", "centers")])
     points = points[np.isfinite(points).all(1)]
     middle = (points.max(0) + points.min(0)) / 2
     half = np.ptp(points, axis=0) / 2
     half = 1.05 * np.maximum(half, max(0.85 * half.max(), 1e-6))
     return np.stack([middle - half, middle + half], axis=1)
-
-
-def limits_of(clouds: Sequence[dict]) -> np.ndarray:
-    """Axis limits around all points and centers of these epochs."""
-    return limits(*(shown[name] for shown in clouds for name in ("points", "centers")))
 
 
 class Scatter:
@@ -70,7 +64,7 @@ class Scatter:
         self.crosses = axes.plot([], [], **self.looks.cross(3 if small else 5))[0]
         self.marks = []
         if self.looks.has_known and len(self.looks.known) <= MARKED:
-            size = (6 if small else 8) * (1 if len(self.looks.known) <= 20 else 0.75)
+            size = 8 if len(self.looks.known) <= 20 and not small else 6
             place = {"textcoords": "offset points", "ha": "center", "va": "center"}
             looks = {"fontsize": size, "path_effects": edge(size / 4), "in_layout": False}
             for mark in drawable(self.looks.marks):
@@ -100,7 +94,7 @@ def add_legend(axes, shown: dict, small: bool = False) -> None:
     size = 3 if small else 5
     handles = [axes.plot([], [], markersize=size, **entry)[0] for entry in entries.values()]
     handles += axes.plot([], [], **looks.cross(size))
-    names = drawable([*entries, "center" if looks.has_known else "center of a trained class"])
+    names = drawable([*entries, "center" if looks.has_known else "trained center"])
     options = {"handletextpad": 0.2, "labelspacing": 0.3, "columnspacing": 1.0}
     options |= {"frameon": False, "borderaxespad": 0}
     if small and len(names) > 13:
@@ -130,7 +124,7 @@ def draw_points(part: Path, source: Path) -> None:
     shown = read_epoch(source)
     figure, ((axes,),) = new_figure(6.4, 5.2, layout="compressed")
     add_legend(axes, shown)
-    Scatter(axes, shown, limits_of([shown])).show(shown, str(shown["title"]))
+    Scatter(axes, shown, limits([shown])).show(shown, str(shown["title"]))
     save(figure, part)
 
 
@@ -144,7 +138,7 @@ def draw_panels(
     """Draws epochs, of one run or several, for print. `panels`: the label and arrays of each."""
     width = min(columns * 2.3, 6.9) if columns > 1 else COLUMN
     rows = -(-len(panels) // columns)
-    common = limits_of([shown for _, shown in panels])
+    common = limits([shown for _, shown in panels])
     with style(format):
         titles = drawable([label for label, _ in panels])
         height = width / columns * rows + 0.4
@@ -152,7 +146,7 @@ def draw_panels(
         figure, grid = new_figure(width, height, rows, columns, layout="compressed", **shared)
         for axes, title, (_, shown) in zip(grid.flat, titles, panels, strict=False):
             short = [str(name).replace("principal component", "PC") for name in shown["axes"]]
-            axis_limits = limits_of([shown]) if own_axes else common
+            axis_limits = limits([shown]) if own_axes else common
             scatter = Scatter(axes, shown | {"axes": short}, axis_limits, small=True)
             scatter.show(shown, title)
             if not own_axes:

@@ -14,7 +14,6 @@ from pathlib import Path
 
 import numpy as np
 
-import utils
 from plots.looks import Looks
 from plots.saved import Run, names_of, read_arrays, read_run, sample
 
@@ -86,11 +85,6 @@ def pack_split(run: Run, split: str) -> dict:
     values = {name: [] for name in ("points", "labels", "predictions", "grids", "centers")}
     for number in epochs:
         shown = run.epoch(split, number)
-        if len(shown["labels"]) != count:
-            raise utils.RunError(
-                f"the data of {run.directory} have changed during the run: {len(shown['labels'])} "
-                f"{split} images in epoch {number}, {count} in epoch {epochs[-1]}"
-            )
         order = rows
         if split == "train":  # shuffled in each epoch; by class, labels take no room
             order = rows[np.argsort(shown["labels"][rows], kind="stable")]

@@ -37,9 +37,8 @@ class Run:
 
     def epoch(self, split: str, number: int) -> dict[str, np.ndarray]:
         if number not in self.files[split]:
-            known = ", ".join(map(str, self.files[split]))
-            where = self.directory / split
-            raise utils.RunError(f"--epochs must be among those of {where}, {known}, got {number}")
+            known = f"{', '.join(map(str, self.files[split]))} of {self.directory / split}"
+            raise utils.RunError(f"--epochs must be among {known}, got {number}")
         return read_epoch(self.files[split][number])
 
 
@@ -52,12 +51,9 @@ def read_run(directory: Path) -> Run:
         path = logs.get(f"log_{args['dataset']}.txt")
         log = path.read_text(encoding="utf-8", errors="replace") if path else ""
         history = read_history(directory / "metrics.csv")
-    except OSError as error:
-        raise utils.RunError(f"{directory} is no run: {error}") from error
-    except (KeyError, TypeError, ValueError) as error:
-        raise utils.RunError(
-            f"{directory} is no run: args.json or metrics.csv is damaged"
-        ) from error
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise utils.RunError(f"{directory} is no run: args.json, metrics.csv: {reason}") from error
     files = {}
     for split in utils.SPLITS:
         epochs = dict(utils.epoch_files(directory / split, ["epoch_*.npz"]))

@@ -1,6 +1,5 @@
 """What --tensorboard writes."""
 
-from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,17 +15,17 @@ class Board:
     the context. `history`: the rows of metrics.csv of a resumed run, added if that was not done.
     """
 
-    def __init__(self, directory: Path, args: Namespace, epoch: int, history: Sequence[dict]):
+    def __init__(self, directory: Path, settings: dict, history: Sequence[dict]):
         from torch.utils.tensorboard import SummaryWriter
         from torch.utils.tensorboard.summary import hparams
 
         self.directory = directory
         is_recorded = any(directory.glob(utils.EVENT_FILES))
         self.added = set(self._pictures()) if is_recorded else set()
-        self.writer = SummaryWriter(directory / "tensorboard", purge_step=epoch + 1)
+        self.writer = SummaryWriter(directory / "tensorboard", purge_step=len(history) + 1)
         plain = {
             name: value if isinstance(value, bool | int | float | str) else str(value)
-            for name, value in vars(args).items()
+            for name, value in settings.items()
         }
         metrics = ["test_accuracy", "nearest_center_accuracy", "train_loss"]
         for summary in hparams(plain, dict.fromkeys(metrics)):

@@ -1,4 +1,4 @@
-"""What the tests let a plotter's background processes draw; imports nothing heavy, as plots itself."""
+"""What the tests let a plotter's background processes draw; imports nothing heavy."""
 
 import os
 import signal

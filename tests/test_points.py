@@ -50,7 +50,7 @@ def test_plane_of_one_dimension_is_a_line():
 
 def test_limits_hold_all_points_and_ignore_what_is_not_finite():
     points = np.array([[0.0, 0.0], [10.0, 1.0], [np.nan, 5.0], [np.inf, 0.0]])
-    (x0, x1), (y0, y1) = limits(points)
+    (x0, x1), (y0, y1) = limits([{"points": points, "centers": points[:0]}])
     assert x0 < 0 and x1 > 10 and y0 < 0 and y1 > 1
     assert (y1 - y0) >= 0.85 * (x1 - x0) - 1e-9
 
@@ -60,7 +60,7 @@ def test_every_class_has_its_own_colour_and_mark_and_all_points_are_drawn(classe
     features, labels, centers = cloud(classes)
     shown = read_epoch(write_epoch(tmp_path / "epoch_1.npz", features, labels, centers))
     figure, ((axes,),) = new_figure(6, 5)
-    scatter = Scatter(axes, shown, limits(features, centers))
+    scatter = Scatter(axes, shown, limits([shown]))
     add_legend(axes, shown)
     scatter.show(shown)
     assert len({line.get_color() for line in scatter.points}) == classes
@@ -149,7 +149,7 @@ def scatter_of(shown: dict) -> tuple[Scatter, list[str]]:
     """The points of an epoch and the names of its legend."""
     _, ((axes,),) = new_figure(6, 5)
     add_legend(axes, shown)
-    scatter = Scatter(axes, shown, limits(shown["points"]))
+    scatter = Scatter(axes, shown, limits([shown]))
     scatter.show(shown)
     return scatter, [text.get_text() for text in axes.get_legend().get_texts()]
 
@@ -171,7 +171,7 @@ def test_a_test_of_unknown_classes_alone_shows_them_in_the_best_colours(tmp_path
         tmp_path / "e.npz", features, labels + 30, cloud(30)[2], unseen=["ant", "bee", "cat"]
     )
     scatter, names = scatter_of(read_epoch(source))
-    assert names == ["ant", "bee", "cat", "center of a trained class"]
+    assert names == ["ant", "bee", "cat", "trained center"]
     unknown = scatter.points[30:]
     assert [line.get_markeredgecolor() for line in unknown] == list(COLORS[:3])
     assert sum(len(points_of(line)) for line in unknown) == len(features)

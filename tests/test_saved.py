@@ -50,7 +50,7 @@ def test_settings_that_no_run_has_written_are_one_line(text, directory):
 )
 def test_metrics_that_no_run_has_written_are_one_line(text, directory):
     (directory / "metrics.csv").write_text(text)
-    assert f"{directory} is no run: args.json or metrics.csv" in refusal(directory)
+    assert f"{directory} is no run: args.json, metrics.csv: " in refusal(directory)
 
 
 @pytest.mark.parametrize("dataset", ["x/../../secret", "../secret", "/etc/hosts", "*", "x"])

@@ -6,9 +6,11 @@ import select
 import signal
 import subprocess
 import time
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import PYTHON, make_folder
 from data_files import refusal
 
@@ -91,12 +93,16 @@ def test_signals_to_all_processes_of_a_run_end_no_worker(main_process):
     assert descendants(main_process.pid) == []
 
 
-def test_a_dead_worker_is_one_line(main_process):
-    for pid in descendants(main_process.pid):
-        if b"forkserver" in Path(f"/proc/{pid}/cmdline").read_bytes():
-            os.kill(pid, signal.SIGKILL)  # the server and the workers
-    _, err = main_process.communicate(b"\n", timeout=60)
-    assert b"WorkerError: a worker of -j 2 died" in err
+def test_a_dead_worker_is_one_line(folder):
+    train = datasets.create("folder", folder, 1, workers=1, image_size=8).train
+    others = set(multiprocessing.active_children())
+    batches = iter(train)
+    next(batches)
+    (worker,) = set(multiprocessing.active_children()) - others
+    worker.kill()
+    with pytest.raises(sources.WorkerError, match=r"a worker of -j 1 died .*") as error:
+        list(batches)
+    assert "\n" not in str(error.value)
 
 
 def test_workers_that_cannot_start_are_a_line_at_once(folder):
@@ -120,3 +126,44 @@ def test_a_set_too_large_for_memory_names_the_way_out(folder, monkeypatch):
     monkeypatch.setattr(sources, "_free_memory", lambda device: 1000)
     assert "-j 4" in refusal("folder", folder, 4, image_size=8)
     datasets.create("folder", folder, 4, workers=1, image_size=8)
+
+
+def write_group(directory: Path, limit: object, used: int, cache: int, version: int) -> None:
+    names = {
+        1: ("memory.limit_in_bytes", "memory.usage_in_bytes"),
+        2: ("memory.max", "memory.current"),
+    }
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / names[version][0]).write_text(f"{limit}\n")
+    (directory / names[version][1]).write_text(f"{used}\n")
+    (directory / "memory.stat").write_text(f"anon 5\ninactive_file {cache}\n")
+
+
+def test_memory_is_what_the_limits_of_a_container_leave(tmp_path):
+    """A file cache counts as used, but the system gives it up."""
+    write_group(tmp_path / "a" / "b", "max", 70, 0, version=2)
+    write_group(tmp_path / "a", 1000, 300, 20, version=2)
+    assert list(sources._limits(tmp_path, ["0::/a/b"])) == [720]
+    write_group(tmp_path / "memory", 500, 300, 10, version=1)  # seen from within a container
+    groups = ["3:cpu,cpuacct:/docker/c", "2:memory:/docker/c", "0::/"]
+    assert list(sources._limits(tmp_path, groups)) == [210]
+    assert list(sources._limits(tmp_path / "none", groups)) == []
+
+
+def test_too_little_shared_memory_is_a_line(folder, monkeypatch):
+    def fail(self):
+        raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1>: (28)")
+
+    split = datasets.open_folder(folder, (8, 8))[0]
+    batches = sources.WholeBatches(split, (1, 8, 8))
+    monkeypatch.setattr("torch.Tensor.share_memory_", fail)
+    line = batches.__getitems__([0, 1])
+    assert "--shm-size" in line and "-j 0 needs none" in line and "(28)" in line
+
+
+def test_in_memory_data_reach_workers_without_shared_memory(monkeypatch):
+    split = datasets.open_digits(Path(), (28, 28))[0]
+    monkeypatch.setattr("torch.multiprocessing.reductions.reduce_storage", None)
+    sent = ForkingPickler.dumps(sources.WholeBatches(split, (1, 28, 28)))
+    images, labels = ForkingPickler.loads(sent).__getitems__([5, 3])
+    assert torch.equal(images[1], split[3][0]) and labels[0] == split.targets[5]

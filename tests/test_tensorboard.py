@@ -1,7 +1,5 @@
 """What --tensorboard writes: each epoch's metrics and pictures once, also of a resumed run."""
 
-from argparse import Namespace
-
 import numpy as np
 import pytest
 from PIL import Image
@@ -22,11 +20,11 @@ def records(directory):
 
 
 def test_a_resumed_run_has_each_epoch_once(tmp_path):
-    args = Namespace(lr=0.5, unseen=["a"], plot=True)
+    settings = {"lr": 0.5, "unseen": ["a"], "plot": True}
     (tmp_path / "test").mkdir()
     history = rows(3)
     for first, last in ((0, 2), (2, 3)):
-        with Board(tmp_path, args, first, history[:first]) as board:
+        with Board(tmp_path, settings, history[:first]) as board:
             for row in history[first:last]:
                 board.add_epoch(row)  # before its picture is drawn
                 pixels = np.full((4, 5, 3), 10 * row["epoch"], np.uint8)
@@ -42,6 +40,6 @@ def test_a_resumed_run_has_each_epoch_once(tmp_path):
 
 
 def test_earlier_epochs_are_added_where_they_were_not_recorded(tmp_path):
-    with Board(tmp_path, Namespace(), 2, rows(2)) as board:
+    with Board(tmp_path, {}, rows(2)) as board:
         board.add_epoch(rows(3)[2])
     assert [each.step for each in records(tmp_path).Scalars("train_loss")] == [1, 2, 3]
