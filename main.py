@@ -93,7 +93,7 @@ def main(args: argparse.Namespace, saved: dict | None = None) -> None:
     """`saved`: the checkpoint to resume or evaluate."""
     start = time.monotonic()
     if args.pairs:
-        return evaluate.test_pairs(args, saved)
+        return evaluate.test_pairs(args)
     run = build(args, saved)
     state = State(run.step.center_loss.centers.detach(), torch.get_rng_state())
     if saved:
