@@ -90,18 +90,18 @@ class Log:
         self.file = None
         self.earlier = []
 
-    def __call__(self, line: str) -> None:
-        if self.quiet:
-            return
-        try:
-            tqdm.write(line)
-            sys.stdout.flush()
-        except OSError as error:
-            raise WriteError(f"cannot write to the standard output: {error.strerror}") from error
-        if self.file is None:
-            self.earlier.append(line)
-        else:
-            self._write(line)
+    def __call__(self, *lines: str) -> None:
+        for line in () if self.quiet else lines:
+            try:
+                tqdm.write(line)
+                sys.stdout.flush()
+            except OSError as error:
+                reason = error.strerror
+                raise WriteError(f"cannot write to the standard output: {reason}") from error
+            if self.file is None:
+                self.earlier.append(line)
+            else:
+                self._write(line)
 
     def open(self, path: Path, printed: bytes = b"") -> None:
         """Starts the file with `printed`, the log of a resumed run up to its checkpoint."""

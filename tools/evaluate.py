@@ -35,8 +35,7 @@ def report(
     measured, curves = evaluation.measure(
         splits, centers, data.classes, data.unseen, confusion=evaluate
     )
-    for line in evaluation.lines(measured):
-        log(line)
+    log(*evaluation.lines(measured))
     facts = dict(epoch=epoch, mirror=bool(args.mirror))
     write_measured(args, measured | facts, curves, files)
     if evaluate and args.plot and "test" in splits:
@@ -66,8 +65,7 @@ def test_pairs(args: argparse.Namespace) -> None:
     for start in utils.progress_bar(starts, "pairs", len(starts)):
         features.append(network(pairs.paths[start : start + args.batch_size])[0])
     measured, curves = pair_metrics(torch.cat(features), pairs)
-    for line in lines(measured):
-        log(line)
+    log(*lines(measured))
     files = RunFiles(args, log)
     utils.start_list(files.directory)
     # Beside the thresholds of --evaluate, which predict.py reads.
