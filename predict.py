@@ -11,7 +11,6 @@ features, logits = network(["a.jpg", "b.jpg"])      # (2, D), (2, C)
 
 import argparse
 import csv
-import json
 import os
 import runpy
 import sys
@@ -147,16 +146,14 @@ def predictions(network: Trained, outputs: Outputs) -> list[dict]:
     """A row of predictions.csv for each image that could be read."""
     probabilities, labels = outputs.logits.softmax(1).max(1)
     distances, nearest = pairwise(outputs.features, network.centers, "euclidean").min(1)
+    columns = (labels, probabilities, nearest, distances)
     rows = []
-    for number, path in enumerate(outputs.paths):
-        row = {
-            "path": path,
-            "class": network.classes[labels[number]],
-            "probability": round(probabilities[number].item(), 6),
-            "nearest_center": network.classes[nearest[number]],
-            "distance": round(distances[number].item(), 6),
-        }
+    for path, *values in zip(outputs.paths, *(each.tolist() for each in columns), strict=True):
+        label, probability, center, distance = values
+        row = {"path": path, "class": network.classes[label], "probability": round(probability, 6)}
         rows.append(row)
+        row["nearest_center"] = network.classes[center]
+        row["distance"] = round(distance, 6)
     return rows
 
 
@@ -166,7 +163,7 @@ def image_paths(roots: Sequence[str]) -> list[str]:
     for root in roots:
         if not os.path.exists(root):
             raise utils.RunError(f"PATH must be an image or a directory, but there is no {root}")
-        found = find_images(Path(root), levels=0).paths if os.path.isdir(root) else [root]
+        found = find_images(Path(root), levels=0).paths() if os.path.isdir(root) else [root]
         if not found:
             raise utils.RunError(f"PATH must be an image or a directory of them, got {root}")
         paths += found
@@ -205,41 +202,31 @@ def write_features(outputs: Outputs, roots: Sequence[str], target: Path) -> None
     print(f"{target}: " + ", ".join(f"{name} {array.shape}" for name, array in arrays.items()))
 
 
-def read_thresholds(path: Path) -> tuple[str, dict, bool | str | None]:
-    """What evaluation.json has of pairs, of unknown or else of trained classes, and its --mirror.
-
-    Empty if there is no such file, or it has none of these.
-    """
-    try:
-        found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-        places = {
-            "the pairs": found.get("pairs", {}),
-            "the unknown classes": found.get("unknown", {}).get("verification", {}),
-            "the trained classes": found.get("verification", {}),
-        }
-    except (AttributeError, ValueError) as error:
-        raise utils.RunError(f"{path} is not an evaluation.json of main.py") from error
-    for of, values in places.items():
-        if "l2" in values:
-            return of, values, found.get("mirror")
-    return "", {}, None
-
-
 def compare(args: argparse.Namespace) -> None:
-    """Prints the distances of two images, and what the thresholds of evaluation.json say."""
+    """Prints the distances of two images, and what the thresholds of evaluation.json say.
+
+    These are of pairs or of unknown classes, where it has them, or else of the trained classes.
+    """
     source = Path(args.checkpoint).with_name("evaluation.json")
-    of, thresholds, mirror = read_thresholds(source)
-    network = load(args.checkpoint, args.device, mirror if args.mirror is None else args.mirror)
-    features = network(args.paths)[0].double()
+    measured = utils.read_json(source)
+    unknown = measured.get("unknown", {}).get("verification", {})
+    places = {
+        "the pairs": measured.get("pairs", {}),
+        "the unknown classes": unknown,
+        "the trained classes": measured.get("verification", {}),
+    }
+    mirror = measured.get("mirror") if args.mirror is None else args.mirror
+    features = load(args.checkpoint, args.device, mirror)(args.paths)[0].double()
     distance = (features[0] - features[1]).norm().item()
     cosine = F.cosine_similarity(features[0], features[1], dim=0).item()
     print(f"L2 distance: {distance:.4f}\t cosine: {cosine:.4f}")
-    if not thresholds:
+    found = [name for name, values in places.items() if "l2" in values]
+    if not found:
         print(f"no thresholds in {source}: main.py --evaluate {args.checkpoint} measures them")
         return
-    print(f"By the thresholds of {of} in {source}:")
+    print(f"By the thresholds of {found[0]} in {source}:")
     for name in ("l2", "cosine"):
-        for metric, limit in thresholds[name].items():
+        for metric, limit in places[found[0]][name].items():
             if metric.startswith("threshold_at") and limit is not None:
                 same = distance <= limit if name == "l2" else cosine >= limit
                 at = metric.removeprefix("threshold_at_").replace("_", " ").upper()

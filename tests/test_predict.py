@@ -217,9 +217,6 @@ def test_two_images_are_compared_by_the_thresholds_that_were_measured(
     views = [torch.cat([predict.load(path)(each)[0], mirror_of(path, each)], 1) for each in pair]
     assert lines[0].startswith(f"L2 distance: {(views[0] - views[1]).norm().item():.4f}\t")
     assert lines[1].startswith("By the thresholds of the pairs in ")
-    (tmp_path / "evaluation.json").write_text("[1")
-    status, _, err = command(path, *pair, "--same")
-    assert status == 2 and err.endswith("evaluation.json is not an evaluation.json of main.py\n")
 
 
 def mirror_of(checkpoint, path):
