@@ -1,47 +1,45 @@
 """Networks: images (B, C, H, W) to features (B, D) and logits (B, num_classes).
 
-MODELS maps a name to its constructor(num_classes, in_channels, image_size, feat_dim), where
-image_size is (H, W). Each ends in an embedding of feat_dim dimensions, small enough to plot at 2,
-and a linear classifier on it. Any other name is one of torchvision's classification networks.
+MODELS maps a name to its constructor(num_classes, in_channels, image_size (H, W), feat_dim). Each
+ends in an embedding and a linear classifier. Other names are torchvision's classification networks.
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import partial, reduce
 
 import torch
 from torch import Tensor, nn
 
-from engine.backbone import Backbone, ModelError, Size, shown
+from engine.backbone import Backbone, ModelError, Size, output_size
 from engine.backbone import pretrained_scaling as pretrained_scaling
+from engine.images import height_and_width, one_line
 from engine.layers import GlobalMax, PReLU, Residual, SmallConv2d
 
-# Layers: their order is that of state dicts and of the random numbers that they draw.
+# Their order is that of state dicts and of the random numbers that they draw.
+Layers = list[nn.Module]
 
 
-def conv_bn(inputs: int, outputs: int, kernel: int = 5) -> list[nn.Module]:
-    """Convolution that keeps the size, BatchNorm, ReLU."""
+def conv_bn(inputs: int, outputs: int, kernel: int = 5) -> Layers:
     convolution = nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2, bias=False)
     return [convolution, nn.BatchNorm2d(outputs), nn.ReLU()]
 
 
-def conv_pool_bn(inputs: int, outputs: int, kernel: int, padding: int) -> list[nn.Module]:
+def conv_pool_bn(inputs: int, outputs: int, kernel: int, padding: int) -> Layers:
     """The pool comes first, so that BatchNorm and ReLU have a quarter of the pixels."""
     convolution = nn.Conv2d(inputs, outputs, kernel, padding=padding, bias=False)
     return [convolution, nn.MaxPool2d(2), nn.BatchNorm2d(outputs), nn.ReLU()]
 
 
 def one_slope(channels: int) -> PReLU:
-    """PReLU with one slope for all channels; PReLU(channels) has one for each."""
+    """One for all channels; PReLU(channels) has one for each."""
     return PReLU()
 
 
-def lenetpp(
-    in_channels: int, activation: Callable[[int], nn.Module], last_pool: int = 2
-) -> list[nn.Module]:
+def lenetpp(in_channels: int, activation: Callable, last_pool: int = 2) -> Layers:
     """LeNet++ (Wen et al., Table 1)."""
 
-    def layer(inputs: int, outputs: int) -> list[nn.Module]:
+    def layer(inputs: int, outputs: int) -> Layers:
         return [nn.Conv2d(inputs, outputs, 5, padding=2), activation(outputs)]
 
     return [
@@ -57,8 +55,8 @@ def lenetpp(
     ]
 
 
-def shallow(in_channels: int) -> list[nn.Module]:
-    """Of zahn2024-v1.2."""
+def shallow(in_channels: int) -> Layers:
+    """zahn2024-v1.2's."""
     return [
         *conv_bn(in_channels, 32),
         *conv_bn(32, 64),
@@ -72,8 +70,8 @@ def shallow(in_channels: int) -> list[nn.Module]:
     ]
 
 
-def deep(in_channels: int) -> list[nn.Module]:
-    """Of zahn2024-v1.0 and -v1.1."""
+def deep(in_channels: int) -> Layers:
+    """zahn2024-v1.0's and -v1.1's."""
     return [
         *shallow(in_channels),
         *conv_bn(512, 256),
@@ -83,7 +81,7 @@ def deep(in_channels: int) -> list[nn.Module]:
     ]
 
 
-def fast(in_channels: int) -> list[nn.Module]:
+def fast(in_channels: int) -> Layers:
     return [
         *conv_pool_bn(in_channels, 16, kernel=5, padding=0),
         *conv_pool_bn(16, 32, kernel=5, padding=0),
@@ -92,7 +90,7 @@ def fast(in_channels: int) -> list[nn.Module]:
     ]
 
 
-def colour(in_channels: int) -> list[nn.Module]:
+def colour(in_channels: int) -> Layers:
     """As in Jordan, arXiv:2404.00498: the first layer takes patches of 2x2 pixels apart."""
     layers = [
         nn.Conv2d(in_channels, 24, 2, bias=False),
@@ -106,20 +104,17 @@ def colour(in_channels: int) -> list[nn.Module]:
         *conv_bn(256, 256, kernel=3),
         GlobalMax(),
     ]
-    convolutions = [layer for layer in layers if isinstance(layer, nn.Conv2d)]
-    begin_as_patches(convolutions[0].weight)
-    for convolution in convolutions[1:]:  # as the identity of the channels of its input
-        nn.init.dirac_(convolution.weight[: convolution.in_channels])
+    begin_as_patches(layers[0].weight)
+    for layer in layers[1:]:
+        if isinstance(layer, nn.Conv2d):  # begins as the identity of its input
+            nn.init.dirac_(layer.weight[: layer.in_channels])
     return layers
 
 
 def begin_as_patches(weight: Tensor) -> None:
-    """Filters (N, C, H, W) as the C·H·W vectors of the discrete cosine transform, then negated.
+    """Filters (N, C, H, W) become the basis of the discrete cosine transform, then its negative."""
 
-    Of 2x2 pixels these are the mean and the edges, of RGB the brightness and the opponent colours.
-    """
-
-    def basis(size: int) -> Tensor:  # orthonormal, a vector a row
+    def basis(size: int) -> Tensor:  # a vector a row
         index = torch.arange(size)
         vectors = torch.cos(math.pi / size * index.unsqueeze(1) * (index + 0.5))
         return vectors / vectors.norm(dim=1, keepdim=True)
@@ -131,34 +126,12 @@ def begin_as_patches(weight: Tensor) -> None:
         weight[: len(filters)] = filters
 
 
-def output_shape(layers: Iterable[nn.Module], image_size: Size) -> tuple[int, int, int]:
-    """Channels, height and width after the layers. ModelError if the images are too small."""
-    channels, size = 0, image_size
-    for layer in layers:
-        if isinstance(layer, nn.Conv2d):
-            channels = layer.out_channels
-            growth = 1 + 2 * layer.padding[0] - layer.kernel_size[0]
-            size = size[0] + growth, size[1] + growth
-        elif isinstance(layer, nn.MaxPool2d):
-            size = tuple((side - layer.kernel_size) // layer.stride + 1 for side in size)
-        elif isinstance(layer, GlobalMax):
-            size = 1, 1
-        # A BatchNorm of one pixel could not train on a batch of one image.
-        smallest = 2 if isinstance(layer, nn.BatchNorm2d) else 1
-        if min(size) < 1 or size[0] * size[1] < smallest:
-            raise ModelError(f"images of {shown(image_size)} pixels are too small for this network")
-    return channels, *size
-
-
 class ConvNet(nn.Module):
     """Convolutions, an embedding and a linear classifier on it.
 
-    Args:
-        layers: creates the convolutions for so many channels.
-        activation: creates that of the embedding.
-        classifier_bias: without it the class centers spread on a circle, else on rays to one side.
-
-    Raises ModelError if the images are too small for the layers, or feat_dim is 0.
+    `layers` creates the convolutions for so many channels, `activation` that of the embedding.
+    Without `classifier_bias` class centers spread on a circle, else on rays to one side.
+    ModelError if the images are too small for the layers, or feat_dim is 0.
     """
 
     def __init__(
@@ -168,7 +141,7 @@ class ConvNet(nn.Module):
         image_size: Size,
         feat_dim: int,
         *,
-        layers: Callable[[int], list[nn.Module]],
+        layers: Callable[[int], Layers],
         activation: Callable[[int], nn.Module] | None = None,
         classifier_bias: bool = True,
     ):
@@ -176,21 +149,21 @@ class ConvNet(nn.Module):
         if not feat_dim:
             raise ModelError("--feat-dim must be at least 1 for a network of models.py, got 0")
         self.body = nn.Sequential(*layers(in_channels))
-        self.embedding = nn.Linear(math.prod(output_shape(self.body, image_size)), feat_dim)
+        self.embedding = nn.Linear(output_size(self.body, in_channels, image_size), feat_dim)
         if activation:
             self.embedding = nn.Sequential(self.embedding, activation(feat_dim))
         self.classifier = nn.Linear(feat_dim, num_classes, bias=classifier_bias)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         inputs = self.body(images).flatten(1).to(images.dtype)
-        # Without autocast, as bfloat16 would round the features to a visible grid.
+        # bfloat16 would round the features to a visible grid.
         with torch.autocast(images.device.type, enabled=False):
             features = self.embedding(inputs)
             return features, self.classifier(features)
 
 
 def resnet18_small(*shape) -> Backbone:
-    """resnet18 for small images: a first convolution of 3x3 without stride and without a pool."""
+    """The first convolution is of 3x3, without stride and pool."""
     model = Backbone("resnet18", *shape)
     model.body.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
     nn.init.kaiming_normal_(model.body.conv1.weight, mode="fan_out", nonlinearity="relu")
@@ -198,10 +171,10 @@ def resnet18_small(*shape) -> Backbone:
     return model
 
 
-def faces(in_channels: int) -> list[nn.Module]:
-    """Of the face network in the authors' Caffe files."""
+def faces(in_channels: int) -> Layers:
+    """wen2016's, as in the authors' Caffe files."""
 
-    def layer(inputs: int, outputs: int) -> list[nn.Module]:
+    def layer(inputs: int, outputs: int) -> Layers:
         return [nn.Conv2d(inputs, outputs, 3), PReLU(outputs)]
 
     return [
@@ -229,7 +202,7 @@ def faces(in_channels: int) -> list[nn.Module]:
 
 
 def face_resnet(*shape) -> ConvNet:
-    """wen2016's network, for 112 x 96 pixels and feat_dim 512; it begins as there."""
+    """For 112 x 96 pixels and feat_dim 512 in wen2016; it begins as there."""
     model = ConvNet(*shape, layers=faces)
     initialise(model, "xavier")
     return model
@@ -253,7 +226,6 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
 
 
 def is_known(name: str) -> bool:
-    """Whether `name` is in MODELS or names a classification network of torchvision."""
     if name in MODELS:  # torchvision takes seconds to load
         return True
     import torchvision
@@ -262,11 +234,9 @@ def is_known(name: str) -> bool:
 
 
 class Mirrored(nn.Module):
-    """The features of images and of their mirror images, and the mean logits of both.
+    """Features of images and of their mirror images: their "mean" (B, D), or "concat" (B, 2 D).
 
-    `mode`: "mean", of the two features (B, D), or "concat", both side by side (B, 2 D), as Wen et
-    al. (ECCV 2016, section 4.1) test faces. As the classifiers here are linear, the mean logits
-    are those of the mean features.
+    Wen et al. (ECCV 2016, section 4.1) test faces by the latter. Logits are the mean of both.
     """
 
     def __init__(self, model: nn.Module, mode: str = "mean"):
@@ -285,7 +255,7 @@ class Mirrored(nn.Module):
         return (features + mirrored_features) / 2, logits
 
     def centers(self, centers: Tensor) -> Tensor:
-        """Class centers (C, D) in the space of these features."""
+        """Class centers (C, D) among these features."""
         return torch.cat([centers, centers], 1) if self.mode == "concat" else centers
 
 
@@ -293,26 +263,22 @@ MIRRORS = ("mean", "concat")
 
 
 class Compiled(nn.Module):
-    """`net`, compiled for batches of one size; others, such as an epoch's last, run uncompiled."""
+    """Compiled for batches of one size; an epoch's last, smaller one runs uncompiled."""
 
     def __init__(self, net: nn.Module, batch_size: int):
         super().__init__()
         try:  # here, rather than within the first step
             torch.compile(torch.neg)(next(net.parameters()).detach())
         except Exception as error:  # of torch's compiler, Triton's or the system's
-            reason = str(error).strip().partition("\n")[0] or type(error).__name__
-            raise ModelError(f"--compile needs a C++ compiler that works: {reason}") from error
+            raise ModelError(
+                f"--compile needs a working C++ compiler: {one_line(error)}"
+            ) from error
         self.net = net
         self.batch_size = batch_size
         self.compiled = torch.compile(net, dynamic=False)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         return self.compiled(images) if len(images) == self.batch_size else self.net(images)
-
-
-def keep_(parameter: Tensor) -> Tensor:
-    """The network's own initialisation, as a rule PyTorch's; its layers have drawn it already."""
-    return parameter
 
 
 def xavier_(parameter: Tensor) -> Tensor:
@@ -323,11 +289,10 @@ def xavier_(parameter: Tensor) -> Tensor:
     return nn.init.uniform_(parameter, -bound, bound)
 
 
-INITS = {"default": keep_, "xavier": xavier_}
+INITS = {"default": nn.Identity(), "xavier": xavier_}  # "default": as the layers have drawn it
 
 
 def initialise(model: nn.Module, init: str) -> None:
-    """Initialises convolutions and linear layers by INITS[init]."""
     for module in model.modules():
         if isinstance(module, nn.Conv2d | nn.Linear) and not isinstance(module, SmallConv2d):
             for parameter in module.parameters():
@@ -345,10 +310,10 @@ def create(
 ) -> nn.Module:
     """Builds MODELS[name], or torchvision's network of that name; initialises it by INITS[init].
 
-    `image_size` is (H, W), or one number for squares. Raises ModelError if the network cannot be
-    built for such images, or its pretrained weights cannot be read or downloaded.
+    `image_size` is (H, W), or one number for squares. ModelError if the network cannot take such
+    images, or its pretrained weights cannot be read or downloaded.
     """
-    size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
+    size = height_and_width(image_size)
     if name in MODELS and not pretrained:
         model = MODELS[name](num_classes, in_channels, size, feat_dim)
     else:

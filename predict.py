@@ -11,14 +11,15 @@ features, logits = network(["a.jpg", "b.jpg"])      # (2, D), (2, C)
 
 import argparse
 import csv
+import io
 import os
 import runpy
 import sys
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -32,18 +33,17 @@ with own_modules():  # others may have modules of these names
     import utils
     from center_loss import pairwise
     from engine.device import choose_device
-    from engine.images import MODES, DatasetError, ReadImage, find_images
+    from engine.images import (
+        MODES,
+        DatasetError,
+        ReadImage,
+        find_images,
+        height_and_width,
+        one_line,
+    )
 
 COLUMNS = ["path", "class", "probability", "nearest_center", "distance", "error"]
-
-
-class Outputs(NamedTuple):
-    """What a network makes of image files, of which some may be unreadable."""
-
-    paths: list[str]  # of those that could be read
-    features: Tensor  # (N, D)
-    logits: Tensor  # (N, C)
-    errors: dict[str, str]  # why others could not, by path
+PIXELS = 1_000_000  # of the images that the network takes at once
 
 
 class Trained:
@@ -57,14 +57,12 @@ class Trained:
         args = checkpoint["args"]
         data = checkpoint["data"]
         channels = data["in_channels"]
-        size = data["image_size"]
         self.classes = data["classes"]
-        self.size = (size, size) if isinstance(size, int) else tuple(size)
+        self.size = height_and_width(data["image_size"])
         self.amp = args["amp"]
         self.device = torch.device(device)
-        self.model = models.create(
-            args["model"], len(self.classes), channels, self.size, args["feat_dim"]
-        )
+        shape = (len(self.classes), channels, self.size, args["feat_dim"])
+        self.model = models.create(args["model"], *shape)
         self.model.load_state_dict(checkpoint["model"])
         self.model.to(self.device, memory_format=torch.channels_last).eval()
         self.net = self.model
@@ -80,46 +78,40 @@ class Trained:
         self._normalise = datasets.Normalise(*moments, self.device)
         self.read = ReadImage(MODES[channels], self.size)
 
-    def __call__(self, paths: str | Path | Sequence[str | Path]) -> tuple[Tensor, Tensor]:
-        """Features (N, D) and logits (N, C) of image files. DatasetError if one cannot be read."""
-        found = self.outputs([paths] if isinstance(paths, str | os.PathLike) else paths)
-        for error in found.errors.values():
-            raise DatasetError(error)
-        return found.features, found.logits
-
     def scale(self, images: Sequence[Tensor]) -> Tensor:
         """The network's input (N, C, H, W), from images that have been read."""
         return self._normalise(torch.stack(list(images)).to(self.device))
 
     @torch.no_grad()
-    def outputs(self, paths: Sequence[str | Path], batch_size: int = 128) -> Outputs:
-        """The same, but for files that cannot be read."""
-        whole = []
+    def __call__(
+        self, paths: str | Path | Sequence[str | Path], errors: dict[str, str] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Features (N, D) and logits (N, C) of image files.
+
+        DatasetError if one cannot be read, unless `errors` is there to get the reason by its path.
+        """
+        paths = [paths] if isinstance(paths, str | os.PathLike) else paths
+        count = max(1, PIXELS // (self.size[0] * self.size[1]))
         features = [self.centers[:0]]
         logits = [self.centers.new_empty(0, len(self.classes))]
-        errors = {}
+        read = partial(self._read, errors=errors)
         with ThreadPoolExecutor() as pool:
-            for start in range(0, len(paths), batch_size):
-                batch = paths[start : start + batch_size]
-                images = []
-                for path, image in zip(batch, pool.map(self._read_or_say, batch), strict=True):
-                    if isinstance(image, str):
-                        errors[str(path)] = image
-                    else:
-                        whole.append(str(path))
-                        images.append(image)
+            for start in range(0, len(paths), count):
+                images = list(filter(torch.is_tensor, pool.map(read, paths[start : start + count])))
                 if images:
                     with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
                         found = self.net(self.scale(images))
                     features.append(found[0])
                     logits.append(found[1])
-        return Outputs(whole, torch.cat(features), torch.cat(logits), errors)
+        return torch.cat(features), torch.cat(logits)
 
-    def _read_or_say(self, path: str | Path) -> Tensor | str:
+    def _read(self, path: str | Path, errors: dict[str, str] | None) -> Tensor | None:
         try:
             return self.read(path)
         except DatasetError as error:
-            return str(error)
+            if errors is None:
+                raise
+            errors[str(path)] = str(error)
 
 
 def load(
@@ -130,170 +122,158 @@ def load(
     `mirror`: True or "mean" for the means over images and their mirror images, "concat" for both
     features side by side, False for neither; None: as the run did in its tests.
 
-    Features are as the network gives them, of no fixed scale. Center loss makes L2 distances small
-    within the trained classes; for other classes, or after F.normalize (cosine), evaluation.json
-    has the error rates and thresholds of both, from which to choose.
+    Features are of no fixed scale. Center loss makes L2 distances small within the trained classes;
+    for others evaluation.json has the error rates of L2 and cosine, from which to choose.
     """
     checkpoint = utils.load_checkpoint(path)
     try:
         return Trained(checkpoint, device, mirror)
     except Exception as error:  # whatever an entry that is missing or of another kind raises
-        reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+        reason = f"{type(error).__name__}: {one_line(error)}"
         raise utils.RunError(f"{path} is no whole checkpoint of main.py: {reason}") from error
 
 
-def predictions(network: Trained, outputs: Outputs) -> list[dict]:
-    """A row of predictions.csv for each image that could be read."""
-    probabilities, labels = outputs.logits.softmax(1).max(1)
-    distances, nearest = pairwise(outputs.features, network.centers, "euclidean").min(1)
-    columns = (labels, probabilities, nearest, distances)
-    rows = []
-    for path, *values in zip(outputs.paths, *(each.tolist() for each in columns), strict=True):
-        label, probability, center, distance = values
-        row = {"path": path, "class": network.classes[label], "probability": round(probability, 6)}
-        rows.append(row)
-        row["nearest_center"] = network.classes[center]
-        row["distance"] = round(distance, 6)
-    return rows
-
-
 def image_paths(roots: Sequence[str]) -> list[str]:
-    """The files among `roots`, and the images below the directories among them."""
+    """The files among `roots`, and the images below the directories."""
     paths = []
     for root in roots:
-        if not os.path.exists(root):
-            raise utils.RunError(f"PATH must be an image or a directory, but there is no {root}")
         found = find_images(Path(root), levels=0).paths() if os.path.isdir(root) else [root]
-        if not found:
-            raise utils.RunError(f"PATH must be an image or a directory of them, got {root}")
+        if not found or not os.path.exists(root):
+            raise utils.RunError(f"there is no image {root}")
         paths += found
     return paths
 
 
-def write_predictions(network: Trained, outputs: Outputs, target: Path) -> None:
-    """Writes predictions.csv, in which images that could not be read come last; and a summary."""
-    rows = predictions(network, outputs)
-    target.parent.mkdir(parents=True, exist_ok=True)
-
-    def write(part: Path) -> None:
-        with open(part, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
-            writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-            writer.writeheader()
-            unreadable = [dict(path=path, error=error) for path, error in outputs.errors.items()]
-            for row in rows + unreadable:
-                writer.writerow({name: utils.spreadsheet_text(str(row[name])) for name in row})
-
-    utils.replace_file(target, write)
-    counts = Counter(row["class"] for row in rows).most_common()
-    unsure = sum(row["probability"] < 0.5 for row in rows)
-    apart = sum(row["class"] != row["nearest_center"] for row in rows)
-    print(f"{len(rows)} images: " + ", ".join(f"{name} {count}" for name, count in counts))
-    print(f"Probability below 0.5: {unsure}\t Nearest center of another class: {apart}")
-    print(f"Predictions: {target}")
+def predictions(
+    network: Trained, paths: Sequence[str], features: Tensor, logits: Tensor
+) -> list[list[str]]:
+    """Rows of predictions.csv."""
+    probabilities, labels = logits.softmax(1).max(1)
+    distances, nearest = pairwise(features, network.centers, "euclidean").min(1)
+    columns = [each.tolist() for each in (labels, probabilities, nearest, distances)]
+    rows = []
+    for path, label, probability, center, distance in zip(paths, *columns, strict=True):
+        names = network.classes[label], network.classes[center]
+        rows.append([path, names[0], f"{probability:.6f}", names[1], f"{distance:.6f}", ""])
+    return rows
 
 
-def write_features(outputs: Outputs, roots: Sequence[str], target: Path) -> None:
+def write_predictions(rows: Sequence[Sequence[str]], target: Path) -> None:
+    table = io.StringIO()
+    writer = csv.writer(table, lineterminator="\n")
+    for row in [COLUMNS, *rows]:
+        writer.writerow(map(utils.spreadsheet_text, row))
+    written = table.getvalue().encode(errors="surrogateescape")
+    if not (target.parent / utils.FILES).exists():
+        utils.start_list(target.parent)
+    utils.replace_file(target, lambda part: part.write_bytes(written))
+
+
+def write_features(
+    paths: Sequence[str], features: Tensor, roots: Sequence[str], target: Path
+) -> None:
     """Writes paths, features and, of a directory of directories, these as classes and labels."""
-    arrays = dict(paths=np.array(outputs.paths), features=outputs.features.float().cpu().numpy())
-    names = [Path(os.path.relpath(path, roots[0])).parts[0] for path in outputs.paths]
+    arrays = dict(paths=np.array(paths), features=features.float().cpu().numpy())
+    names = [os.path.relpath(path, roots[0]).split(os.sep)[0] for path in paths]
     if len(roots) == 1 and all(os.path.isdir(os.path.join(roots[0], name)) for name in names):
         arrays["classes"], arrays["labels"] = np.unique(names, return_inverse=True)
     utils.save_arrays(target, arrays)
-    print(f"{target}: " + ", ".join(f"{name} {array.shape}" for name, array in arrays.items()))
+    print(f"{len(paths)} images\nFeatures: {target}")
 
 
-def compare(args: argparse.Namespace) -> None:
-    """Prints the distances of two images, and what the thresholds of evaluation.json say.
-
-    These are of pairs or of unknown classes, where it has them, or else of the trained classes.
-    """
+def compare(args: argparse.Namespace, paths: Sequence[str]) -> None:
+    """Prints the distances of two images, and what the thresholds of evaluation.json say."""
+    if len(paths) != 2:
+        raise utils.RunError(f"--same must have two images, got {len(paths)}")
     source = Path(args.checkpoint).with_name("evaluation.json")
     measured = utils.read_json(source)
-    unknown = measured.get("unknown", {}).get("verification", {})
-    places = {
-        "the pairs": measured.get("pairs", {}),
-        "the unknown classes": unknown,
-        "the trained classes": measured.get("verification", {}),
-    }
     mirror = measured.get("mirror") if args.mirror is None else args.mirror
-    features = load(args.checkpoint, args.device, mirror)(args.paths)[0].double()
-    distance = (features[0] - features[1]).norm().item()
-    cosine = F.cosine_similarity(features[0], features[1], dim=0).item()
-    print(f"L2 distance: {distance:.4f}\t cosine: {cosine:.4f}")
-    found = [name for name, values in places.items() if "l2" in values]
-    if not found:
+    first, second = load(args.checkpoint, args.device, mirror)(paths)[0].double()
+    l2 = (first - second).norm().item()
+    cosine = F.cosine_similarity(first, second, dim=0).item()
+    print(f"L2 distance: {l2:.4f}\t cosine: {cosine:.4f}")
+    places = {  # the first that was measured counts
+        "pairs": measured.get("pairs", {}),
+        "unknown classes": measured.get("unknown", {}).get("verification", {}),
+        "trained classes": measured.get("verification", {}),
+    }
+    place = next((name for name, values in places.items() if "l2" in values), None)
+    if place is None:
         print(f"no thresholds in {source}: main.py --evaluate {args.checkpoint} measures them")
         return
-    print(f"By the thresholds of {found[0]} in {source}:")
+    print(f"By the thresholds of the {place} in {source}:")
     for name in ("l2", "cosine"):
-        for metric, limit in places[found[0]][name].items():
+        for metric, limit in places[place][name].items():
             if metric.startswith("threshold_at") and limit is not None:
-                same = distance <= limit if name == "l2" else cosine >= limit
-                at = metric.removeprefix("threshold_at_").replace("_", " ").upper()
-                print(f"{name} at {at}, {limit:.4f}: {'the same' if same else 'different'}")
+                same = l2 <= limit if name == "l2" else cosine >= limit
+                print(f"{name}, {metric} {limit:.4f}: {'the same' if same else 'different'}")
 
 
-class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are one line, without the usage."""
-
-    def error(self, message: str):
-        self.exit(2, f"predict.py: error: {message}\n")
+def path(text: str) -> str:
+    if not text:
+        raise argparse.ArgumentTypeError("a path must not be empty")
+    return os.path.expanduser(text)
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
-    kind = argparse.RawDescriptionHelpFormatter
-    parser = Parser("predict.py", description=__doc__, formatter_class=kind, allow_abbrev=False)
+    style = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("predict.py", description=__doc__, formatter_class=style)
+    parser.error = lambda message: parser.exit(2, f"predict.py: error: {message}\n")
     add = parser.add_argument
-    add("checkpoint", metavar="CHECKPOINT", help="of main.py: best.pt or checkpoint.pt")
-    add("paths", metavar="PATH", nargs="+", help="image, or directory of images")
-    add("--save-dir", help="directory of predictions.csv (default: that of the checkpoint)")
-    add("--embed", metavar="FILE.npz", help="write features instead of predictions")
-    add("--same", action="store_true", help="compare two images instead of predicting classes")
-    add("--batch-size", type=int, default=128, help="images at a time (default: 128)")
+    add("checkpoint", type=path, help="of main.py: best.pt or checkpoint.pt")
+    add("paths", type=path, nargs="+", help="images, and directories of images")
+    add("--save-dir", type=path, help="of predictions.csv (default: that of the checkpoint)")
+    add("--overwrite", action="store_true", help="also replace a file of somebody else's")
+    instead = parser.add_mutually_exclusive_group().add_argument
+    instead("--embed", metavar="FILE.npz", type=path, help="write features instead of classes")
+    instead("--same", action="store_true", help="compare two images instead")
     switch = argparse.BooleanOptionalAction
-    add("--mirror", action=switch, help="means with mirror images (default: as the run did)")
-    add("--gpu", type=int, default=0, help="index of the GPU (default: 0)")
+    add("--mirror", action=switch, help="means with mirror images (default: as in the run)")
     add("--use-cpu", action="store_true", help="use the CPU, as happens without a GPU")
     args = parser.parse_args(argv)
-    gpus = 0 if args.use_cpu else torch.cuda.device_count()
-    if "" in (args.checkpoint, args.save_dir, args.embed, *args.paths):
-        parser.error("a path must not be empty")
-    if args.batch_size < 1:
-        parser.error(f"--batch-size must be at least 1, got {args.batch_size}")
-    if args.same and (
-        args.embed or len(args.paths) != 2 or not all(map(os.path.isfile, args.paths))
-    ):
-        parser.error(f"--same must have two image files alone, got {' '.join(args.paths)}")
-    if gpus and not 0 <= args.gpu < gpus:
-        parser.error(f"--gpu must be below {gpus}, the number of GPUs here, got {args.gpu}")
-    args.device = choose_device(args.gpu, args.use_cpu)
+    args.device = choose_device(0, args.use_cpu)
     return args
 
 
+def run(args: argparse.Namespace) -> int:
+    """What the command asks for; the exit status, 1 if some images could not be read."""
+    paths = image_paths(args.paths)
+    if args.same:
+        compare(args, paths)
+        return 0
+    directory = args.save_dir or os.path.dirname(args.checkpoint)
+    target = Path(args.embed or os.path.join(directory, "predictions.csv"))
+    if not args.overwrite and target.exists() and target.name not in utils.recorded(target.parent):
+        raise utils.RunError(f"{target} is somebody else's: --overwrite replaces it")
+    network = load(args.checkpoint, args.device, args.mirror)
+    errors = {}
+    features, logits = network(paths, errors)
+    whole = [each for each in paths if each not in errors]
+    if args.embed:
+        write_features(whole, features, args.paths, target)
+    else:
+        rows = predictions(network, whole, features, logits)
+        unreadable = [[each, "", "", "", "", error] for each, error in errors.items()]
+        write_predictions(rows + unreadable, target)
+        counts = Counter(row[1] for row in rows).most_common()
+        print(f"{len(rows)} images: " + ", ".join(f"{name} {count}" for name, count in counts))
+        print(f"Predictions: {target}")
+    if not errors:
+        return 0
+    first = next(iter(errors.values()))
+    print(f"{len(errors)} could not be read; the first: {first}", file=sys.stderr)
+    return 1
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command; the exit status, 1 if some images could not be read."""
     args = parse_args(argv)
     try:
-        if args.same:
-            compare(args)
-            return 0
-        paths = image_paths(args.paths)
-        network = load(args.checkpoint, args.device, args.mirror)
-        outputs = network.outputs(paths, args.batch_size)
-        if args.embed:
-            write_features(outputs, args.paths, Path(args.embed))
-        else:
-            directory = args.save_dir or Path(args.checkpoint).parent
-            write_predictions(network, outputs, Path(directory, "predictions.csv"))
+        return run(args)
     except (utils.RunError, DatasetError) as error:
         print(f"predict.py: error: {error}", file=sys.stderr)
         return getattr(error, "status", 2)
     except KeyboardInterrupt:
         return 130
-    errors = list(outputs.errors.values())
-    if errors:
-        print(f"{len(errors)} could not be read; the first: {errors[0]}", file=sys.stderr)
-    return 1 if errors else 0
 
 
 if __name__ == "__main__":

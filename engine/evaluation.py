@@ -20,9 +20,7 @@ def measure(
 ) -> tuple[dict, dict[str, list[float]]]:
     """Verification, retrieval and detection of unknown classes, of the splits "test" and "unknown".
 
-    Each of them may be missing. Labels of "unknown" go on from len(classes). `confusion`: count the
-    test images by class and prediction, too.
-
+    Each of them may be missing. Labels of "unknown" go on from len(classes).
     Returns the contents of evaluation.json, in % but for "auc" and "auroc", and ROC curves: true
     positive rates at metrics.FARS.
     """
@@ -31,27 +29,24 @@ def measure(
     measured = dict(classes=list(classes))
     curves = {}
 
-    def compare(into: dict, features: Tensor, labels: Tensor, what: str) -> None:
-        found, tprs = metrics.compare_all(features, labels)
-        into.update(found, images=len(labels))
-        for name, comparison in metrics.COMPARISONS.items():
-            if name in tprs and what:
-                curves[f"{what} classes, {comparison.name}"] = tprs[name]
+    def compare(split: dict, what: str = "") -> dict:
+        found, tprs = metrics.compare_all(split["features"], split["labels"])
+        for name in tprs if what else ():
+            curves[f"{what} classes, {metrics.COMPARISONS[name]}"] = tprs[name]
+        return found | dict(images=len(split["labels"]))
 
     if tested:
         measured.update((name, tested[name]) for name in TESTED)
-        compare(measured, tested["features"], tested["labels"], "trained")
+        measured.update(compare(tested, "trained"))
     if unknown:
-        measured["unknown"] = dict(classes=list(unseen))
-        compare(measured["unknown"], unknown["features"], unknown["labels"], "unknown")
+        measured["unknown"] = dict(classes=list(unseen), **compare(unknown, "unknown"))
     if tested and unknown:
         measured["unknown"].update(metrics.open_set(tested, unknown, centers))
-        measured["all"] = {}
-        both = [torch.cat([tested[name], unknown[name]]) for name in ("features", "labels")]
-        compare(measured["all"], *both, "")
+        both = {name: torch.cat([tested[name], unknown[name]]) for name in ("features", "labels")}
+        measured["all"] = compare(both)
     if tested and confusion:
-        counts = metrics.confusion(tested["labels"], tested["predictions"], len(classes))
-        measured["confusion"] = counts
+        found = (tested["labels"], tested["predictions"])
+        measured["confusion"] = metrics.confusion(*found, len(classes))
     return measured, curves
 
 
@@ -82,15 +77,15 @@ def compared_line(what: str, measured: dict) -> str:
     if "missing" in verification:
         return f"{over}: not measured, since {verification['missing']}"
 
-    def values(metric: str, source: str = "verification") -> str:
+    def values(source: str, metric: str) -> str:
         return " / ".join(f"{measured[source][name][metric]:.2f}" for name in metrics.COMPARISONS)
 
-    by = " / ".join(comparison.name for comparison in metrics.COMPARISONS.values())
     return (
-        f"{over} by {by}: EER (%): {values('eer')}\t "
-        f"TPR (%) at FAR 0.01: {values('tpr_at_far_1e-2')}\t "
-        f"Recall@1 (%): {values('recall_at_1', 'retrieval')}\t "
-        f"mAP (%): {values('mean_average_precision', 'retrieval')}"
+        f"{over} by {' / '.join(metrics.COMPARISONS.values())}: "
+        f"EER (%): {values('verification', 'eer')}\t "
+        f"TPR (%) at FAR 0.01: {values('verification', 'tpr_at_far_1e-2')}\t "
+        f"Recall@1 (%): {values('retrieval', 'recall_at_1')}\t "
+        f"mAP (%): {values('retrieval', 'mean_average_precision')}"
     )
 
 

@@ -7,7 +7,7 @@ from torch.autograd.function import once_differentiable
 
 
 class PReLUOnCPU(torch.autograd.Function):
-    """F.prelu with a backward pass of vectorised operations, four times as fast as torch's."""
+    """F.prelu with a vectorised backward pass, four times as fast as torch's."""
 
     @staticmethod
     def forward(context, inputs: Tensor, slopes: Tensor) -> Tensor:
@@ -18,7 +18,7 @@ class PReLUOnCPU(torch.autograd.Function):
     @once_differentiable
     def backward(context, gradients: Tensor) -> tuple[Tensor, Tensor]:
         inputs, slopes = context.saved_tensors
-        inputs = inputs.to(gradients.dtype)  # autocast casts those of F.prelu
+        inputs = inputs.to(gradients.dtype)  # under autocast
         slopes = slopes.to(gradients.dtype)
         by_channel = slopes.view(1, -1, *[1] * (inputs.ndim - 2))  # (1, 1 or C, 1, 1)
         above = torch.ops.aten.threshold_backward(gradients, inputs, 0)  # 0 where inputs <= 0
@@ -42,8 +42,7 @@ class PReLU(nn.PReLU):
 class GlobalMax(nn.Module):
     """The largest pixel of each channel: (B, C, H, W) to (B, C).
 
-    Pixels that share the maximum share its gradient, where AdaptiveMaxPool2d gives it to the first;
-    but that has no deterministic backward pass on GPUs.
+    AdaptiveMaxPool2d has no deterministic backward pass on GPUs.
     """
 
     def forward(self, images: Tensor) -> Tensor:
@@ -51,9 +50,9 @@ class GlobalMax(nn.Module):
 
 
 class SmallConv2d(nn.Conv2d):
-    """A 3x3 convolution without bias that begins near 0 whatever the initialisation of a network.
+    """A 3x3 convolution that begins near 0, whatever --init says.
 
-    wen2016's blocks have biases that begin at 0 and stay there, at rate 0; so these have none.
+    wen2016's have biases that begin at 0 and stay there, at rate 0; so these have none.
     """
 
     def __init__(self, channels: int):
@@ -68,12 +67,8 @@ class Residual(nn.Module):
 
     def __init__(self, channels: int):
         super().__init__()
-        self.body = nn.Sequential(
-            SmallConv2d(channels),
-            PReLU(channels),
-            SmallConv2d(channels),
-            PReLU(channels),
-        )
+        layers = [SmallConv2d(channels), PReLU(channels)]
+        self.body = nn.Sequential(*layers, SmallConv2d(channels), PReLU(channels))
 
     def forward(self, images: Tensor) -> Tensor:
         return images + self.body(images)

@@ -1,56 +1,49 @@
 """Verification of given pairs of images, those of datasets.read_pairs, as LFW's protocol asks."""
 
-import math
-
 import numpy as np
 import torch
 from torch import Tensor
 
-from engine.metrics import COMPARISONS, Roc
+from engine.images import DatasetError
+from engine.metrics import COMPARISONS, Roc, prepare, threshold
 
-NAMES = {name: comparison.name for name, comparison in COMPARISONS.items()}
-NAMES["cosine_pca"] = "cosine after PCA"
+NAMES = COMPARISONS | {"cosine_pca": "cosine after PCA"}
 
 
 def pair_metrics(features: Tensor, pairs) -> tuple[dict, dict[str, list[float]]]:
     """How well distances of features (N, D) tell pairs of one class from pairs of two.
 
-    The accuracy is the mean over the folds, with its standard error, where the threshold and the
-    PCA of a fold come from the others; `threshold` is the mean. All else is of all pairs together.
-    Returns the "pairs" of evaluation.json, in % but for "auc", and the ROC curves.
+    Accuracy and threshold are means over the folds, where the threshold and the PCA of a fold come
+    from the others. All else is of all pairs together. Returns the "pairs" of evaluation.json, in %
+    but for "auc", and the ROC curves. DatasetError if features are not finite.
     """
-    features = features.double()
-    folds = np.unique(pairs.folds)
-    measured = dict(
-        images=len(features), pairs=len(pairs.same), same=int(pairs.same.sum()), folds=len(folds)
-    )
-    if len(folds) < 2:
-        return measured | dict(missing="there is one fold alone"), {}
+    features = features.double().cpu()
     if not features.isfinite().all():
-        return measured | dict(missing="the features are not finite"), {}
+        raise DatasetError("--pairs: the network's features are not finite")
+    folds = np.unique(pairs.folds)
+    measured = dict(images=len(features), pairs=len(pairs.same), folds=len(folds))
+    measured["same"] = int(pairs.same.sum())
     curves = {}
     for name, what in NAMES.items():
-        comparison = COMPARISONS["cosine" if name == "cosine_pca" else name]
-        distances = pair_distances(comparison.prepare(features), pairs)
+        distances = pair_distances(name, features, pairs)
         scores = np.empty(len(pairs.same))
         accuracies = []
         thresholds = []
         for fold in folds:
             within = pairs.folds == fold
             if name == "cosine_pca":
-                rows = np.unique([pairs.first[~within], pairs.second[~within]])
-                rotated = after_pca(features, rows)
-                distances = pair_distances(comparison.prepare(rotated), pairs)
+                others = np.unique([pairs.first[~within], pairs.second[~within]])
+                distances = pair_distances(name, after_pca(features, others), pairs)
             limit = best_threshold(distances[~within], pairs.same[~within])
-            accuracies.append(np.mean((distances[within] <= limit) == pairs.same[within]))
-            thresholds.append(comparison.threshold(limit))
+            accuracies.append(100 * np.mean((distances[within] <= limit) == pairs.same[within]))
+            thresholds.append(threshold(name, limit))
             scores[within] = distances[within]
-        roc = Roc(np.sort(scores[pairs.same]), np.sort(scores[~pairs.same]))
+        roc = Roc(scores[pairs.same], scores[~pairs.same])
         measured[name] = dict(
-            accuracy=100 * float(np.mean(accuracies)),
-            standard_error=100 * float(np.std(accuracies, ddof=1)) / math.sqrt(len(folds)),
+            accuracy=float(np.mean(accuracies)),
+            standard_error=float(np.std(accuracies, ddof=1) / len(folds) ** 0.5),
             threshold=float(np.mean(thresholds)),
-            **roc.metrics(comparison.threshold),
+            **roc.metrics(name),
         )
         curves[f"pairs, {what}"] = roc.curve()
     return measured, curves
@@ -58,14 +51,12 @@ def pair_metrics(features: Tensor, pairs) -> tuple[dict, dict[str, list[float]]]
 
 def lines(measured: dict) -> list[str]:
     """What the log says of pair_metrics."""
-    over = f"Pairs ({measured['pairs']:,} of {measured['images']:,} images)"
-    if "missing" in measured:
-        return [f"{over}: not measured, since {measured['missing']}"]
     said = []
     for name, what in NAMES.items():
         found = measured[name]
         said.append(
-            f"{over} by {what}: accuracy (%) over {measured['folds']} folds: "
+            f"Pairs ({measured['pairs']:,} of {measured['images']:,} images) by {what}: "
+            f"accuracy (%) over {measured['folds']} folds: "
             f"{found['accuracy']:.2f} ± {found['standard_error']:.2f}\t "
             f"threshold: {found['threshold']:.4f}\t EER (%): {found['eer']:.2f}\t "
             f"TPR (%) at FAR 0.01: {found['tpr_at_far_1e-2']:.2f}\t AUC: {found['auc']:.5f}"
@@ -73,38 +64,27 @@ def lines(measured: dict) -> list[str]:
     return said
 
 
-def pair_distances(features: Tensor, pairs) -> np.ndarray:
-    """The Euclidean distance of each pair (P,)."""
-    first = features[torch.as_tensor(pairs.first, device=features.device)]
-    second = features[torch.as_tensor(pairs.second, device=features.device)]
-    return (first - second).norm(dim=1).cpu().numpy()
+def pair_distances(name: str, features: Tensor, pairs) -> np.ndarray:
+    prepared = prepare(name, features).numpy()
+    return np.linalg.norm(prepared[pairs.first] - prepared[pairs.second], axis=1)
 
 
 def after_pca(features: Tensor, rows: np.ndarray) -> Tensor:
-    """All features (N, D) in all the principal components of some rows, without whitening.
+    """All features (N, D) in all the principal components of some rows, without whitening."""
+    from sklearn.decomposition import PCA  # takes a second to load
 
-    With more rows than D that only turns the centred features, which changes no angle: it is left
-    out.
-    """
-    fitted = features[torch.as_tensor(rows, device=features.device)]
-    mean = fitted.mean(0)
-    if len(fitted) > fitted.shape[1]:
-        return features - mean
-    components = torch.linalg.svd(fitted - mean, full_matrices=False).Vh[: len(fitted) - 1]
-    return (features - mean) @ components.T
+    components = min(features.shape[1], len(rows) - 1)
+    fitted = PCA(components).fit(features[rows].numpy())
+    return torch.from_numpy(fitted.transform(features.numpy()))
 
 
 def best_threshold(distances: np.ndarray, same: np.ndarray) -> float:
     """The most accurate threshold, which accepts distances up to it; of several the middle one."""
-    order = np.argsort(distances, kind="stable")
-    distances = distances[order]
-    genuine = np.concatenate([[0], np.cumsum(same[order])])
-    impostors = np.arange(len(order) + 1) - genuine
+    values = np.unique(distances)
+    none = np.nextafter(values[:1], -np.inf)
+    limits = np.concatenate([none, (values[1:] + values[:-1]) / 2, values[-1:]])
+    genuine = np.searchsorted(np.sort(distances[same]), limits, "right")
+    impostors = np.searchsorted(np.sort(distances[~same]), limits, "right")
     correct = genuine - impostors  # and all impostors, less those accepted
-    tied = np.flatnonzero(distances[1:] == distances[:-1]) + 1
-    correct[tied] = correct.min() - 1  # no threshold lies between equal distances
     best = np.flatnonzero(correct == correct.max())
-    accepted = best[len(best) // 2]
-    if accepted == 0:
-        return float(np.nextafter(distances[0], -math.inf))
-    return float(distances[accepted - 1 : accepted + 1].mean())
+    return float(limits[best[len(best) // 2]])

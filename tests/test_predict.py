@@ -3,8 +3,10 @@
 import csv
 import json
 import os
+import re
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import numpy as np
@@ -85,12 +87,13 @@ def outputs_by_hand(checkpoint, path, views):
 
 
 @pytest.mark.parametrize("flags", [[], ["--mirror"]])
-def test_predictions_are_those_of_each_image_by_itself(flags, trained, pictures, tmp_path, command):
+def test_predictions_are_those_of_each_image_by_itself(
+    flags, trained, pictures, tmp_path, command, monkeypatch
+):
+    monkeypatch.setattr(predict, "PIXELS", 3 * 8 * 8)  # batches of three images
     directory, alone = pictures
     out = tmp_path / "out"
-    status, told, err = command(
-        trained[0], *pictures, "--save-dir", out, "--batch-size", "3", *flags
-    )
+    status, told, err = command(trained[0], *pictures, "--save-dir", out, *flags)
     assert (status, err) == (0, "")
     found = rows(out / "predictions.csv")
     names = ("b.jpg", "c.webp", "deep/a.PNG")
@@ -111,16 +114,17 @@ def test_predictions_are_those_of_each_image_by_itself(flags, trained, pictures,
     counts = {name: [row["class"] for row in found].count(name) for name in classes}
     assert "4 images: " in told
     assert all(f"{name} {count}" in told for name, count in counts.items() if count)
-    unsure = sum(float(row["probability"]) < 0.5 for row in found)
-    assert f"Probability below 0.5: {unsure}" in told
 
 
-def test_files_that_cannot_be_read_have_a_row_with_the_reason(trained, pictures, tmp_path, command):
+def test_files_that_cannot_be_read_have_a_row_with_the_reason(
+    trained, pictures, tmp_path, command, monkeypatch
+):
+    monkeypatch.setattr(predict, "PIXELS", 1)  # batches of one image
     directory, _ = pictures
     whole = (directory / "b.jpg").read_bytes()
     (directory / "a.png").write_bytes(b"no image")
     (directory / "d.jpg").write_bytes(whole[: len(whole) // 2])
-    status, out, err = command(trained[0], directory, "--save-dir", tmp_path, "--batch-size", "1")
+    status, out, err = command(trained[0], directory, "--save-dir", tmp_path)
     assert status == 1 and out.startswith("3 images: ")
     assert err.startswith("2 could not be read; the first: cannot read the image ")
     assert err.count("\n") == 1
@@ -145,8 +149,9 @@ def test_the_distance_is_exact_in_a_large_batch():
 
     offsets = 0.01 * torch.arange(64.0)[:, None].expand(-1, 2)
     paths = list(map(str, range(64)))
-    outputs = predict.Outputs(paths, Network.centers[:1] + offsets, torch.zeros(64, 2), {})
-    found = [row["distance"] for row in predict.predictions(Network, outputs)]
+    features = Network.centers[:1] + offsets
+    rows = predict.predictions(Network, paths, features, torch.zeros(64, 2))
+    found = [float(row[4]) for row in rows]
     assert found == pytest.approx([0.01 * 2**0.5 * number for number in range(64)], abs=1e-4)
 
 
@@ -170,14 +175,15 @@ def test_features_are_embedded_with_paths_and_the_labels_of_a_directory(
     target = tmp_path / "out.npz"
     status, out, err = command(checkpoint, root / "test", "--embed", target)
     saved = np.load(target)
-    assert (status, err) == (0, "") and "features (12, 3)" in out
+    assert (status, err) == (0, "") and out == f"12 images\nFeatures: {target}\n"
+    assert saved["features"].shape == (12, 3)
     assert saved["classes"].tolist() == ["ant", "bee", "cat"]
     names = [Path(path).parent.name for path in saved["paths"]]
     assert [saved["classes"][label] for label in saved["labels"]] == names
     for path, features in zip(saved["paths"], saved["features"], strict=True):
         (expected, _), _ = outputs_by_hand(checkpoint, path, 1)
         assert features == pytest.approx(expected[0].numpy(), abs=1e-4)
-    assert command(checkpoint, *pictures, "--embed", target)[0] == 0
+    assert command(checkpoint, *pictures, "--embed", target, "--overwrite")[0] == 0
     assert np.load(target).files == ["paths", "features"]
 
 
@@ -207,9 +213,9 @@ def test_two_images_are_compared_by_the_thresholds_that_were_measured(
     lines = command(path, *pair, "--same")[1].splitlines()[1:]
     assert lines == [
         f"By the thresholds of the unknown classes in {tmp_path / 'evaluation.json'}:",
-        f"l2 at EER, {distance + 0.1:.4f}: the same",
-        f"l2 at FAR 1E-2, {distance - 0.1:.4f}: different",
-        f"cosine at EER, {cosine - 0.1:.4f}: the same",
+        f"l2, threshold_at_eer {distance + 0.1:.4f}: the same",
+        f"l2, threshold_at_far_1e-2 {distance - 0.1:.4f}: different",
+        f"cosine, threshold_at_eer {cosine - 0.1:.4f}: the same",
     ]
     measured["pairs"] = dict(l2=verification["l2"], cosine={})
     (tmp_path / "evaluation.json").write_text(json.dumps(measured | dict(mirror="concat")))
@@ -228,20 +234,38 @@ def mirror_of(checkpoint, path):
 def test_what_is_no_use_is_one_line(trained, pictures, tmp_path, command):
     (tmp_path / "empty").mkdir()
     for argv, message in (
-        ([trained[0], "nowhere"], "there is no nowhere"),
-        ([trained[0], tmp_path / "empty"], "PATH must be an image or a directory of them"),
+        ([trained[0], "nowhere"], "there is no image nowhere"),
+        ([trained[0], "nowhere", pictures[1], "--same"], "there is no image nowhere"),
+        ([trained[0], tmp_path / "empty"], f"there is no image {tmp_path / 'empty'}"),
         ([tmp_path / "none.pt", pictures[1]], "there is no checkpoint"),
         ([trained[0], ""], "a path must not be empty"),
         ([trained[0], pictures[1], "--save-dir", ""], "a path must not be empty"),
-        ([trained[0], pictures[1], "--batch-size", "0"], "--batch-size must be at least 1, got 0"),
-        ([trained[0], pictures[1], "--same"], "--same must have two image files alone, got "),
-        ([trained[0], pictures[0], pictures[1], "--same"], "--same must have two image files"),
-        ([trained[0]], "the following arguments are required: PATH"),
+        ([trained[0], pictures[1], "--same"], "--same must have two images, got 1"),
+        ([trained[0], pictures[0], pictures[1], "--same"], "--same must have two images, got 4"),
+        ([trained[0], *pictures, "--same", "--embed", "x.npz"], "not allowed with"),
+        ([trained[0]], "the following arguments are required: paths"),
     ):
         status, out, err = command(*argv)
         assert (status, out) == (2, "") and message in err
         assert err.startswith("predict.py: error: ") and err.count("\n") == 1
     assert sorted(os.listdir(tmp_path)) == ["alone.tif", "empty", "new"]
+
+
+def test_only_what_predict_has_written_is_replaced(trained, pictures, tmp_path, command):
+    path = tmp_path / "checkpoint.pt"
+    path.write_bytes(trained[0].read_bytes())
+    table = tmp_path / "predictions.csv"
+    assert command(path, pictures[1])[0] == command(path, pictures[1])[0] == 0
+    (tmp_path / "files.txt").write_text("of somebody else\n")
+    for target, flags in ((table, []), (tmp_path / "x.npz", ["--embed", tmp_path / "x.npz"])):
+        target.write_text("mine")
+        status, out, err = command(path, pictures[1], *flags)
+        assert (status, out) == (2, "") and target.read_text() == "mine"
+        message = f"{target} is somebody else's: --overwrite replaces it"
+        assert err == f"predict.py: error: {message}\n"
+        assert command(path, pictures[1], *flags, "--overwrite")[0] == 0
+        assert target.read_bytes() != b"mine"
+    assert (tmp_path / "files.txt").read_text() == "of somebody else\n"
 
 
 def test_a_network_is_loaded_with_its_centers_and_embeds_files(trained, pictures):
@@ -317,6 +341,22 @@ def test_a_checkpoint_holds_the_size_of_images_as_two_numbers_or_one(trained, tm
         assert predict.load(tmp_path / "sized.pt").size == (8, 8)
 
 
+def test_a_network_is_exported_as_the_page_says(trained, pictures, tmp_path, monkeypatch):
+    page = (ROOT / "docs" / "own-images.md").read_text(encoding="utf-8")
+    snippet = re.search(r"## Export\n.*?\n\n((?:    .*\n)+)", page, re.S)[1]
+    (tmp_path / "log").mkdir()
+    (tmp_path / "log" / "best.pt").write_bytes(trained[0].read_bytes())
+    for name in ("a.jpg", "b.jpg"):
+        (tmp_path / name).write_bytes((pictures[0] / "b.jpg").read_bytes())
+    monkeypatch.chdir(tmp_path)
+    exec(textwrap.dedent(snippet), {})
+    exported = torch.export.load("network.pt2").module()
+    network = predict.load(trained[0])
+    images = network.scale([network.read(pictures[1])] * 3)
+    for found, expected in zip(exported(images), network([pictures[1]] * 3), strict=True):
+        assert torch.allclose(found, expected, atol=1e-5)
+
+
 # What a user's program may have besides: packages, a namespace package, modules of the same names.
 SITE = ("datasets/__init__.py", "datasets/arrow.py", "utils.py", "models.py", "engine/x.py")
 PROGRAMS = {
@@ -355,6 +395,8 @@ try:
     load("nowhere.pt")
 except predict.utils.RunError as error:
     print(error)
+from tools import results
+print(len(results.REFERENCE) > 0)
 import datasets, utils, models
 print([getattr(each, "user", False) for each in (datasets, utils, models)])
 print(utils is predict.utils, sys.path.count({str(ROOT)!r}))
@@ -370,6 +412,7 @@ print(utils is predict.utils, sys.path.count({str(ROOT)!r}))
     assert done.stderr == ""
     assert done.stdout.splitlines() == [
         "there is no checkpoint nowhere.pt",
+        "True",
         str([crowded] * 3),
         f"{not crowded} 1",
     ]
