@@ -270,9 +270,7 @@ class Compiled(nn.Module):
         try:  # here, rather than within the first step
             torch.compile(torch.neg)(next(net.parameters()).detach())
         except Exception as error:  # of torch's compiler, Triton's or the system's
-            raise ModelError(
-                f"--compile needs a working C++ compiler: {one_line(error)}"
-            ) from error
+            raise ModelError(f"--compile needs a C++ compiler: {one_line(error)}") from error
         self.net = net
         self.batch_size = batch_size
         self.compiled = torch.compile(net, dynamic=False)
@@ -308,10 +306,10 @@ def create(
     init: str = "default",
     pretrained: bool = False,
 ) -> nn.Module:
-    """Builds MODELS[name], or torchvision's network of that name; initialises it by INITS[init].
+    """MODELS[name], or torchvision's network of that name, initialised by INITS[init].
 
-    `image_size` is (H, W), or one number for squares. ModelError if the network cannot take such
-    images, or its pretrained weights cannot be read or downloaded.
+    `image_size` is (H, W), or one number for squares. ModelError if it cannot take such images, or
+    the pretrained weights cannot be read or downloaded.
     """
     size = height_and_width(image_size)
     if name in MODELS and not pretrained:

@@ -49,8 +49,8 @@ PIXELS = 1_000_000  # of the images that the network takes at once
 class Trained:
     """A trained network in evaluation mode: image files to their features and logits.
 
-    Attributes: `classes`, the names of those trained; their `centers` (C, D); `size` (H, W) of the
-    network's images; read(path), an image of that size, uint8 (C, H, W).
+    `classes` are the names of those trained, `centers` (C, D) theirs; read(path) gives an image of
+    the network's `size` (H, W), uint8 (C, H, W).
     """
 
     def __init__(self, checkpoint: dict, device: str | torch.device, mirror: bool | str | None):
@@ -88,7 +88,7 @@ class Trained:
     ) -> tuple[Tensor, Tensor]:
         """Features (N, D) and logits (N, C) of image files.
 
-        DatasetError if one cannot be read, unless `errors` is there to get the reason by its path.
+        DatasetError if one cannot be read; or else `errors` gets the reason, by path.
         """
         paths = [paths] if isinstance(paths, str | os.PathLike) else paths
         count = max(1, PIXELS // (self.size[0] * self.size[1]))
@@ -236,7 +236,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def run(args: argparse.Namespace) -> int:
-    """What the command asks for; the exit status, 1 if some images could not be read."""
+    """The exit status, 1 if some images could not be read."""
     paths = image_paths(args.paths)
     if args.same:
         compare(args, paths)

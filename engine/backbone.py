@@ -21,11 +21,9 @@ def output_size(body: nn.Module, in_channels: int, image_size: Size) -> int:
         images = torch.empty(1, in_channels, *image_size, device="meta")  # computes shapes alone
         return copy.deepcopy(body).to("meta")(images).numel()
     except (AssertionError, RuntimeError, ValueError) as error:
-        height, width = image_size
-        shown = height if height == width else f"{height} x {width}"
-        raise ModelError(
-            f"the network cannot take images of {shown} pixels: {one_line(error)}"
-        ) from error
+        size = " x ".join(map(str, image_size))
+        reason = f"the network cannot take images of {size} pixels: {one_line(error)}"
+        raise ModelError(reason) from error
 
 
 class Backbone(nn.Module):

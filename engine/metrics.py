@@ -161,11 +161,9 @@ def compare(features: Tensor, labels: Tensor) -> tuple[Roc, dict[str, float]]:
         genuine.append(distances[own & later])
         impostor.append(distances[~own & later])
     precisions, wrong = np.array(ranked).T
-    retrieval = dict(
-        recall_at_1=100 * float((wrong < 1).mean()),
-        recall_at_5=100 * float((wrong < 5).mean()),
-        mean_average_precision=100 * float(precisions.mean()),
-    )
+    retrieval = dict(recall_at_1=wrong < 1, recall_at_5=wrong < 5)
+    retrieval["mean_average_precision"] = precisions
+    retrieval = {name: 100 * float(values.mean()) for name, values in retrieval.items()}
     return Roc(np.concatenate(genuine), np.concatenate(impostor)), retrieval
 
 
@@ -183,16 +181,15 @@ def compare_all(features: Tensor, labels: Tensor) -> tuple[dict, dict[str, list[
         labels = labels[drawn.to(labels.device)]
     verification = dict(images=len(labels), drawn_from=total, pairs=math.comb(len(labels), 2))
     counts = labels.unique(return_counts=True)[1]
-    missing = None
-    if counts.max() < 2:
-        missing = "no two images are of the same class"
-    elif len(counts) == 1:
-        missing = "all images are of the same class"
-    elif not features.isfinite().all():
-        missing = "the features are not finite"
-    if missing:
-        verification["missing"] = missing
-        return dict(verification=verification, retrieval=dict(missing=missing)), {}
+    obstacles = {
+        "no two images are of the same class": counts.max() < 2,
+        "all images are of the same class": len(counts) == 1,
+        "the features are not finite": not features.isfinite().all(),
+    }
+    for missing, holds in obstacles.items():
+        if holds:
+            verification["missing"] = missing
+            return dict(verification=verification, retrieval=dict(missing=missing)), {}
     retrieval = dict(queries=int(counts[counts > 1].sum()))
     curves = {}
     for name in COMPARISONS:

@@ -156,7 +156,7 @@ def test_bn_images_begins_as_an_orthonormal_basis_of_patches_and_as_the_identity
 def test_images_too_small_for_the_pools_are_refused(name, smallest):
     models.create(name, image_size=smallest)
     small = smallest - 1
-    with pytest.raises(models.ModelError, match=f"images of {small} pixels"):
+    with pytest.raises(models.ModelError, match=f"images of {small} x {small} pixels"):
         models.create(name, image_size=small)
     for size in (small // 2, 300), (300, small // 2):
         with pytest.raises(models.ModelError, match=f"images of {size[0]} x {size[1]} pixels"):
@@ -210,14 +210,6 @@ def test_face_resnet_is_the_papers():
     for weight, slopes in (block.body[:2], block.body[2:]):
         expected = F.prelu(F.conv2d(expected, weight.weight, padding=1), slopes.weight)
     assert torch.allclose(block(images), images + expected)
-
-
-def test_the_largest_pixels_of_a_channel_share_its_gradient():
-    images = torch.tensor([[[[1.0, 3.0], [3.0, 0.0]]]], requires_grad=True)
-    output = layers.GlobalMax()(images)
-    output.sum().backward()
-    assert output.tolist() == [[3.0]]
-    assert images.grad.tolist() == [[[[0.0, 0.5], [0.5, 0.0]]]]
 
 
 @pytest.mark.gpu
@@ -307,15 +299,6 @@ def test_prelu_has_the_values_and_gradients_of_torchs(slopes, shape, dtype, chan
     assert torch.allclose(ours[2], theirs[2], rtol=2 * rounding, atol=8 * rounding)
 
 
-@pytest.mark.parametrize("slopes", [1, 4])
-def test_prelus_gradients_are_its_differences(slopes):
-    layer = models.PReLU(slopes).double()
-    inputs = torch.randn(3, 4, 2, 2, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(
-        lambda x, weight: layers.PReLUOnCPU.apply(x, weight), (inputs, layer.weight)
-    )
-
-
 def test_prelu_under_autocast_has_the_gradients_of_torchs():
     results = []
     for kind in (nn.PReLU, models.PReLU):
@@ -341,20 +324,6 @@ def test_prelu_draws_nothing_and_has_torchs_state():
     layer = models.PReLU(3)
     assert torch.equal(torch.get_rng_state(), state)
     assert list(layer.state_dict()) == ["weight"] and (layer.weight == 0.25).all()
-
-
-def test_a_networks_gradients_with_ours_are_those_with_torchs(monkeypatch):
-    gradients = []
-    for kind in (nn.PReLU, models.PReLU):
-        monkeypatch.setattr(models, "PReLU", kind)
-        torch.manual_seed(0)
-        model = models.create("cnn", image_size=16).double()
-        features, logits = model(torch.randn(4, 1, 16, 16, dtype=torch.float64))
-        (F.cross_entropy(logits, torch.arange(4)) + features.square().sum()).backward()
-        gradients.append([parameter.grad for parameter in model.parameters()])
-    assert all(
-        torch.allclose(ours, theirs, rtol=1e-12) for theirs, ours in zip(*gradients, strict=True)
-    )
 
 
 @pytest.mark.parametrize(
@@ -401,7 +370,7 @@ def test_a_last_batch_of_one_image_trains_where_batch_norm_has_one_pixel():
 
 def test_images_that_a_torchvision_network_cannot_take_are_refused():
     for name, channels, size, message in (
-        ("inception_v3", 3, 32, "images of 32 pixels"),
+        ("inception_v3", 3, 32, "images of 32 x 32 pixels"),
         ("resnet18", 4, 32, "1 or 3 channels"),
     ):
         with pytest.raises(models.ModelError, match=message) as error:
