@@ -93,7 +93,7 @@ def main(args: argparse.Namespace, saved: dict | None = None) -> None:
     """`saved`: the checkpoint to resume or evaluate."""
     start = time.monotonic()
     if args.pairs:
-        return evaluate.test_pairs(args, saved)
+        return evaluate.test_pairs(args)
     run = build(args, saved)
     state = State(run.step.center_loss.centers.detach(), torch.get_rng_state())
     if saved:
@@ -135,7 +135,8 @@ def train_and_test(run: Experiment, state: State) -> None:
     if run.is_tested(number):
         splits |= test(run, run.model, centers, number, "val" if run.data.val else "test")
     is_best = "val" in splits and state.is_best(splits["val"])
-    state.add_epoch(new_row(number, run.scheduler.get_last_lr()[0], splits), centers)
+    rate = run.scheduler.get_last_lr()[0]
+    state.add_epoch(new_row(number, rate, splits, validates=bool(run.data.val)), centers)
     run.log(f"Epoch {number} took {time.monotonic() - start:.1f} s")
     run.files.save_epoch(state.history[-1], splits, centers)
     if run.pictures:

@@ -154,6 +154,7 @@ def test_plots_of_a_run(run):
         (2, ["--plot", "--eval-freq", "0"], [3]),
         (3, ["--plot"], [3]),
         (3, ["--val-share", "0.2"], [3]),
+        (3, ["--val-share", "0.2", "--eval-freq", "2"], [3]),
         (3, ["--eval-freq", "2"], [2, 3]),
     ],
 )
@@ -167,7 +168,8 @@ def test_which_epochs_are_tested(test, flags, tested, run, tmp_path, monkeypatch
     rows = metrics()
     assert [int(row["epoch"]) for row in rows if row["test_accuracy"]] == tested
     if "--val-share" in flags:
-        assert all(row["val_accuracy"] for row in rows)
+        validated = [2, 3] if "--eval-freq" in flags else [1, 2, 3]
+        assert [int(row["epoch"]) for row in rows if row["val_accuracy"]] == validated
 
 
 def test_how_often_one_tests_changes_nothing_in_the_training(run):
