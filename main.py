@@ -229,7 +229,9 @@ def test(
         run.log(*epoch.lines(splits[on]))
         if not args.evaluate:
             cli.check_finite(epoch.test_values(splits[on]), number, args)
-    if on == "test" and (args.verify or args.evaluate) and run.ranks.rank == 0:
+    # Of classes that were not trained, nothing else is told.
+    reports = args.verify or args.evaluate or "test" not in splits
+    if on == "test" and reports and run.ranks.rank == 0:
         evaluate.report(args, run.data, splits, centers, number, run.log, run.files)
     return splits
 

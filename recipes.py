@@ -97,7 +97,6 @@ RECIPES["images"] = dict(
 RECIPES["faces"] = RECIPES["wen2016"] | dict(
     dataset="folder",
     model="face-resnet",
-    init="default",
     feat_dim=512,
     image_size=[112, 96],
     augment=True,
