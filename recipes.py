@@ -67,11 +67,14 @@ RECIPES["fast"] = dict(
 )
 RECIPES["digits"] = dict(
     dataset="digits",
-    init="xavier",
+    model="bn-fast",
+    augment=True,
+    batch_size=64,
     weight_cent=0.1,
-    lr_model=0.01,
-    batch_size=16,
-    max_epoch=12,
+    optimizer="adamw",
+    lr_model=0.02,
+    schedule="onecycle",
+    max_epoch=20,
 )
 RECIPES["images"] = dict(
     model="bn-images",
