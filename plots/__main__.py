@@ -60,7 +60,7 @@ def tsne(run: Run, format: str) -> tuple:
 def compared(
     runs: Sequence[Run], epochs: Sequence[int] | None, format: str, same_axes: bool
 ) -> list[tuple]:
-    """The page and the figure of several runs: a column each, a row an epoch, or the last ones."""
+    """The page and the figure of several runs: a column each, a row an epoch."""
     check_comparable(runs)
     panels = []
     for number in epochs or [0]:
@@ -93,7 +93,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = build_parser()
     args = parser.parse_args(argv)
     if args.projection == "tsne" and (args.compare or args.epochs):
-        parser.error("--projection tsne goes without --compare and --epochs: it shows the last")
+        parser.error("--projection tsne goes without --compare and --epochs")
     if args.compare and len(args.directories) < 2:
         parser.error(f"--compare needs two runs or more, got {args.directories[0]} alone")
     return args

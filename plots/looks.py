@@ -16,9 +16,6 @@ PRINT_STYLE = {
     "font.size": 7,
     "axes.titlesize": "medium",
     "legend.fontsize": 6.5,
-    "axes.linewidth": 0.6,
-    "xtick.major.width": 0.6,
-    "ytick.major.width": 0.6,
     "lines.linewidth": 1.0,
     "pdf.fonttype": 42,
     "savefig.dpi": 600,
@@ -50,17 +47,15 @@ class Looks:
     def __init__(self, shown: dict):
         self.known = printable(shown["classes"])
         self.unseen = printable(shown["unseen"])
+        self.names = self.known + self.unseen
         count = len(self.known)
         self.has_known = bool((shown["labels"] < count).any())
-        self.colors = palette(count + len(self.unseen))
+        self.colors = palette(len(self.names))
         if not self.has_known:
             self.colors[count:] = palette(len(self.unseen))
         # The text at each center: the names if all are short, else numbers.
         is_short = max(map(len, self.known)) <= 3
         self.marks = self.known if is_short else [str(label) for label in range(count)]
-
-    def short(self, width: int) -> list[str]:
-        return shorten(self.known + self.unseen, width)
 
     def styles(self) -> list[dict]:
         """How the points of each class are drawn; those of unknown ones are hollow."""

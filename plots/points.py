@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 import utils
-from plots.looks import COLUMN, Looks, edge, new_figure
+from plots.looks import COLUMN, Looks, edge, new_figure, shorten
 from plots.saved import read_epoch
 
 NAMED = 40  # classes; of more, the legend names none
@@ -52,7 +52,7 @@ class Scatter:
         axes.ticklabel_format(scilimits=(-2, 4))  # with few ticks, so that labels do not overlap
         axes.locator_params("x", nbins=4 if small else 7)
         axes.grid(color="0.92")
-        size = float(np.clip(250 / len(shown["points"]) ** 0.5, 1.0, 5.0))
+        size = np.clip(250 / len(shown["points"]) ** 0.5, 1.0, 5.0)
         if small:
             size *= 0.6
         self.points = []
@@ -103,7 +103,7 @@ def add_legend(axes, shown: dict, small: bool = False) -> None:
 
 def legend_entries(looks: Looks, width: int) -> dict[str, dict]:
     """The names and styles of the classes that have points; of many unknown ones, their number."""
-    short = looks.short(width)
+    short = shorten(looks.names, width)
     styles = looks.styles()
     count = len(looks.known)
     entries = {}

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 import utils
-from plots.looks import Looks
+from plots.looks import Looks, shorten
 from plots.saved import Run, read_epoch, read_run, sample
 
 PAGE = Path(__file__).parent / "page"
@@ -31,11 +31,11 @@ def write_page(part: Path, directories: Sequence[Path]) -> None:
     runs = [read_run(directory) for directory in directories]
     looks = Looks(runs[0].last())
     data = {
-        "names": looks.known + looks.unseen,
+        "names": looks.names,
         "known": len(looks.known),
         "colors": looks.colors,
         "marks": looks.marks,
-        "short": looks.short(20),
+        "short": shorten(looks.names, 20),
         "runs": [pack_run(run) for run in runs],
         "images": pack_images(runs[0]),
     }
@@ -66,9 +66,9 @@ def pack_run(run: Run) -> dict:
 
 def pack_split(run: Run, split: str) -> dict:
     """The points and centers of a split over the epochs; of a test also the rows of its images."""
-    numbers = np.array(list(run.files[split]))
-    spaced = np.linspace(0, len(numbers) - 1, min(len(numbers), EPOCHS)).round().astype(int)
-    epochs = numbers[spaced].tolist()
+    numbers = list(run.files[split])
+    step = -(-len(numbers) // EPOCHS)
+    epochs = numbers[(len(numbers) - 1) % step :: step]
     count = len(run.epoch(split, epochs[-1])["labels"])
     rows = sample(count, TRAIN_POINTS if split == "train" else TEST_POINTS)
     values = {name: [] for name in ("points", "labels", "predictions", "grids", "centers")}

@@ -45,7 +45,7 @@ def plot_epoch(
             "labels": labels.astype(np.int32),
             "predictions": predictions.astype(np.int32),
             "centers": project(centers).astype(np.float32),
-            "axes": list(axes),
+            "axes": axes,
             "title": title,
         }
         if plotter.save(path, names | shown):

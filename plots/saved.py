@@ -89,7 +89,6 @@ def read_epoch(path: Path, names: Sequence[str] = ARRAYS) -> dict[str, np.ndarra
 
 
 def check_comparable(runs: Sequence[Run]) -> None:
-    """Raises RunError unless the runs have the same data set, classes and test labels."""
     for run in runs[1:]:
         if data_of(run) != data_of(runs[0]):
             raise utils.RunError(

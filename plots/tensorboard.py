@@ -12,8 +12,7 @@ class Board:
     """The settings as hparams, the metrics of each epoch and the pictures of --plot.
 
     Pictures, which are drawn in the background, are added when the next epoch ends and on leaving
-    the context. `history`: the rows of metrics.csv of a resumed run, added anew in place of those
-    that earlier files have.
+    the context. `history`: the rows of a resumed run, in place of those that earlier files have.
     """
 
     def __init__(self, directory: Path, settings: dict, history: Sequence[dict]):

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 import utils
-from plots import Plotter, charts, film, plot_epoch, plot_run, points
+from plots import Plotter, charts, plot_epoch, plot_run, points
 
 
 def cloud(classes=3, per_class=20, dim=2, seed=0):
@@ -41,7 +41,7 @@ def record_figures(monkeypatch) -> list:
         figures.append(original(*args, **options))
         return figures[-1]
 
-    for module in (charts, film, points):
+    for module in (charts, points):
         monkeypatch.setattr(module, "new_figure", new_figure)
     return figures
 
@@ -102,7 +102,8 @@ def make_run(
         )
         rows.append({"epoch": epoch, "train_loss": 2 / epoch, "train_accuracy": 75.0 + epoch})
         rows[-1]["test_accuracy"] = 75.0 + epoch if "test" in tested else None
-    utils.write_json(directory / "args.json", {"dataset": "folder", "feat_dim": dim})
+    settings = {"recipe": "images", "dataset": "folder", "model": "small", "save_dir": "log"}
+    utils.write_json(directory / "args.json", settings)
     commands = ["python main.py --plot", "python main.py --resume --max-epoch 3"]
     utils.write_json(directory / "run.json", {"commands": commands, "elapsed": 1.5})
     utils.write_metrics(directory / "metrics.csv", rows)
