@@ -15,7 +15,6 @@ import datasets
 import models
 import utils
 from engine.device import multiplies_bfloat16
-from engine.epoch import state_sum
 from engine.ranks import Ranks, RanksError
 from engine.sources import WorkerError
 from recipes import OPTIMIZERS, RECIPES, SCHEDULES
@@ -27,50 +26,39 @@ HUGE = 1e30
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are one line, without the usage.
-
-    `free`: names of the flags that a resumed run may change.
-    """
+    """An ArgumentParser whose errors are one line; `free`: flags that a resumed run may change."""
 
     def __init__(self, **options):
-        super().__init__(
-            formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **options
-        )
+        style = argparse.RawDescriptionHelpFormatter
+        super().__init__(formatter_class=style, allow_abbrev=False, **options)
         self.free = set()
 
-    def group(self, title: str) -> "Group":
-        return Group(self, title)
+    def group(self, title: str) -> Callable:
+        """Flags under a title, which the returned function adds.
+
+        `kind` is a type, a table of choices, or bool for --name and --no-name.
+        """
+        section = self.add_argument_group(title)
+
+        def add(names: str, kind, default, help: str, *, free: bool = False, **options) -> None:
+            if kind is bool:
+                options["action"] = argparse.BooleanOptionalAction
+            elif isinstance(kind, dict | tuple):
+                options["choices"] = sorted(kind)
+            else:
+                options["type"] = kind
+            if default is not None:
+                help += " (default: %(default)s)"
+            names = names.split()
+            action = section.add_argument(*names, default=default, help=help, **options)
+            if free:
+                self.free.add(action.dest)
+
+        return add
 
     def error(self, message: str):
         first = os.environ.get("RANK", "0") == "0"
         self.exit(2, f"{self.prog}: error: {message}\n" if first else None)
-
-
-class Group:
-    """Flags under a title; `free`: a resumed run may change the flag."""
-
-    def __init__(self, parser: Parser, title: str):
-        self.parser = parser
-        self.section = parser.add_argument_group(title)
-
-    def __call__(self, *names: str, help: str, free: bool = False, **options) -> None:
-        """Adds a flag as argparse does, with its default in the help."""
-        action = self.section.add_argument(*names, help=help, **options)
-        if "default" in options:
-            action.help += " (default: %(default)s)"
-        if free:
-            self.parser.free.add(action.dest)
-
-    def value(self, name: str, type: Callable, default, help: str, **options) -> None:
-        self(name, type=type, default=default, help=help, **options)
-
-    def choice(self, name: str, table: dict, default: str, help: str, **options) -> None:
-        self(name, choices=sorted(table), default=default, help=help, **options)
-
-    def switch(self, name: str, help: str, default: bool = False, **options) -> None:
-        """--name and --no-name."""
-        action = argparse.BooleanOptionalAction
-        self(name, action=action, default=default, help=help, **options)
 
 
 def number(
@@ -140,247 +128,136 @@ class ImageSize(argparse.Action):
 def build_parser(description: str = "") -> Parser:
     parser = Parser(prog="main.py", description=description)
     share = number(float, 0, 1)
+    rate = number(float, TINY)
+    positive = number(float, 0)
+    count = number(int, 0)
 
     add = parser.group("experiment")
-    add.choice(
-        "--recipe",
-        RECIPES,
-        "zhou2018",
-        "the defaults of the other flags; with -h, shows those of the recipe",
+    add(
+        "--recipe", RECIPES, "zhou2018", "defaults of the other flags; -h shows those of the recipe"
     )
-    add.value("--seed", number(int, 0, 2**63 - 1), 1, "of the network, the centers and the batches")
-    add.value("--max-epoch", number(int, 1), 100, "epochs", free=True)
-    add.value(
-        "--max-iter", number(int, 0), 0, "training steps, instead of --max-epoch; 0: use that"
-    )
+    add("--seed", number(int, 0, 2**63 - 1), 1, "of the network, the centers and the batches")
+    add("--max-epoch", number(int, 1), 100, "epochs", free=True)
+    add("--max-iter", count, 0, "training steps, instead of --max-epoch; 0: use that")
 
     add = parser.group("data")
+    help = "data set; for folder, cifar10 and cifar100 use --recipe images"
+    add("-d --dataset", datasets.SPECS, "mnist", help)
+    help = (
+        "directory of the data sets, downloaded to it on first use; for folder the one that holds "
+    )
+    help += "train/<class>/* and test/<class>/*"
+    add("--data-root", path, "data", help, free=True)
+    help = "pixels, for data sets without a size of their own; one number is a square"
+    size = dict(nargs="+", action=ImageSize, metavar=("H", "W"))
+    add("--image-size", number(int, 8, 1024), 32, help, **size)
+    help = (
+        "share of each class's training images that chooses the best epoch, the only one that is "
+    )
+    add("--val-share", share, 0.0, help + "tested then; 0: none")
+    help = "shift the training images at random and, except for digits, mirror them"
+    add("--augment", bool, False, help)
+    help = (
+        "hide a grey square at a random place in each training image: its side as a share of the "
+    )
+    add("--erase", share, 0.0, help + "image's; 0: none")
+    help = "of pixels p: standard, by mean and deviation of the data set (0.5 and 0.5 for folder); "
     add(
-        "-d",
-        "--dataset",
-        choices=sorted(datasets.SPECS),
-        default="mnist",
-        help="data set; for folder, cifar10 and cifar100 use --recipe images",
-    )
-    add.value(
-        "--data-root",
-        path,
-        "data",
-        "directory of the data sets, downloaded to it on first use; for folder the one that "
-        "holds train/<class>/* and test/<class>/*",
-        free=True,
-    )
-    add(
-        "--image-size",
-        type=number(int, 8, 1024),
-        nargs="+",
-        action=ImageSize,
-        default=32,
-        metavar=("H", "W"),
-        help="pixels, for data sets without a size of their own; one number is a square",
-    )
-    add.value(
-        "--val-share",
-        share,
-        0.0,
-        "share of each class's training images that chooses the best epoch, the only one that "
-        "is tested then; 0: none",
-    )
-    add.switch(
-        "--augment", "shift the training images at random and, except for digits, mirror them"
-    )
-    add.value(
-        "--erase",
-        share,
-        0.0,
-        "hide a grey square at a random place in each training image: its side as a share of "
-        "the image's; 0: none",
-    )
-    add.choice(
         "--scaling",
         datasets.SCALINGS,
         "standard",
-        "of pixels p: standard, by mean and deviation of the data set (0.5 and 0.5 for "
-        "folder); symmetric, (p - 127.5) / 128; unit, p / 255",
+        help + "symmetric, (p - 127.5) / 128; unit, p / 255",
     )
-    add(
-        "--unseen",
-        nargs="+",
-        default=[],
-        metavar="CLASS",
-        help="names or numbers of classes to leave out of the training and to test as unknown",
-    )
-    add.value("--batch-size", number(int, 1), 128, "images per step, over all ranks")
-    add(
-        "-j",
-        "--workers",
-        type=number(int, 0, 1024),
-        default=0,
-        free=True,
-        help="worker processes that read images; 0: none, all images are kept on the device",
-    )
+    help = "names or numbers of classes to leave out of the training and to test as unknown"
+    add("--unseen", str, [], help, nargs="+", metavar="CLASS")
+    add("--batch-size", number(int, 1), 128, "images per step, over all ranks")
+    help = "worker processes that read images; 0: none, all images are kept on the device"
+    add("-j --workers", number(int, 0, 1024), 0, help, free=True)
 
     add = parser.group("network")
-    add.value(
-        "--model",
-        model_name,
-        "cnn",
-        f"network: {', '.join(sorted(models.MODELS))}, or a classification network of "
-        "torchvision, such as resnet50",
-        metavar="NAME",
+    help = (
+        f"network: {', '.join(sorted(models.MODELS))}, or a classification network of torchvision, "
     )
-    add.switch(
-        "--pretrained", "start from torchvision's weights of the network, downloaded on first use"
-    )
-    add.value(
-        "--feat-dim",
-        number(int, 0, 10**6),
-        2,
-        "D, dimensions of the features; 0: the width of torchvision's network",
-    )
-    add.choice("--init", models.INITS, "default", "how weights and centers start")
+    add("--model", model_name, "cnn", help + "such as resnet50", metavar="NAME")
+    help = "start from torchvision's weights of the network, downloaded on first use"
+    add("--pretrained", bool, False, help)
+    help = "D, dimensions of the features; 0: the width of torchvision's network"
+    add("--feat-dim", number(int, 0, 10**6), 2, help)
+    add("--init", models.INITS, "default", "how weights and centers start")
 
     add = parser.group("loss: cross-entropy + λ · center loss")
-    add.value(
-        "--weight-cent",
-        number(float, TINY, or_zero=True),
-        1.0,
-        "λ, weight of the center loss; 0: softmax only",
-    )
-    add.value(
-        "--label-smoothing",
-        share,
-        0.0,
-        "share of the cross-entropy's target that is spread over all classes",
-    )
-    add.choice("--distance", center_loss.DISTANCES, "squared", "of a feature from its center")
-    add.value(
-        "--radius", number(float, 0), 0.0, "r: a feature this close to its center is not pulled"
-    )
-    add.value("--loss-scale", number(float, 0, above=True), 1.0, "factor of the center loss")
-    add.switch("--class-average", "divide each sample's term by the size of its class in the batch")
-    add.choice(
-        "--center-update",
-        center_loss.CENTER_UPDATES,
-        "gradient",
-        "what the centers follow: the gradient, the paper's Eq. 4, or the class means",
-    )
+    help = "λ, weight of the center loss; 0: softmax only"
+    add("--weight-cent", number(float, TINY, or_zero=True), 1.0, help)
+    help = "share of the cross-entropy's target that is spread over all classes"
+    add("--label-smoothing", share, 0.0, help)
+    add("--distance", center_loss.DISTANCES, "squared", "of a feature from its center")
+    add("--radius", positive, 0.0, "r: a feature this close to its center is not pulled")
+    add("--loss-scale", number(float, 0, above=True), 1.0, "factor of the center loss")
+    help = "divide each sample's term by the size of its class in the batch"
+    add("--class-average", bool, False, help)
+    help = "what the centers follow: the gradient, the paper's Eq. 4, or the class means"
+    add("--center-update", center_loss.CENTER_UPDATES, "gradient", help)
 
     add = parser.group("optimization")
-    add.choice("--optimizer", OPTIMIZERS, "sgd", "of the network; the centers use SGD")
-    add.value(
-        "--lr-model",
-        number(float, TINY),
-        0.001,
-        "learning rate of the network; for onecycle its peak",
-    )
-    add.value("--lr-cent", number(float, 0), 0.5, "α, learning rate of the centers")
-    add.value("--momentum", share, 0.9, "of the network's SGD")
-    add.value("--momentum-cent", share, 0.0, "of the centers' SGD")
-    add.value("--weight-decay", number(float, 0), 5e-4, "of the network")
-    add.switch("--caffe-biases", "biases have twice the learning rate and no weight decay")
-    add.switch("--one-optimizer", "the centers are in the network's SGD and follow its schedule")
-    add.choice("--schedule", SCHEDULES, "step", "of the learning rate")
-    add.value("--stepsize", number(int, 0), 20, "for step: epochs between two decays; 0: constant")
-    add(
-        "--milestones",
-        type=number(int, 1),
-        nargs="+",
-        default=[5000, 8000],
-        metavar="ITERATION",
-        help="for milestones: training steps after which to decay",
-    )
-    add.value("--gamma", number(float, 0, 100, above=True), 0.5, "factor of a decay")
+    add("--optimizer", OPTIMIZERS, "sgd", "of the network; the centers use SGD")
+    add("--lr-model", rate, 0.001, "learning rate of the network; for onecycle its peak")
+    add("--lr-cent", positive, 0.5, "α, learning rate of the centers")
+    add("--momentum", share, 0.9, "of the network's SGD")
+    add("--momentum-cent", share, 0.0, "of the centers' SGD")
+    add("--weight-decay", positive, 5e-4, "of the network")
+    help = "biases have twice the learning rate and no weight decay"
+    add("--caffe-biases", bool, False, help)
+    help = "the centers are in the network's SGD and follow its schedule"
+    add("--one-optimizer", bool, False, help)
+    add("--schedule", SCHEDULES, "step", "of the learning rate")
+    add("--stepsize", count, 20, "for step: epochs between two decays; 0: constant")
+    help = "for milestones: training steps after which to decay"
+    add("--milestones", number(int, 1), [5000, 8000], help, nargs="+", metavar="STEP")
+    add("--gamma", number(float, 0, 100, above=True), 0.5, "factor of a decay")
 
     add = parser.group("output")
-    add.value("--save-dir", path, "log", "directory of the run's files", free=True)
-    add.switch(
-        "--overwrite",
-        "start in a --save-dir with files of others, which the run's own may replace",
-        free=True,
+    add("--save-dir", path, "log", "directory of the run's files", free=True)
+    help = "start in a --save-dir with files of others, which the run's own may replace"
+    add("--overwrite", bool, False, help, free=True)
+    help = "epochs between two tests; 0: only after the last (default: 10; 1 with --val-share, and "
+    help += "with --plot where a test takes less than a tenth of an epoch)"
+    add("--eval-freq", count, None, help, free=True)
+    help = "test with the mean features of each image and, except for digits, its mirror image; "
+    help += "concat, for --pairs: with both side by side"
+    add("--mirror", models.MIRRORS, False, help, nargs="?", const="mean")
+    parser.add_argument("--no-mirror", dest="mirror", action="store_false", help="without them")
+    help = (
+        "measure in each test how well distances tell which pairs of images are of one class, and "
     )
-    add(
-        "--eval-freq",
-        type=number(int, 0),
-        free=True,
-        help="epochs between two tests; 0: only after the last (default: 10; 1 with --val-share, "
-        "and with --plot where a test takes less than a tenth of an epoch)",
-    )
-    add(
-        "--mirror",
-        nargs="?",
-        const="mean",
-        choices=("mean", "concat"),
-        default=False,
-        help="test with the mean features of each image and, except for digits, its mirror image; "
-        "concat, for --pairs: with both side by side",
-    )
-    add("--no-mirror", dest="mirror", action="store_false", help="test without mirror images")
-    add.switch(
-        "--verify",
-        "measure in each test how well distances tell which pairs of images are of one class, "
-        "and write evaluation.json",
-        free=True,
-    )
-    add.value(
-        "--print-freq", number(int, 1), 50, "training steps between two lines of the log", free=True
-    )
-    add.switch(
-        "--plot", "plot the features of each epoch and write the page report.html", free=True
-    )
-    add.switch(
-        "--save-features", "write the features of each epoch to features/epoch_<N>.npz", free=True
-    )
-    add.switch(
-        "--tensorboard", "write settings, metrics and --plot's pictures for TensorBoard", free=True
-    )
+    add("--verify", bool, False, help + "write evaluation.json", free=True)
+    add("--print-freq", number(int, 1), 50, "steps between two lines of the log", free=True)
+    help = "plot the features of each epoch and write the page report.html"
+    add("--plot", bool, False, help, free=True)
+    help = "write the features of each epoch to features/epoch_<N>.npz"
+    add("--save-features", bool, False, help, free=True)
+    help = "write settings, metrics and --plot's pictures for TensorBoard"
+    add("--tensorboard", bool, False, help, free=True)
 
     add = parser.group("trained networks")
-    add(
-        "--resume",
-        nargs="?",
-        type=path,
-        const=True,
-        metavar="CHECKPOINT",
-        free=True,
-        help="continue from a checkpoint, by default the one in --save-dir, with its run's flags",
+    file = dict(free=True, metavar="CHECKPOINT")
+    help = "continue from a checkpoint, by default the one in --save-dir, with its run's flags"
+    add("--resume", path, None, help, nargs="?", const=True, **file)
+    help = "test the network of a checkpoint and write evaluation.json; with --plot also "
+    help += "confusion.png and roc.png, with --save-features features/test.npz"
+    add("--evaluate", path, None, help, **file)
+    help = (
+        "with --evaluate: test these pairs of images of --data-root, a file like LFW's pairs.txt "
     )
-    add(
-        "--evaluate",
-        type=path,
-        metavar="CHECKPOINT",
-        free=True,
-        help="test the network of a checkpoint and write evaluation.json; with --plot also "
-        "confusion.png and roc.png, with --save-features features/test.npz",
-    )
-    add(
-        "--pairs",
-        type=path,
-        metavar="FILE",
-        free=True,
-        help="with --evaluate: test these pairs of images of --data-root, a file like LFW's "
-        "pairs.txt or lines 'path path 0|1'",
-    )
+    help += "or lines 'path path 0|1'"
+    add("--pairs", path, None, help, free=True, metavar="FILE")
 
     add = parser.group("machine")
-    add.value(
-        "--gpu", gpu_index, "0", "index of the GPU; without a GPU, the CPU is used", free=True
-    )
-    add.switch("--use-cpu", "use the CPU", free=True)
-    add.switch("--amp", "run the convolutions in bfloat16; auto: if the hardware supports it")
-    add(
-        "--cuda-graph",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        free=True,
-        help="run steps on a single GPU as a CUDA graph",
-    )
-    add.switch("--compile", "compile the network")
-    add(
-        "--deterministic",
-        action="store_true",
-        help="the same metrics each time on the same GPU; slower",
-    )
+    add("--gpu", gpu_index, "0", "index of the GPU; without one, the CPU is used", free=True)
+    add("--use-cpu", bool, False, "use the CPU", free=True)
+    add("--amp", bool, False, "run the convolutions in bfloat16; auto: if the hardware supports it")
+    add("--cuda-graph", bool, True, "run steps on a single GPU as a CUDA graph", free=True)
+    add("--compile", bool, False, "compile the network")
+    add("--deterministic", bool, False, "the same metrics each time on the same GPU; slower")
     return parser
 
 
@@ -473,7 +350,7 @@ def _can_be(action: argparse.Action, value) -> bool:
     """Whether a flag can have this value."""
     if value is None or value == action.default:
         return True
-    if action.nargs == 0:  # a switch
+    if action.nargs == 0:
         return isinstance(value, bool)
     values = value if isinstance(value, list) else [value]
     if action.choices:
@@ -549,22 +426,6 @@ def check_finite(values: dict[str, float], epoch: int, args: argparse.Namespace)
         f"with --weight-cent {args.weight_cent:g} --lr-model {args.lr_model:g} "
         f"--lr-cent {args.lr_cent:g}; {advice}"
     )
-
-
-def check_losses(xent: float, center: float, epoch: int, args: argparse.Namespace) -> None:
-    check_finite({"cross entropy": xent, "center loss": center}, epoch, args)
-
-
-def check_trained(trained: dict, model, center_loss, epoch: int, args: argparse.Namespace) -> None:
-    """After an epoch; no checkpoint may have what is not finite."""
-    check_losses(trained["xent"], trained["center"], epoch, args)
-    weights = {"network's weights": state_sum(model), "centers": state_sum(center_loss)}
-    check_finite(weights, epoch, args)
-
-
-def check_tested(tested: dict, epoch: int, args: argparse.Namespace) -> None:
-    names = {"xent": "cross entropy of the test", "intra_distance": "distances from the centers"}
-    check_finite({what: tested[name] for name, what in names.items()}, epoch, args)
 
 
 def advice(accuracy: float, epoch: int, classes: int, batches: int) -> list[str]:

@@ -85,15 +85,14 @@ class Experiment:
 
     def watch(self, batches: Iterable, what: str, total: int) -> Iterable:
         """The batches, with a progress bar; Interrupted if a signal asks to stop."""
-        shown = self.ranks.rank == 0
-        return utils.progress_bar(self.stop.watch(batches), what, total, shown=shown)
+        return utils.progress_bar(self.stop.watch(batches), what, total, shown=not self.log.quiet)
 
 
 def main(args: argparse.Namespace, saved: dict | None = None) -> None:
     """`saved`: the checkpoint to resume or evaluate."""
     start = time.monotonic()
     if args.pairs:
-        return evaluate.test_pairs(args, saved)
+        return evaluate.test_pairs(args)
     run = build(args, saved)
     state = State(run.step.center_loss.centers.detach(), torch.get_rng_state())
     if saved:
@@ -135,7 +134,8 @@ def train_and_test(run: Experiment, state: State) -> None:
     if run.is_tested(number):
         splits |= test(run, run.model, centers, number, "val" if run.data.val else "test")
     is_best = "val" in splits and state.is_best(splits["val"])
-    state.add_epoch(new_row(number, run.scheduler.get_last_lr()[0], splits), centers)
+    rate = run.scheduler.get_last_lr()[0]
+    state.add_epoch(new_row(number, rate, splits, validates=bool(run.data.val)), centers)
     run.log(f"Epoch {number} took {time.monotonic() - start:.1f} s")
     run.files.save_epoch(state.history[-1], splits, centers)
     if run.pictures:
@@ -156,8 +156,7 @@ def build(args: argparse.Namespace, saved: dict | None) -> Experiment:
     log(f"Creating dataset: {args.dataset}")
     with ranks.first_alone():
         data = recipes.create_data(args, device, ranks, saved)
-    for line in data.lines():
-        log(line)
+    log(*data.lines())
 
     log(f"Creating model: {args.model}")
     torch.manual_seed(args.seed)
@@ -197,14 +196,14 @@ def train(run: Experiment, number: int) -> tuple[dict[str, dict], Tensor]:
 
     def report(progress: epoch.Progress) -> None:
         if progress.batches % args.print_freq == 0:
-            cli.check_losses(*progress.losses()[1], number, args)
             run.log(progress.line(per_epoch))
+            cli.check_finite(epoch.losses(progress.means()), number, args)
 
     keep = args.plot or args.save_features or args.weight_cent == 0
     trained = epoch.train_epoch(run.step, batches, run.scheduler, keep, report)
-    cli.check_trained(trained, run.model, run.step.center_loss, number, args)
-    for line in cli.advice(trained["accuracy"], number, len(run.data.classes), per_epoch):
-        run.log(line)
+    for values in (epoch.losses(trained), epoch.state_sums(run.step)):
+        cli.check_finite(values, number, args)
+    run.log(*cli.advice(trained["accuracy"], number, len(run.data.classes), per_epoch))
     return dict(train=trained), epoch.current_centers(run.step, trained)
 
 
@@ -227,10 +226,9 @@ def test(
             splits[name] = epoch.predict(model, batches, args.amp, run.ranks)
     if on in splits:
         splits[on] |= epoch.measure(splits[on], centers)
-        for line in epoch.lines(splits[on]):
-            run.log(line)
+        run.log(*epoch.lines(splits[on]))
         if not args.evaluate:
-            cli.check_tested(splits[on], number, args)
+            cli.check_finite(epoch.test_values(splits[on]), number, args)
     if on == "test" and (args.verify or args.evaluate) and run.ranks.rank == 0:
         evaluate.report(args, run.data, splits, centers, number, run.log, run.files)
     return splits
@@ -238,6 +236,7 @@ def test(
 
 def test_best(run: Experiment) -> dict[str, dict]:
     """Tests the network of best.pt, the best epoch by validation."""
+    run.ranks.wait()  # for rank 0, which writes it
     saved = utils.load_checkpoint(Path(run.args.save_dir, "best.pt"))
     model = copy.deepcopy(run.model)
     model.load_state_dict(saved["model"])

@@ -229,7 +229,7 @@ def faces(in_channels: int) -> list[nn.Module]:
 
 
 def face_resnet(*shape) -> ConvNet:
-    """wen2016's network, for faces of 112 x 96 pixels and feat_dim 512; it begins as there."""
+    """wen2016's network, for 112 x 96 pixels and feat_dim 512; it begins as there."""
     model = ConvNet(*shape, layers=faces)
     initialise(model, "xavier")
     return model

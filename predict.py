@@ -11,7 +11,6 @@ features, logits = network(["a.jpg", "b.jpg"])      # (2, D), (2, C)
 
 import argparse
 import csv
-import json
 import os
 import runpy
 import sys
@@ -32,9 +31,19 @@ with own_modules():  # others may have modules of these names
     import models
     import utils
     from center_loss import pairwise
-    from engine.images import ENDINGS, MODES, DatasetError, ReadImage
+    from engine.device import choose_device
+    from engine.images import MODES, DatasetError, ReadImage, find_images
 
 COLUMNS = ["path", "class", "probability", "nearest_center", "distance", "error"]
+
+
+class Outputs(NamedTuple):
+    """What a network makes of image files, of which some may be unreadable."""
+
+    paths: list[str]  # of those that could be read
+    features: Tensor  # (N, D)
+    logits: Tensor  # (N, C)
+    errors: dict[str, str]  # why others could not, by path
 
 
 class Trained:
@@ -73,20 +82,44 @@ class Trained:
 
     def __call__(self, paths: str | Path | Sequence[str | Path]) -> tuple[Tensor, Tensor]:
         """Features (N, D) and logits (N, C) of image files. DatasetError if one cannot be read."""
-        if isinstance(paths, str | os.PathLike):
-            paths = [paths]
-        with ThreadPoolExecutor() as pool:
-            return self.outputs(list(pool.map(self.read, paths)))
+        found = self.outputs([paths] if isinstance(paths, str | os.PathLike) else paths)
+        for error in found.errors.values():
+            raise DatasetError(error)
+        return found.features, found.logits
 
     def scale(self, images: Sequence[Tensor]) -> Tensor:
         """The network's input (N, C, H, W), from images that have been read."""
         return self._normalise(torch.stack(list(images)).to(self.device))
 
     @torch.no_grad()
-    def outputs(self, images: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """Features and logits of images that have been read."""
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
-            return self.net(self.scale(images))
+    def outputs(self, paths: Sequence[str | Path], batch_size: int = 128) -> Outputs:
+        """The same, but for files that cannot be read."""
+        whole = []
+        features = [self.centers[:0]]
+        logits = [self.centers.new_empty(0, len(self.classes))]
+        errors = {}
+        with ThreadPoolExecutor() as pool:
+            for start in range(0, len(paths), batch_size):
+                batch = paths[start : start + batch_size]
+                images = []
+                for path, image in zip(batch, pool.map(self._read_or_say, batch), strict=True):
+                    if isinstance(image, str):
+                        errors[str(path)] = image
+                    else:
+                        whole.append(str(path))
+                        images.append(image)
+                if images:
+                    with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
+                        found = self.net(self.scale(images))
+                    features.append(found[0])
+                    logits.append(found[1])
+        return Outputs(whole, torch.cat(features), torch.cat(logits), errors)
+
+    def _read_or_say(self, path: str | Path) -> Tensor | str:
+        try:
+            return self.read(path)
+        except DatasetError as error:
+            return str(error)
 
 
 def load(
@@ -109,68 +142,28 @@ def load(
         raise utils.RunError(f"{path} is no whole checkpoint of main.py: {reason}") from error
 
 
-class Outputs(NamedTuple):
-    """What a network makes of image files, of which some may be unreadable."""
-
-    paths: list[str]  # of those that could be read
-    features: Tensor  # (N, D)
-    logits: Tensor  # (N, C)
-    errors: dict[str, str]  # why others could not, by path
-
-
-def outputs_of(network: Trained, paths: Sequence[str], batch_size: int = 128) -> Outputs:
-    def read(path: str) -> Tensor | str:
-        try:
-            return network.read(path)
-        except DatasetError as error:
-            return str(error)
-
-    whole = []
-    features = [network.centers[:0]]
-    logits = [network.centers.new_empty(0, len(network.classes))]
-    errors = {}
-    with ThreadPoolExecutor() as pool:
-        for start in range(0, len(paths), batch_size):
-            batch = paths[start : start + batch_size]
-            found = dict(zip(batch, pool.map(read, batch), strict=True))
-            errors |= {path: image for path, image in found.items() if isinstance(image, str)}
-            images = {path: image for path, image in found.items() if path not in errors}
-            if images:
-                outputs = network.outputs(list(images.values()))
-                whole += images
-                features.append(outputs[0])
-                logits.append(outputs[1])
-    return Outputs(whole, torch.cat(features), torch.cat(logits), errors)
-
-
 def predictions(network: Trained, outputs: Outputs) -> list[dict]:
     """A row of predictions.csv for each image that could be read."""
     probabilities, labels = outputs.logits.softmax(1).max(1)
     distances, nearest = pairwise(outputs.features, network.centers, "euclidean").min(1)
+    columns = (labels, probabilities, nearest, distances)
     rows = []
-    for number, path in enumerate(outputs.paths):
-        row = {
-            "path": path,
-            "class": network.classes[labels[number]],
-            "probability": round(probabilities[number].item(), 6),
-            "nearest_center": network.classes[nearest[number]],
-            "distance": round(distances[number].item(), 6),
-        }
+    for path, *values in zip(outputs.paths, *(each.tolist() for each in columns), strict=True):
+        label, probability, center, distance = values
+        row = {"path": path, "class": network.classes[label], "probability": round(probability, 6)}
         rows.append(row)
+        row["nearest_center"] = network.classes[center]
+        row["distance"] = round(distance, 6)
     return rows
 
 
-def find_images(roots: Sequence[str]) -> list[str]:
-    """The files among `roots`, and the images below the directories, but for hidden ones."""
+def image_paths(roots: Sequence[str]) -> list[str]:
+    """The files among `roots`, and the images below the directories among them."""
     paths = []
     for root in roots:
         if not os.path.exists(root):
             raise utils.RunError(f"PATH must be an image or a directory, but there is no {root}")
-        found = [] if os.path.isdir(root) else [root]
-        for path in sorted(Path(root).rglob("*")):
-            hidden = any(part.startswith(".") for part in path.relative_to(root).parts)
-            if path.suffix.lower() in ENDINGS and not hidden:
-                found.append(str(path))
+        found = find_images(Path(root), levels=0).paths() if os.path.isdir(root) else [root]
         if not found:
             raise utils.RunError(f"PATH must be an image or a directory of them, got {root}")
         paths += found
@@ -209,41 +202,31 @@ def write_features(outputs: Outputs, roots: Sequence[str], target: Path) -> None
     print(f"{target}: " + ", ".join(f"{name} {array.shape}" for name, array in arrays.items()))
 
 
-def read_thresholds(path: Path) -> tuple[str, dict, bool | str | None]:
-    """What evaluation.json has of pairs, of unknown or else of trained classes, and its --mirror.
-
-    Empty if there is no such file, or it has none of these.
-    """
-    try:
-        found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-        places = {
-            "the pairs": found.get("pairs", {}),
-            "the unknown classes": found.get("unknown", {}).get("verification", {}),
-            "the trained classes": found.get("verification", {}),
-        }
-    except (AttributeError, ValueError) as error:
-        raise utils.RunError(f"{path} is not an evaluation.json of main.py") from error
-    for of, values in places.items():
-        if "l2" in values:
-            return of, values, found.get("mirror")
-    return "", {}, None
-
-
 def compare(args: argparse.Namespace) -> None:
-    """Prints the distances of two images, and what the thresholds of evaluation.json say."""
+    """Prints the distances of two images, and what the thresholds of evaluation.json say.
+
+    These are of pairs or of unknown classes, where it has them, or else of the trained classes.
+    """
     source = Path(args.checkpoint).with_name("evaluation.json")
-    of, thresholds, mirror = read_thresholds(source)
-    network = load(args.checkpoint, args.device, mirror if args.mirror is None else args.mirror)
-    features = network(args.paths)[0].double()
+    measured = utils.read_json(source)
+    unknown = measured.get("unknown", {}).get("verification", {})
+    places = {
+        "the pairs": measured.get("pairs", {}),
+        "the unknown classes": unknown,
+        "the trained classes": measured.get("verification", {}),
+    }
+    mirror = measured.get("mirror") if args.mirror is None else args.mirror
+    features = load(args.checkpoint, args.device, mirror)(args.paths)[0].double()
     distance = (features[0] - features[1]).norm().item()
     cosine = F.cosine_similarity(features[0], features[1], dim=0).item()
     print(f"L2 distance: {distance:.4f}\t cosine: {cosine:.4f}")
-    if not thresholds:
+    found = [name for name, values in places.items() if "l2" in values]
+    if not found:
         print(f"no thresholds in {source}: main.py --evaluate {args.checkpoint} measures them")
         return
-    print(f"By the thresholds of {of} in {source}:")
+    print(f"By the thresholds of {found[0]} in {source}:")
     for name in ("l2", "cosine"):
-        for metric, limit in thresholds[name].items():
+        for metric, limit in places[found[0]][name].items():
             if metric.startswith("threshold_at") and limit is not None:
                 same = distance <= limit if name == "l2" else cosine >= limit
                 at = metric.removeprefix("threshold_at_").replace("_", " ").upper()
@@ -283,7 +266,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error(f"--same must have two image files alone, got {' '.join(args.paths)}")
     if gpus and not 0 <= args.gpu < gpus:
         parser.error(f"--gpu must be below {gpus}, the number of GPUs here, got {args.gpu}")
-    args.device = torch.device("cuda", args.gpu) if gpus else torch.device("cpu")
+    args.device = choose_device(args.gpu, args.use_cpu)
     return args
 
 
@@ -294,9 +277,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.same:
             compare(args)
             return 0
-        paths = find_images(args.paths)
+        paths = image_paths(args.paths)
         network = load(args.checkpoint, args.device, args.mirror)
-        outputs = outputs_of(network, paths, args.batch_size)
+        outputs = network.outputs(paths, args.batch_size)
         if args.embed:
             write_features(outputs, args.paths, Path(args.embed))
         else:

@@ -67,11 +67,14 @@ RECIPES["fast"] = dict(
 )
 RECIPES["digits"] = dict(
     dataset="digits",
-    init="xavier",
+    model="bn-fast",
+    augment=True,
+    batch_size=64,
     weight_cent=0.1,
-    lr_model=0.01,
-    batch_size=16,
-    max_epoch=12,
+    optimizer="adamw",
+    lr_model=0.02,
+    schedule="onecycle",
+    max_epoch=20,
 )
 RECIPES["images"] = dict(
     model="bn-images",
@@ -89,6 +92,26 @@ RECIPES["images"] = dict(
     eval_freq=1,
     mirror="mean",
     amp="auto",
+)
+# The authors' faces, and the settings of docs/results.md for a few hundred photos.
+RECIPES["faces"] = RECIPES["wen2016"] | dict(
+    dataset="folder",
+    model="face-resnet",
+    init="default",
+    feat_dim=512,
+    image_size=[112, 96],
+    augment=True,
+    mirror="mean",
+    batch_size=256,
+    weight_cent=0.008,
+    lr_model=0.1,
+    lr_cent=0.1,
+    milestones=[16000, 24000],
+    gamma=0.1,
+    max_iter=28000,
+)
+RECIPES["faces-small"] = RECIPES["images"] | dict(
+    dataset="folder", image_size=[56, 48], batch_size=32, max_epoch=40, eval_freq=None
 )
 
 

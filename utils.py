@@ -90,18 +90,18 @@ class Log:
         self.file = None
         self.earlier = []
 
-    def __call__(self, line: str) -> None:
-        if self.quiet:
-            return
-        try:
-            tqdm.write(line)
-            sys.stdout.flush()
-        except OSError as error:
-            raise WriteError(f"cannot write to the standard output: {error.strerror}") from error
-        if self.file is None:
-            self.earlier.append(line)
-        else:
-            self._write(line)
+    def __call__(self, *lines: str) -> None:
+        for line in () if self.quiet else lines:
+            try:
+                tqdm.write(line)
+                sys.stdout.flush()
+            except OSError as error:
+                reason = error.strerror
+                raise WriteError(f"cannot write to the standard output: {reason}") from error
+            if self.file is None:
+                self.earlier.append(line)
+            else:
+                self._write(line)
 
     def open(self, path: Path, printed: bytes = b"") -> None:
         """Starts the file with `printed`, the log of a resumed run up to its checkpoint."""
@@ -273,11 +273,8 @@ def recorded(directory: Path) -> set[str]:
 
 def read_args(directory: Path) -> dict:
     """args.json of a run of main.py; empty if there is none."""
-    with contextlib.suppress(OSError, ValueError):
-        args = json.loads((directory / "args.json").read_text(encoding="utf-8"))
-        if isinstance(args, dict) and {"recipe", "dataset", "model", "save_dir"} <= args.keys():
-            return args
-    return {}
+    args = read_json(directory / "args.json")
+    return args if {"recipe", "dataset", "model", "save_dir"} <= args.keys() else {}
 
 
 def epoch_files(directory: Path, patterns: Sequence[str] = EPOCH_FILES) -> list[tuple[int, Path]]:
@@ -346,9 +343,14 @@ def load_checkpoint(path: str | Path) -> dict:
     return checkpoint
 
 
-def read_facts(directory: Path) -> dict:
-    """run.json; empty if it is missing or damaged."""
+def read_json(path: Path) -> dict:
+    """A JSON file; empty if it is missing, damaged or no dict."""
     with contextlib.suppress(ValueError):
-        facts = json.loads(read_start(directory / "run.json", 2**20))
-        return facts if isinstance(facts, dict) else {}
+        values = json.loads(read_start(path, 2**30))
+        if isinstance(values, dict):
+            return values
     return {}
+
+
+def read_facts(directory: Path) -> dict:
+    return read_json(directory / "run.json")

@@ -29,24 +29,20 @@ class Progress:
         self.latest = output.means
         self.sums += output.means * size
 
-    def losses(self) -> tuple[list[float], list[float]]:
-        """Cross-entropy and λ · center loss: of the latest batch, and their means over the pass."""
-        latest, sums = self.ranks.total(torch.stack([self.latest, self.sums])).tolist()
-        return latest[:2], [each / self.images for each in sums[:2]]
-
-    def line(self, per_epoch: int) -> str:
-        """The losses for the log: of the latest batch and, in brackets, of the pass so far."""
-        (xent, center), (mean_xent, mean_center) = self.losses()
-        return (
-            f"Batch {self.batches}/{per_epoch}\t "
-            f"Loss {xent + center:.6f} ({mean_xent + mean_center:.6f}) "
-            f"XentLoss {xent:.6f} ({mean_xent:.6f}) CenterLoss {center:.6f} ({mean_center:.6f})"
-        )
-
     def means(self) -> dict[str, float]:
         """The mean losses and the accuracy (%). Waits for the device."""
         xent, center, correct = (self.ranks.total(self.sums) / self.images).tolist()
         return dict(loss=xent + center, xent=xent, center=center, accuracy=100 * correct)
+
+    def line(self, per_epoch: int) -> str:
+        """The losses for the log: of the latest batch and, in brackets, of the pass so far."""
+        xent, center, _ = self.ranks.total(self.latest).tolist()
+        means = self.means()
+        return (
+            f"Batch {self.batches}/{per_epoch}\t Loss {xent + center:.6f} ({means['loss']:.6f}) "
+            f"XentLoss {xent:.6f} ({means['xent']:.6f}) "
+            f"CenterLoss {center:.6f} ({means['center']:.6f})"
+        )
 
 
 def train_epoch(
@@ -134,6 +130,22 @@ def lines(tested: dict) -> list[str]:
     ]
 
 
-def state_sum(module: nn.Module) -> float:
-    """The sum of a module's state: finite where all of it is. Waits for the device."""
-    return sum(tensor.double().sum() for tensor in module.state_dict().values()).item()
+# What must be finite, by the names in an error.
+
+
+def losses(trained: dict) -> dict[str, float]:
+    return {"cross entropy": trained["xent"], "center loss": trained["center"]}
+
+
+def state_sums(step: Step) -> dict[str, float]:
+    """The sums of a step's states: finite where all of it is. Waits for the device."""
+    states = {"network's weights": step.net, "centers": step.center_loss}
+    sums = {}
+    for name, module in states.items():
+        sums[name] = sum(each.double().sum() for each in module.state_dict().values()).item()
+    return sums
+
+
+def test_values(tested: dict) -> dict[str, float]:
+    names = {"cross entropy of the test": "xent", "distances from the centers": "intra_distance"}
+    return {what: tested[name] for what, name in names.items()}

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from engine import metrics
+from engine.images import some
 
 TESTED = ("xent", "accuracy", "nearest_center_accuracy", "intra_distance", "inter_distance")
-AT_MOST = 5  # classes named in a line
 
 
 def measure(
@@ -73,12 +73,6 @@ def lines(measured: dict) -> list[str]:
     return said
 
 
-def some(names: Sequence[str]) -> str:
-    """The first names, and how many more there are."""
-    more = f" and {len(names) - AT_MOST} more" if len(names) > AT_MOST else ""
-    return ", ".join(names[:AT_MOST]) + more
-
-
 def compared_line(what: str, measured: dict) -> str:
     verification = measured["verification"]
     images = f"{verification['images']:,} images"
@@ -108,7 +102,7 @@ def worst_line(counts: Sequence[Sequence[int]], classes: Sequence[str]) -> str:
             mistaken = max((number, other) for other, number in enumerate(row) if other != label)
             accuracies.append((100 * row[label] / sum(row), label, mistaken))
     said = []
-    for accuracy, label, (number, other) in sorted(accuracies)[:AT_MOST]:
+    for accuracy, label, (number, other) in sorted(accuracies)[:5]:
         taken = f", {number} taken for {classes[other]}" if number else ""
         said.append(f"{classes[label]} {accuracy:.2f}{taken}")
     return f"Least accurate of {len(accuracies)} classes (%): {'; '.join(said)}"

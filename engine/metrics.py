@@ -77,10 +77,7 @@ COMPARISONS = {
 
 
 class Roc:
-    """ROC metrics of two sorted arrays of distances: a threshold accepts the distances up to it.
-
-    Exact, ties included, and without the arrays of a whole curve.
-    """
+    """ROC metrics of two sorted arrays of distances, exact: a threshold accepts those up to it."""
 
     def __init__(self, genuine: np.ndarray, impostor: np.ndarray):
         self.genuine = genuine
@@ -89,7 +86,8 @@ class Roc:
     def rates(self, distance: float, side: str) -> tuple[float, float]:
         """False and true accepts of a threshold just below ("left") or at ("right") a distance."""
         far = np.searchsorted(self.impostor, distance, side) / len(self.impostor)
-        return far, np.searchsorted(self.genuine, distance, side) / len(self.genuine)
+        tpr = np.searchsorted(self.genuine, distance, side) / len(self.genuine)
+        return float(far), float(tpr)
 
     def threshold(self, distance: float, side: str) -> float | None:
         """That threshold, halfway to the next distance; None if it accepts nothing."""
@@ -150,10 +148,10 @@ class Roc:
 
 
 def rank(distances: np.ndarray, own: np.ndarray) -> list[tuple[float, int]]:
-    """Every image asks for the others of its class: (Q, N) distances, and which are of its class.
+    """Every image asks for the others of its class, by (Q, N) distances, infinite from itself.
 
-    The distance of an image from itself is infinite. Returns, for each with others, the average
-    precision and how many of other classes come before the first of its own; ties come before.
+    Returns, for each that has others, the average precision and how many of other classes come
+    before the first of its own. Of equal distances other classes come first.
     """
     ordered = np.sort(distances, axis=1)
     ranked = []

@@ -15,10 +15,10 @@ ASIDE = f"{ROOT}/"  # begins the names in sys.modules of own modules that would 
 
 @contextlib.contextmanager
 def own_modules() -> Iterator[None]:
-    """In this context `import datasets` is this repository's; afterwards, names mean what they did.
+    """In this context `import datasets` is this repository's; afterwards, what it was before.
 
-    Hugging Face's datasets, or a user's utils, may be imported already or come first on sys.path:
-    then the own module serves those that have imported it in this context, and no one else.
+    Where Hugging Face's datasets, or a user's utils, are imported already or come first on
+    sys.path, the own module serves those alone that import it in this context.
     """
     imported = NAMES & sys.modules.keys()
     foreign = {name for name in imported if not _is_own(name, sys.modules[name].__spec__)}

@@ -1,8 +1,4 @@
-"""Verification of given pairs of images, fold by fold, as LFW's protocol asks: pure functions.
-
-Pairs are those of datasets.read_pairs: `first` and `second` (P,) are rows of the features, `same`
-(P,) tells whether both are of one class, `folds` (P,) in which fold the pair is.
-"""
+"""Verification of given pairs of images, those of datasets.read_pairs, as LFW's protocol asks."""
 
 import math
 
@@ -19,12 +15,9 @@ NAMES["cosine_pca"] = "cosine after PCA"
 def pair_metrics(features: Tensor, pairs) -> tuple[dict, dict[str, list[float]]]:
     """How well distances of features (N, D) tell pairs of one class from pairs of two.
 
-    For each of NAMES, the accuracy is the mean over the folds, with its standard error, where the
-    threshold, and the PCA, of a fold come from the other folds; `threshold` is their mean. EER,
-    AUC and TPR are of all pairs together.
-
-    Returns the "pairs" of evaluation.json, in % but for "auc", and the ROC curves. Where nothing
-    can be measured, it has the reason as "missing".
+    The accuracy is the mean over the folds, with its standard error, where the threshold and the
+    PCA of a fold come from the others; `threshold` is the mean. All else is of all pairs together.
+    Returns the "pairs" of evaluation.json, in % but for "auc", and the ROC curves.
     """
     features = features.double()
     folds = np.unique(pairs.folds)
@@ -45,7 +38,8 @@ def pair_metrics(features: Tensor, pairs) -> tuple[dict, dict[str, list[float]]]
         for fold in folds:
             within = pairs.folds == fold
             if name == "cosine_pca":
-                rotated = after_pca(features, rows_of(pairs, ~within))
+                rows = np.unique([pairs.first[~within], pairs.second[~within]])
+                rotated = after_pca(features, rows)
                 distances = pair_distances(comparison.prepare(rotated), pairs)
             limit = best_threshold(distances[~within], pairs.same[~within])
             accuracies.append(np.mean((distances[within] <= limit) == pairs.same[within]))
@@ -86,16 +80,11 @@ def pair_distances(features: Tensor, pairs) -> np.ndarray:
     return (first - second).norm(dim=1).cpu().numpy()
 
 
-def rows_of(pairs, chosen: np.ndarray) -> np.ndarray:
-    """The images of the chosen pairs, each once."""
-    return np.unique(np.concatenate([pairs.first[chosen], pairs.second[chosen]]))
-
-
 def after_pca(features: Tensor, rows: np.ndarray) -> Tensor:
-    """All features (N, D) in the principal components of some of them, without whitening.
+    """All features (N, D) in all the principal components of some rows, without whitening.
 
-    All components are kept. If these rows are more than D, that turns the centred features, which
-    changes no distance and no angle, and they are returned as they are.
+    With more rows than D that only turns the centred features, which changes no angle: it is left
+    out.
     """
     fitted = features[torch.as_tensor(rows, device=features.device)]
     mean = fitted.mean(0)

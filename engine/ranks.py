@@ -113,14 +113,19 @@ class Ranks(NamedTuple):
             if self.size > 1:
                 dist.destroy_process_group()
 
+    def wait(self) -> None:
+        """Until all ranks are here."""
+        if self.size > 1:
+            dist.barrier()
+
     @contextlib.contextmanager
     def first_alone(self) -> Iterator[None]:
         """Lets rank 0 through before the others: for downloads."""
-        if self.size > 1 and self.rank > 0:
-            dist.barrier()
+        if self.rank > 0:
+            self.wait()
         yield
-        if self.size > 1 and self.rank == 0:
-            dist.barrier()
+        if self.rank == 0:
+            self.wait()
 
     def share(self, batch: torch.Tensor) -> torch.Tensor:
         """This rank's rows of a batch: every row goes to exactly one rank."""

@@ -59,11 +59,9 @@ class State:
         return (validated["accuracy"], -validated["xent"]) > max(earlier, default=(-1.0, 0.0))
 
 
-def new_row(epoch: int, rate: float, splits: dict[str, dict]) -> dict:
+def new_row(epoch: int, rate: float, splits: dict[str, dict], validates: bool = False) -> dict:
     """The epoch's row of metrics.csv: None for what was not measured."""
-    names = TRAIN_COLUMNS | TEST_COLUMNS
-    if "val" in splits:
-        names = TRAIN_COLUMNS | VAL_COLUMNS | TEST_COLUMNS
+    names = TRAIN_COLUMNS | (VAL_COLUMNS if validates else {}) | TEST_COLUMNS
     return dict(epoch=epoch, lr_model=rate) | columns(splits, names)
 
 

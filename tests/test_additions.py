@@ -102,8 +102,8 @@ def test_a_flag_is_a_line_that_says_whether_a_resumed_run_may_change_it(run, mon
     def build_parser(description=""):
         parser = original(description)
         add = parser.group("mine")
-        add("--note", default="", free=True, help="free to change")
-        add("--power", type=int, default=2, help="part of the training")
+        add("--note", str, "", "free to change", free=True)
+        add("--power", int, 2, "part of the training")
         return parser
 
     assert run("--max-epoch", "1", "--save-dir", "older")[0] == 0

@@ -37,17 +37,15 @@ def test_what_is_reported_are_the_losses_of_the_step_and_the_means_of_the_pass()
         step,
         batches,
         constant(step),
-        report=lambda progress: seen.append((progress.losses(), progress.line(2))),
+        report=lambda progress: seen.append((progress.means(), progress.line(2))),
     )
     alone = make_step()
     first, second = (alone(images, labels).means[:2] for images, labels, _ in batches)
-    latest, means = seen[1][0]
-    assert latest == pytest.approx(second.tolist())
-    assert means == pytest.approx(((first + second) / 2).tolist())
-    xent, center = latest
-    assert seen[1][1].startswith(
-        f"Batch 2/2\t Loss {xent + center:.6f} ({sum(means):.6f}) XentLoss "
-    )
+    means, line = seen[1]
+    expected = ((first + second) / 2).tolist()
+    assert [means["xent"], means["center"]] == pytest.approx(expected)
+    loss = second.sum().item()
+    assert line.startswith(f"Batch 2/2\t Loss {loss:.6f} ({means['loss']:.6f}) XentLoss ")
 
 
 def test_the_scheduler_takes_a_step_after_each_batch():
@@ -96,10 +94,11 @@ def test_without_center_loss_the_centers_of_metrics_are_class_means(weight):
 
 
 def test_the_sum_of_a_state_shows_a_number_that_is_not_finite():
-    net = make_step().net
-    assert epoch.state_sum(net) == pytest.approx(
-        sum(value.sum().item() for value in net.state_dict().values()), rel=1e-5
-    )
+    step = make_step()
+    expected = sum(value.sum().item() for value in step.net.state_dict().values())
+    sums = epoch.state_sums(step)
+    assert sums["network's weights"] == pytest.approx(expected, rel=1e-5)
+    assert sums["centers"] == pytest.approx(step.center_loss.centers.sum().item(), rel=1e-5)
     with torch.no_grad():
-        net.classifier.bias[1] = torch.inf
-    assert not torch.tensor(epoch.state_sum(net)).isfinite()
+        step.net.classifier.bias[1] = torch.inf
+    assert epoch.state_sums(step)["network's weights"] == torch.inf

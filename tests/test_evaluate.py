@@ -151,3 +151,73 @@ def test_new_people_alone_can_be_evaluated(log, run, people):
     evaluate(run, "--data-root", people, "--save-features")
     saved = np.load("log/features/test.npz")
     assert saved["unseen"].tolist() == ["eve", "fay"] and len(saved["unknown_paths"]) == 8
+
+
+# --------------------------------------------------------------------------------- given pairs
+
+
+@pytest.fixture
+def pairs(folder):
+    """A list of 60 pairs of test images, half of them of one class; ten folds in order."""
+    random = np.random.default_rng(0)
+    lines = []
+    for index in range(60):
+        first, second = random.choice(["ant", "bee", "cat"], 2, replace=False)
+        same = index % 2
+        names = [f"test/{first}/{random.integers(2)}.png"]
+        names.append(f"test/{first if same else second}/{2 + random.integers(2)}.png")
+        lines.append(f"{names[0]} {names[1]} {same}")
+    Path("pairs.txt").write_text("\n".join(lines))
+    return [line.split() for line in lines]
+
+
+@pytest.mark.parametrize("mirror", ["--no-mirror", "--mirror=concat"])
+def test_pairs_have_the_accuracy_of_a_slow_loop_over_folds(mirror, log, run, folder, pairs):
+    model = models.create("cnn", 3, 1, 8).eval()
+    model.load_state_dict(checkpoint()["model"])
+    data = datasets.create("folder", folder, 1, image_size=8).test
+    features = {}
+    for path, (images, _, _) in zip(data.paths, data, strict=True):
+        views = [images, images.flip(3)] if "concat" in mirror else [images]
+        with torch.no_grad():
+            features[str(Path(path).relative_to(folder))] = torch.cat(
+                [model(view)[0] for view in views], 1
+            )[0]
+    distances = np.array([(features[a] - features[b]).norm().item() for a, b, _ in pairs])
+    same = np.array([bool(int(last)) for *_, last in pairs])
+    folds = np.arange(60) // 6
+    accuracies = []
+    for fold in range(10):
+        others = folds != fold
+        limits = [-1.0, *(distances + 1e-9)]
+        right = [np.mean((distances <= limit)[others] == same[others]) for limit in limits]
+        best = [limit for limit, share in zip(limits, right, strict=True) if share == max(right)]
+        within = [np.mean((distances <= limit)[~others] == same[~others]) for limit in best]
+        accuracies.append((min(within), max(within)))
+    out = evaluate(run, "--data-root", folder, "--pairs", "pairs.txt", "--plot", mirror)
+    found = measured()["pairs"]
+    low, high = (100 * np.mean(each) for each in zip(*accuracies, strict=True))
+    assert low - 1e-9 <= found["l2"]["accuracy"] <= high + 1e-9
+    assert {"cosine", "cosine_pca"} < found.keys() and found["pairs"] == 60
+    assert any(f"{found['l2']['accuracy']:.2f}" in line for line in out)
+    assert Path("log/roc.png").stat().st_size > 2000
+
+
+def test_pairs_stand_beside_what_an_evaluation_has_measured(log, run, folder, pairs):
+    evaluate(run)
+    before = measured()
+    evaluate(run, "--data-root", folder, "--pairs", "pairs.txt")
+    assert before.items() <= (measured() | dict(mirror=False)).items()
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["test/ant/0.png test/ant/9.png 1", "test/ant/0.png test/ant/1.png yes", "", "10 300\na b"],
+)
+def test_a_file_of_pairs_that_cannot_be_used_is_one_line(text, log, run, folder):
+    Path("pairs.txt").write_text(text)
+    before = files()
+    flags = ["--evaluate", "log/checkpoint.pt", "--data-root", folder, "--pairs", "pairs.txt"]
+    status, _, err = run(*flags, base=False)
+    assert status == 2 and err.startswith("main.py: error: --pairs") and err.count("\n") == 1
+    assert files() == before

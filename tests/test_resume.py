@@ -73,7 +73,8 @@ SETTINGS = {
     "zhou2018": "",
     "one optimizer, milestones, max-iter": "--recipe wen2016 --model cnn --max-iter 8 "
     "--milestones 2 5",
-    "BatchNorm, class average": "--recipe zahn2024-v1.0 --model bn-shallow --stepsize 1",
+    "BatchNorm, class average": "--recipe zahn2024-v1.0 --model bn-fast --image-size 28 "
+    "--stepsize 1",
     "euclidean": "--distance euclidean --momentum-cent 0.5",
     "bfloat16, adamw, onecycle": "--amp --optimizer adamw --schedule onecycle",
     "softmax only, features": "--weight-cent 0 --save-features",

@@ -64,8 +64,9 @@ def test_a_row_has_all_columns_and_none_where_nothing_was_measured():
     assert list(row)[:4] == ["epoch", "lr_model", "train_loss", "train_xent"]
     assert (row["epoch"], row["train_loss"], row["test_accuracy"]) == (3, 1.0, 50.0)
     assert row["intra_distance"] is None and "val_accuracy" not in row
-    validated = new_row(3, 0.1, dict(train={}, val=dict(accuracy=50.0, xent=0.5)))
+    validated = new_row(3, 0.1, dict(train={}, val=dict(accuracy=50.0, xent=0.5)), True)
     assert validated["val_accuracy"] == 50.0 and validated["test_accuracy"] is None
+    assert list(new_row(4, 0.1, dict(train={}), True)) == list(validated)
 
 
 def test_the_best_epoch_is_that_of_the_highest_accuracy_and_then_the_lowest_loss():
@@ -75,7 +76,8 @@ def test_the_best_epoch_is_that_of_the_highest_accuracy_and_then_the_lowest_loss
         validated = dict(accuracy=float(accuracy), xent=xent)
         if state.is_best(validated):
             best.append(epoch)
-        state.add_epoch(new_row(epoch, 0.1, dict(train={}, val=validated)), state.centers)
+        state.add_epoch(new_row(epoch, 0.1, dict(train={}, val=validated), True), state.centers)
+        state.add_epoch(new_row(epoch, 0.1, {}, True), state.centers)  # an epoch without a test
     assert best == [1, 3]
 
 

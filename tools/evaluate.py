@@ -4,13 +4,18 @@ import argparse
 from pathlib import Path
 
 import numpy as np
+import torch
 from torch import Tensor
 
 import plots
+import predict
+import recipes
 import utils
-from datasets import Data
+from datasets import Data, read_pairs
 from engine import evaluation
 from engine.metrics import FARS
+from engine.pairs import lines, pair_metrics
+from engine.ranks import Ranks
 from tools.run_files import RunFiles
 
 
@@ -30,8 +35,7 @@ def report(
     measured, curves = evaluation.measure(
         splits, centers, data.classes, data.unseen, confusion=evaluate
     )
-    for line in evaluation.lines(measured):
-        log(line)
+    log(*evaluation.lines(measured))
     facts = dict(epoch=epoch, mirror=bool(args.mirror))
     write_measured(args, measured | facts, curves, files)
     if evaluate and args.plot and "test" in splits:
@@ -46,6 +50,28 @@ def report(
             if paths:
                 names[f"{name}_paths"] = np.array(paths)
         files.write(save_features, "features/test.npz", splits, centers, names)
+
+
+def test_pairs(args: argparse.Namespace) -> None:
+    """Tests the pairs of images in the file --pairs with the network of --evaluate."""
+    if Ranks.of_environment().rank > 0:
+        return
+    log = utils.Log()
+    device = recipes.prepare_device(args, log)
+    pairs = read_pairs(args.pairs, args.data_root)
+    network = predict.load(args.evaluate, device, args.mirror)
+    starts = range(0, len(pairs.paths), args.batch_size)
+    features = []
+    for start in utils.progress_bar(starts, "pairs", len(starts)):
+        features.append(network(pairs.paths[start : start + args.batch_size])[0])
+    measured, curves = pair_metrics(torch.cat(features), pairs)
+    log(*lines(measured))
+    files = RunFiles(args, log)
+    utils.start_list(files.directory)
+    # Beside the thresholds of --evaluate, which predict.py reads.
+    earlier = utils.read_json(files.directory / "evaluation.json")
+    write_measured(args, earlier | dict(pairs=measured, mirror=args.mirror), curves, files)
+    files.write_rest()
 
 
 def write_measured(
