@@ -145,7 +145,7 @@ def draw_film(part: Path, directory: Path) -> None:
         figure.canvas.draw()
         return Image.fromarray(np.asarray(figure.canvas.buffer_rgba())).convert("RGB")
 
-    colors = frame(sources[-1]).quantize(256, method=Image.Quantize.MAXCOVERAGE)
+    colors = frame(sources[-1]).quantize(256, method=Image.Quantize.FASTOCTREE)
     frames = (frame(source).quantize(palette=colors, dither=0) for source in sources)
     milliseconds = min(max(12000 // len(sources), 100), 400)
     durations = [milliseconds] * (len(sources) - 1) + [3000]

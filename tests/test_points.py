@@ -8,6 +8,7 @@ import pytest
 from matplotlib.colors import to_rgb
 from PIL import Image
 
+from plots import looks
 from plots.looks import COLORS, new_figure
 from plots.points import Scatter, add_legend, draw_film, draw_panels, draw_points, limits, plane
 from plots.saved import read_epoch
@@ -255,6 +256,7 @@ def test_colours_of_all_classes_are_in_every_frame_of_a_film(tmp_path):
         for index in range(2):
             film.seek(index)
             pixels = np.asarray(film.convert("RGB")).reshape(-1, 3).astype(int)
+            assert len(set(pixels[0])) == 1 and pixels[0, 0] >= 254  # white, not tinted
             for color in COLORS:
                 distance = np.abs(pixels - 255 * np.array(to_rgb(color))).max(1)
                 assert (distance < 12).sum() > 20
@@ -266,3 +268,14 @@ def test_names_are_no_formulas_and_bytes_that_are_not_utf8_are_escaped(tmp_path)
     draw_points(tmp_path / "e.png", source)
     _, legend = scatter_of(read_epoch(source))
     assert legend == ["0 a$x_$b", "1 US$", r"2 caf\xe9", "center"]
+
+
+def test_letters_that_the_default_font_lacks_are_of_another_that_is_installed(
+    tmp_path, monkeypatch
+):
+    letter = "\ue001"  # of the private use area, which STIXNonUnicode has
+    source = write_epoch(tmp_path / "e.npz", *cloud(), classes=[letter, "b", "c"])
+    with pytest.warns(UserWarning, match="missing from font"):
+        draw_points(tmp_path / "e.png", source)
+    monkeypatch.setattr(looks, "FONTS", ("no such font", "STIXNonUnicode"))
+    draw_points(tmp_path / "e.png", source)  # a warning is an error
