@@ -47,7 +47,7 @@ class CudaGraph:
             raise
 
     def _free_generator(self) -> None:
-        """Gives the device's generator a new state: a capture that CUDA has ended holds the old one."""
+        """Gives the generator a new state, since a capture that CUDA has ended holds its old one."""
         device = self.stream.device
         generator = torch.cuda.default_generators[device.index]
         fresh = torch.Generator(device)
