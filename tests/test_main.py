@@ -141,7 +141,7 @@ def test_plots_of_a_run(run):
     shown = np.load("log/test/epoch_2.npz")
     accuracy = float(metrics()[1]["test_accuracy"])
     assert str(shown["title"]) == f"test, epoch 2: accuracy {accuracy:.2f} %"
-    assert shown["axes"][0].startswith("principal component 1 (")
+    assert shown["axes"][0].startswith("PC 1 (")
     listed = set(Path("log/files.txt").read_text().splitlines()[1:])
     assert listed == {path.relative_to("log").as_posix() for path in files()} - {"files.txt"}
 
