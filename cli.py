@@ -36,13 +36,16 @@ class Parser(argparse.ArgumentParser):
     def group(self, title: str) -> Callable:
         """Flags under a title, which the returned function adds.
 
-        `kind` is a type, a table of choices, or bool for --name and --no-name.
+        `kind` is a type, a table of choices, argparse's "store_false", or bool for --name and
+        --no-name.
         """
         section = self.add_argument_group(title)
 
         def add(names: str, kind, default, help: str, *, free: bool = False, **options) -> None:
             if kind is bool:
                 options["action"] = argparse.BooleanOptionalAction
+            elif kind == "store_false":
+                options["action"] = kind
             elif isinstance(kind, dict | tuple):
                 options["choices"] = sorted(kind)
             else:
@@ -133,9 +136,7 @@ def build_parser(description: str = "") -> Parser:
     count = number(int, 0)
 
     add = parser.group("experiment")
-    add(
-        "--recipe", RECIPES, "zhou2018", "defaults of the other flags; -h shows those of the recipe"
-    )
+    add("--recipe", RECIPES, "zhou2018", "defaults of the other flags; with -h, shows its own")
     add("--seed", number(int, 0, 2**63 - 1), 1, "of the network, the centers and the batches")
     add("--max-epoch", number(int, 1), 100, "epochs", free=True)
     add("--max-iter", count, 0, "training steps, instead of --max-epoch; 0: use that")
@@ -143,31 +144,20 @@ def build_parser(description: str = "") -> Parser:
     add = parser.group("data")
     help = "data set; for folder, cifar10 and cifar100 use --recipe images"
     add("-d --dataset", datasets.SPECS, "mnist", help)
-    help = (
-        "directory of the data sets, downloaded to it on first use; for folder the one that holds "
-    )
+    help = "directory of the data sets, downloaded to it on first use; for folder the one with "
     help += "train/<class>/* and test/<class>/*"
     add("--data-root", path, "data", help, free=True)
     help = "pixels, for data sets without a size of their own; one number is a square"
     size = dict(nargs="+", action=ImageSize, metavar=("H", "W"))
     add("--image-size", number(int, 8, 1024), 32, help, **size)
-    help = (
-        "share of each class's training images that chooses the best epoch, the only one that is "
-    )
-    add("--val-share", share, 0.0, help + "tested then; 0: none")
+    help = "share of each class's training images that chooses the best epoch, alone tested then"
+    add("--val-share", share, 0.0, help)
     help = "shift the training images at random and, except for digits, mirror them"
     add("--augment", bool, False, help)
-    help = (
-        "hide a grey square at a random place in each training image: its side as a share of the "
-    )
-    add("--erase", share, 0.0, help + "image's; 0: none")
-    help = "of pixels p: standard, by mean and deviation of the data set (0.5 and 0.5 for folder); "
-    add(
-        "--scaling",
-        datasets.SCALINGS,
-        "standard",
-        help + "symmetric, (p - 127.5) / 128; unit, p / 255",
-    )
+    help = "hide a grey square at a random place in each training image; its side over the image's"
+    add("--erase", share, 0.0, help)
+    help = "of pixels p: by mean and deviation of the data set; (p - 127.5) / 128; or p / 255"
+    add("--scaling", datasets.SCALINGS, "standard", help)
     help = "names or numbers of classes to leave out of the training and to test as unknown"
     add("--unseen", str, [], help, nargs="+", metavar="CLASS")
     add("--batch-size", number(int, 1), 128, "images per step, over all ranks")
@@ -175,10 +165,8 @@ def build_parser(description: str = "") -> Parser:
     add("-j --workers", number(int, 0, 1024), 0, help, free=True)
 
     add = parser.group("network")
-    help = (
-        f"network: {', '.join(sorted(models.MODELS))}, or a classification network of torchvision, "
-    )
-    add("--model", model_name, "cnn", help + "such as resnet50", metavar="NAME")
+    help = f"network: {', '.join(sorted(models.MODELS))}, or one of torchvision, such as resnet50"
+    add("--model", model_name, "cnn", help, metavar="NAME")
     help = "start from torchvision's weights of the network, downloaded on first use"
     add("--pretrained", bool, False, help)
     help = "D, dimensions of the features; 0: the width of torchvision's network"
@@ -225,11 +213,9 @@ def build_parser(description: str = "") -> Parser:
     help = "test with the mean features of each image and, except for digits, its mirror image; "
     help += "concat, for --pairs: with both side by side"
     add("--mirror", models.MIRRORS, False, help, nargs="?", const="mean")
-    parser.add_argument("--no-mirror", dest="mirror", action="store_false", help="without them")
-    help = (
-        "measure in each test how well distances tell which pairs of images are of one class, and "
-    )
-    add("--verify", bool, False, help + "write evaluation.json", free=True)
+    add("--no-mirror", "store_false", None, "test without mirror images", dest="mirror")
+    help = "tell in each test, and in evaluation.json, how well distances separate pairs of images"
+    add("--verify", bool, False, help, free=True)
     add("--print-freq", number(int, 1), 50, "steps between two lines of the log", free=True)
     help = "plot the features of each epoch and write the page report.html"
     add("--plot", bool, False, help, free=True)
@@ -246,9 +232,8 @@ def build_parser(description: str = "") -> Parser:
     help += "confusion.png and roc.png, with --save-features features/test.npz"
     add("--evaluate", path, None, help, **file)
     help = (
-        "with --evaluate: test these pairs of images of --data-root, a file like LFW's pairs.txt "
+        "with --evaluate: test these pairs of images, by LFW's pairs.txt or lines 'path path 0|1'"
     )
-    help += "or lines 'path path 0|1'"
     add("--pairs", path, None, help, free=True, metavar="FILE")
 
     add = parser.group("machine")

@@ -24,6 +24,7 @@ def end_at_once(*_) -> None:
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, end_at_once)
     sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # PYTHONSAFEPATH leaves it out
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # threads that wait leave busy cores to others
 
 import argparse
 import contextlib
@@ -119,8 +120,9 @@ def main(args: argparse.Namespace, saved: dict | None = None) -> None:
         undrawn = []
         if run.pictures and state.history:
             undrawn = plots.plot_run(run.pictures, files.directory, state.history, run.stop.urgent)
+        number = run.stop.requested()
         if not run.is_complete(state) or (undrawn and run.stop.urgent()):
-            raise utils.Stopped(run.stop.requested(), state.epoch, args.save_dir)
+            raise utils.Stopped(number, state.epoch, args.save_dir)
         run.log(f"Finished. Total elapsed time (h:m:s): {utils.passed(start)}")
         files.finish(undrawn)
 
@@ -229,7 +231,8 @@ def test(
         run.log(*epoch.lines(splits[on]))
         if not args.evaluate:
             cli.check_finite(epoch.test_values(splits[on]), number, args)
-    if on == "test" and (args.verify or args.evaluate) and run.ranks.rank == 0:
+    reports = args.verify or args.evaluate or "test" not in splits
+    if on == "test" and reports and run.ranks.rank == 0:
         evaluate.report(args, run.data, splits, centers, number, run.log, run.files)
     return splits
 

@@ -67,11 +67,14 @@ RECIPES["fast"] = dict(
 )
 RECIPES["digits"] = dict(
     dataset="digits",
-    init="xavier",
+    model="bn-fast",
+    augment=True,
+    batch_size=64,
     weight_cent=0.1,
-    lr_model=0.01,
-    batch_size=16,
-    max_epoch=12,
+    optimizer="adamw",
+    lr_model=0.02,
+    schedule="onecycle",
+    max_epoch=20,
 )
 RECIPES["images"] = dict(
     model="bn-images",
@@ -94,7 +97,6 @@ RECIPES["images"] = dict(
 RECIPES["faces"] = RECIPES["wen2016"] | dict(
     dataset="folder",
     model="face-resnet",
-    init="default",
     feat_dim=512,
     image_size=[112, 96],
     augment=True,

@@ -76,9 +76,6 @@ def passed(start: float) -> timedelta:
     return timedelta(seconds=round(time.monotonic() - start))
 
 
-# ----------------------------------------------------------------------------------------- the log
-
-
 class Log:
     """Prints lines, above a progress bar if there is one; `open` starts a file of them.
 
@@ -132,9 +129,6 @@ def progress_bar(
     """The batches, with a progress bar if the output is a terminal."""
     hidden = None if shown else True  # None: hidden unless it is a terminal
     return tqdm(batches, disable=hidden, leave=False, desc=what, total=total, unit=unit)
-
-
-# --------------------------------------------------------------------------------- a file, written
 
 
 def replace_file(path: Path, write: Callable[[Path], object]) -> None:
@@ -223,16 +217,13 @@ def read_start(path: Path, size: int) -> bytes:
     return b""
 
 
-# ----------------------------------------------------------------------------------- the directory
-
-
 def files_in(directory: Path) -> Iterator[tuple[str, Path]]:
     """The files of a run's directory, with their names in it; behind no link to a directory."""
-    for each in (directory, *(directory / name for name in DIRECTORIES)):
-        if each.is_dir() and (each == directory or not each.is_symlink()):
-            for path in each.iterdir():
-                if path.is_symlink() or path.is_file():
-                    yield path.relative_to(directory).as_posix(), path
+    below = [directory / name for name in DIRECTORIES]
+    for each in (directory, *(each for each in below if not each.is_symlink())):
+        for path in each.iterdir() if each.is_dir() else ():
+            if path.is_symlink() or path.is_file():
+                yield path.relative_to(directory).as_posix(), path
 
 
 def start_list(directory: Path) -> None:
@@ -285,9 +276,6 @@ def epoch_files(directory: Path, patterns: Sequence[str] = EPOCH_FILES) -> list[
         if number:
             found.append((int(number[1]), path))
     return sorted(found)
-
-
-# ------------------------------------------------------------------------------------- checkpoints
 
 
 def save_checkpoint(path: Path, checkpoint: dict) -> None:

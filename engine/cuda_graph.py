@@ -4,6 +4,7 @@ step = captured(step, 128)      # called as before; on one GPU a graph, elsewher
 """
 
 import contextlib
+import gc
 import math
 from collections.abc import Callable, Iterator
 
@@ -31,28 +32,27 @@ class CudaGraph:
 
     def record(self, function: Callable, *tensors: Tensor) -> None:
         """Computes nothing yet; raises an error if the function cannot be captured."""
-        # The outer context leaves the stream, and its device, after a failure too.
-        with torch.cuda.stream(self.stream):
-            pool = torch.cuda.graph_pool_handle()
-            capture = torch.cuda.graph(
-                self.graph,
-                pool=pool,
-                stream=self.stream,
-                capture_error_mode="thread_local",  # loaders' threads may allocate in the meantime
-            )
-            try:
-                with capture:
-                    self.output = function(*tensors)
-            except BaseException:
-                self._leave_capture(pool)
-                raise
+        gc.collect()  # an older graph that is freed meanwhile would end the capture
+        capture = torch.cuda.graph(
+            self.graph,
+            stream=self.stream,
+            capture_error_mode="thread_local",  # loaders' threads may allocate in the meantime
+        )
+        try:
+            # The outer context leaves the stream, and its device, after a failure too.
+            with torch.cuda.stream(self.stream), capture:
+                self.output = function(*tensors)
+        except BaseException:
+            self._free_generator()
+            raise
 
-    def _leave_capture(self, pool: tuple[int, int]) -> None:
-        """Gives the memory back, which torch does not where CUDA itself has ended the capture."""
-        device = self.stream.device.index
-        with contextlib.suppress(AttributeError, RuntimeError):  # elsewhere torch has done it
-            torch._C._cuda_endAllocateToPool(device, pool)
-            torch._C._cuda_releasePool(device, pool)
+    def _free_generator(self) -> None:
+        """Gives the generator a new state, since a capture that CUDA has ended holds its old one."""
+        device = self.stream.device
+        generator = torch.cuda.default_generators[device.index]
+        fresh = torch.Generator(device)
+        fresh.set_state(generator.get_state())
+        generator.graphsafe_set_state(fresh.graphsafe_get_state())
 
     def replay(self) -> Output:
         self.graph.replay()

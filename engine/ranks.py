@@ -173,33 +173,23 @@ class Ranks(NamedTuple):
         return nn.parallel.DistributedDataParallel(model)
 
 
-class SumOverRanks(torch.autograd.Function):
-    """The sum over all ranks, through which gradients go back to all of them."""
-
-    @staticmethod
-    def forward(context, values: torch.Tensor) -> torch.Tensor:
-        values = values.clone()
-        dist.all_reduce(values)
-        return values
-
-    backward = forward
-
-
 class BatchNormOverRanks(nn.BatchNorm2d):
     """BatchNorm2d over the batch of all ranks, on CPUs, where torch has no SyncBatchNorm."""
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         if not self.training:
             return super().forward(images)
+        from torch.distributed.nn.functional import all_reduce  # gradients go through it
+
         dtype = images.dtype
         images = images.to(torch.promote_types(dtype, torch.float32))
         over = (0, 2, 3)
         pixels = images.new_tensor([images.numel() / images.shape[1]])
-        total = SumOverRanks.apply(torch.cat([images.sum(over), pixels]))
+        total = all_reduce(torch.cat([images.sum(over), pixels]))
         mean = total[:-1] / total[-1]
         count = total[-1].item()
         centered = images - mean.view(1, -1, 1, 1)
-        variance = SumOverRanks.apply(centered.square().sum(over)) / count
+        variance = all_reduce(centered.square().sum(over)) / count
         with torch.no_grad():
             self.num_batches_tracked += 1
             self.running_mean.lerp_(mean, self.momentum)

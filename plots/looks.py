@@ -1,7 +1,7 @@
 """Colours, names and figures, common to all pictures."""
 
+import os
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 
@@ -10,33 +10,31 @@ COLUMN = 3.15  # inches, 8 cm: the width of a paper's column
 # Petroff's ten colours, which red-green blind readers can tell apart: at least 17 CIELAB units.
 COLORS = "#3f90da #ffa90e #bd1f01 #94a4a2 #832db6 #a96b59 #e76300 #b9ac70 #717581 #92dadd".split()
 
+# Of Linux, Windows and macOS, for letters that matplotlib's own font lacks.
+FONTS = ("Noto Sans CJK JP", "Microsoft YaHei", "Malgun Gothic", "Arial Unicode MS")
 PRINT_STYLE = {
     "font.size": 7,
     "axes.titlesize": "medium",
     "legend.fontsize": 6.5,
-    "axes.linewidth": 0.6,
-    "xtick.major.width": 0.6,
-    "ytick.major.width": 0.6,
     "lines.linewidth": 1.0,
     "pdf.fonttype": 42,
-    "svg.hashsalt": "center-loss",
+    "savefig.dpi": 600,
+    "savefig.bbox": "tight",
+    "savefig.pad_inches": 0.01,
 }
-
-
-def rgb(colors: Sequence[str]) -> np.ndarray:
-    """Colours "#rrggbb" as numbers from 0 to 1, (N, 3)."""
-    return np.array([[int(color[i : i + 2], 16) for i in (1, 3, 5)] for color in colors]) / 255
 
 
 def palette(count: int) -> list[str]:
     """A colour for each class: the ten of COLORS, then darker and lighter shades of them."""
+    from matplotlib.colors import to_hex, to_rgb
+
+    ten = np.array([to_rgb(color) for color in COLORS])
     shades = -(-count // len(COLORS))
     colors = []
     for shade in range(shades):  # darker and lighter in turn, ever further from the ten
         kept = 1 - 0.7 * (shade + shade % 2) / (shades + 1)
         target = 1 - shade % 2
-        mixed = 255 * (target + kept * (rgb(COLORS) - target))
-        colors += ["#" + bytes(color).hex() for color in mixed.round().astype(np.uint8)]
+        colors += [to_hex(color) for color in target + kept * (ten - target)]
     return colors[:count]
 
 
@@ -47,19 +45,17 @@ class Looks:
     """
 
     def __init__(self, shown: dict):
-        self.known = [str(name) for name in shown["classes"]]
-        self.unseen = [str(name) for name in shown["unseen"]]
+        self.known = printable(shown["classes"])
+        self.unseen = printable(shown["unseen"])
+        self.names = self.known + self.unseen
         count = len(self.known)
         self.has_known = bool((shown["labels"] < count).any())
-        self.colors = palette(count + len(self.unseen))
+        self.colors = palette(len(self.names))
         if not self.has_known:
             self.colors[count:] = palette(len(self.unseen))
         # The text at each center: the names if all are short, else numbers.
         is_short = max(map(len, self.known)) <= 3
         self.marks = self.known if is_short else [str(label) for label in range(count)]
-
-    def short(self, width: int) -> list[str]:
-        return shorten(self.known + self.unseen, width)
 
     def styles(self) -> list[dict]:
         """How the points of each class are drawn; those of unknown ones are hollow."""
@@ -82,6 +78,11 @@ def edge(width: float) -> list:
     return [withStroke(linewidth=width, foreground="white")]
 
 
+def printable(names: Sequence[str]) -> list[str]:
+    r"""The names, where bytes that are not UTF-8 become \xe9."""
+    return [os.fsencode(str(name)).decode(errors="backslashreplace") for name in names]
+
+
 def shorten(names: Sequence[str], width: int) -> list[str]:
     """Cuts the middle out of names of more than `width` characters, unless that makes two alike."""
     half = width // 2
@@ -92,29 +93,19 @@ def shorten(names: Sequence[str], width: int) -> list[str]:
     return short if len(set(short)) == len(set(names)) else list(names)
 
 
-def new_figure(width: float, height: float, rows: int = 1, columns: int = 1, **options):
-    """A figure, in inches, and its axes (rows, columns); without pyplot and its global state."""
+def new_figure(width: float, height: float, rows: int = 1, columns: int = 1, format: str = ""):
+    """A figure, in inches, and its axes (rows, columns); in the style of print for a `format`."""
+    import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.font_manager import get_font_names
 
-    layout = options.pop("layout", "constrained")
-    figure = Figure(figsize=(width, height), dpi=150, layout=layout)
+    matplotlib.rcdefaults()
+    matplotlib.rcParams.update(PRINT_STYLE if format else {})
+    installed = set(get_font_names())
+    fonts = [font for font in FONTS if font in installed]
+    matplotlib.rcParams["font.family"] = ["DejaVu Sans", *fonts]
+    matplotlib.rcParams["text.parse_math"] = False  # a class may be called a$x_$b
+    figure = Figure(figsize=(width, height), dpi=150, layout="compressed")
     FigureCanvasAgg(figure)
-    return figure, figure.subplots(rows, columns, squeeze=False, **options)
-
-
-def style(format: str):
-    """The context of a figure: that of print for a `format`, matplotlib's own without."""
-    from matplotlib import rc_context
-
-    return rc_context(PRINT_STYLE if format else {})
-
-
-def save(figure, part: Path, format: str = "") -> None:
-    """Saves a figure as PNG or, for print, in `format`: cropped, undated, at 600 dpi."""
-    if not format:
-        figure.savefig(part, format="png")
-        return
-    undated = {"pdf": {"CreationDate": None}, "svg": {"Date": None}}.get(format)
-    options = {"dpi": 600, "bbox_inches": "tight", "pad_inches": 0.01}
-    figure.savefig(part, format=format, metadata=undated, **options)
+    return figure, figure.subplots(rows, columns, squeeze=False)

@@ -7,9 +7,8 @@ import numpy as np
 
 import utils
 from plots.charts import draw_curves
-from plots.film import draw_film
 from plots.plotter import Plotter
-from plots.points import draw_points, plane
+from plots.points import draw_film, draw_points, plane
 from plots.report import TEST_POINTS, write_page
 from plots.saved import sample
 
@@ -46,13 +45,13 @@ def plot_epoch(
             "labels": labels.astype(np.int32),
             "predictions": predictions.astype(np.int32),
             "centers": project(centers).astype(np.float32),
-            "axes": list(axes),
+            "axes": axes,
             "title": title,
         }
         if plotter.save(path, names | shown):
             plotter(path.with_suffix(".png"), draw_points, path)
         if name != "train":
-            latest = {"features": features, "labels": labels, "centers": centers, "epoch": epoch}
+            latest = {"features": features, "labels": labels, "centers": centers}
             save_test(plotter, path.parent, latest | names, [getattr(data, x) for x in together])
 
 
@@ -65,20 +64,17 @@ def save_test(plotter: Plotter, directory: Path, latest: dict, batches: Sequence
         plotter.save(directory / "features.npz", latest | rowwise)
     path = directory / "images.npz"
     if not path.exists() and path not in plotter.unsaved:
-        rows = sample(count, TEST_POINTS)
-        plotter.save(path, {"rows": rows, "images": thumbnails(batches, rows)})
+        plotter.save(path, {"images": thumbnails(batches, sample(count, TEST_POINTS))})
 
 
 def thumbnails(splits: Sequence, rows: np.ndarray) -> np.ndarray:
     """The images of these rows, uint8 (N, C, H, W), counted through all `splits`; ascending."""
     found = []
-    first = 0
     for split in splits:
-        last = first + split.rows.size
-        own = rows[(rows >= first) & (rows < last)] - first
+        own = rows[(rows >= 0) & (rows < split.rows.size)]
         if len(own):
             found.append(split.thumbnails(own))
-        first = last
+        rows = rows - split.rows.size  # counted from the next split on
     return np.concatenate(found)
 
 
@@ -92,13 +88,13 @@ def plot_run(
 
     Returns the errors of missing pictures.
     """
-    plotter.retry(last=True)
+    plotter.retry()
     plotter(save_dir / "curves.png", draw_curves, history)
     for split in utils.SPLITS:
         sources = utils.epoch_files(save_dir / split, ["epoch_*.npz"])
         for _, source in sources:
             picture = source.with_suffix(".png")
-            if picture not in plotter.tasks and not picture.exists():
+            if picture not in plotter.drawings and not picture.exists():
                 plotter(picture, draw_points, source)
         if sources:
             plotter(save_dir / f"{split}.gif", draw_film, save_dir / split)

@@ -1,8 +1,6 @@
 """What a run with --plot has written, read again; loads neither torch nor matplotlib."""
 
 import csv
-import json
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,18 +20,24 @@ class Run:
     directory: Path
     args: dict
     history: list[dict]  # the rows of metrics.csv; None where nothing was measured
-    facts: dict  # run.json: commands, versions, device, elapsed seconds
     log: str
     files: dict[str, dict[int, Path]]  # of each split of the run, its points by epoch
+
+    @property
+    def name(self) -> str:
+        return "/".join(self.directory.resolve().parts[-2:])
 
     @property
     def tested(self) -> str:
         """The split the epochs were tested on: "val" with validation images, else "test"."""
         return "test" if "test" in self.files else "val"
 
+    def last_epoch(self) -> int:
+        return max(self.files[self.tested])
+
     def last(self) -> dict[str, np.ndarray]:
         """The arrays of the last tested epoch."""
-        return self.epoch(self.tested, max(self.files[self.tested]))
+        return self.epoch(self.tested, self.last_epoch())
 
     def epoch(self, split: str, number: int) -> dict[str, np.ndarray]:
         if number not in self.files[split]:
@@ -44,16 +48,9 @@ class Run:
 
 def read_run(directory: Path) -> Run:
     """Reads the files of a run; RunError if the directory has no run, or one without --plot."""
-    try:
-        args = json.loads((directory / "args.json").read_text())
-        # args.json may be anyone's: only a log that lies in the directory can be meant.
-        logs = {path.name: path for path in directory.glob("log_*.txt")}
-        path = logs.get(f"log_{args['dataset']}.txt")
-        log = path.read_text(encoding="utf-8", errors="replace") if path else ""
-        history = read_history(directory / "metrics.csv")
-    except (OSError, KeyError, TypeError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise utils.RunError(f"{directory} is no run: args.json, metrics.csv: {reason}") from error
+    args = utils.read_args(directory)
+    if not args:
+        raise utils.RunError(f"{directory} is no run of main.py: it has no args.json of one")
     files = {}
     for split in utils.SPLITS:
         epochs = dict(utils.epoch_files(directory / split, ["epoch_*.npz"]))
@@ -61,71 +58,48 @@ def read_run(directory: Path) -> Run:
             files[split] = epochs
     if "train" not in files or len(files) < 2:
         raise utils.RunError(f"{directory} has no points of a tested epoch: train with --plot")
-    return Run(directory, args, history, utils.read_facts(directory), log, files)
+    logs = directory.glob("log_*.txt")
+    log = "".join(path.read_text(encoding="utf-8", errors="replace") for path in logs)
+    return Run(directory, args, read_history(directory / "metrics.csv"), log, files)
 
 
 def read_history(path: Path) -> list[dict]:
-    """The rows of metrics.csv; None where nothing, or no finite number, was measured."""
-    history = []
+    """The rows of metrics.csv; None where nothing was measured."""
     with open(path, newline="") as file:
-        for row in csv.DictReader(file):
-            values = {name: float(cell or "nan") for name, cell in row.items()}
-            values = {name: x if math.isfinite(x) else None for name, x in values.items()}
-            history.append(values | {"epoch": int(row["epoch"])})
-    if not history:
-        raise ValueError("no epochs")
+        rows = list(csv.DictReader(file))
+    history = []
+    for row in rows:
+        values = {name: float(cell) if cell else None for name, cell in row.items()}
+        history.append(values | {"epoch": int(row["epoch"])})
     return history
 
 
-def read_arrays(path: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
-    """The arrays of an .npz file; RunError if it is missing, damaged or lacks one of the names."""
+def read_epoch(path: Path, names: Sequence[str] = ARRAYS) -> dict[str, np.ndarray]:
+    """The arrays of an epoch; RunError if the file is damaged or lacks one of the names.
+
+    `unseen`, which earlier versions did not write, names the classes whose labels follow `classes`.
+    """
     try:
         with np.load(path) as arrays:
-            arrays = dict(arrays)
+            shown = {name: arrays[name] for name in names}
+            shown["unseen"] = arrays["unseen"] if "unseen" in arrays else np.array([], str)
     except Exception as error:  # of zip, numpy and others, depending on where the file is damaged
         raise utils.RunError(f"cannot read {path}: {' '.join(str(error).split())}") from error
-    missing = [name for name in names if name not in arrays]
-    if missing:
-        raise utils.RunError(f"{path} has no {', '.join(missing)}: train again, with --plot")
-    return arrays
-
-
-def read_epoch(path: Path, names: Sequence[str] = ARRAYS) -> dict[str, np.ndarray]:
-    """The arrays of an epoch, and `unseen`, the names of the classes whose labels follow `classes`.
-
-    Earlier versions wrote no such names: there, all of these are the class "unknown".
-    """
-    shown = read_arrays(path, names)
-    if "unseen" not in shown:
-        count = len(shown["classes"])
-        shown["unseen"] = np.array(["unknown"] * bool((shown["labels"] >= count).any()), str)
-        shown["labels"] = np.minimum(shown["labels"], count)
     return shown
 
 
-def names_of(runs: Sequence[Run]) -> list[str]:
-    """The names of the directories of the runs, or their paths where two have the same name."""
-    paths = [run.directory.resolve() for run in runs]
-    names = [path.name for path in paths]
-    return names if len(set(names)) == len(names) else list(map(str, paths))
-
-
 def check_comparable(runs: Sequence[Run]) -> None:
-    """Raises RunError unless the runs have the same data set, classes and test labels."""
-    first = runs[0].last()
     for run in runs[1:]:
-        differing = [
-            name
-            for name in ("classes", "unseen", "labels")
-            if not np.array_equal(run.last()[name], first[name])
-        ]
-        if run.args["dataset"] != runs[0].args["dataset"]:
-            differing.insert(0, "dataset")
-        if differing:
+        if data_of(run) != data_of(runs[0]):
             raise utils.RunError(
-                f"--compare needs runs of the same data, but {runs[0].directory} and "
-                f"{run.directory} differ in their {differing[0]}"
+                "--compare needs runs of the same data set, classes and test images, but those "
+                f"of {runs[0].directory} and {run.directory} differ"
             )
+
+
+def data_of(run: Run) -> list:
+    last = run.last()
+    return [run.args["dataset"], *(last[name].tolist() for name in ("classes", "unseen", "labels"))]
 
 
 def sample(count: int, limit: int) -> np.ndarray:

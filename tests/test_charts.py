@@ -57,6 +57,7 @@ def test_curves_leave_out_what_was_not_measured_and_show_error_rates(drawn, tmp_
         assert not axes.get_legend().get_window_extent().overlaps(axes.get_window_extent())
 
 
+@pytest.mark.filterwarnings("ignore:Data has no positive values")
 def test_curves_without_any_error_are_drawn(tmp_path):
     row = dict(
         epoch=1,

@@ -11,7 +11,7 @@ from plots.__main__ import figures, main, tsne
 from plots.charts import draw_confusion
 from plots.points import draw_tsne
 from plots.saved import read_run
-from tests.epochs import cloud, record_figures, write_epoch
+from tests.epochs import SETTINGS, cloud, record_figures, write_epoch
 
 
 @pytest.fixture
@@ -28,7 +28,7 @@ def directory(tmp_path_factory):
         (root / split).mkdir(parents=True)
     for epoch, split in ((1, "train"), (2, "train"), (2, "test")):
         write_epoch(root / split / f"epoch_{epoch}.npz", *cloud(seed=epoch))
-    utils.write_json(root / "args.json", dict(dataset="folder", feat_dim=5))
+    utils.write_json(root / "args.json", SETTINGS)
     row = dict(
         epoch=1,
         train_loss=2.0,
@@ -50,7 +50,6 @@ def directory(tmp_path_factory):
             labels=labels[::2],
             centers=centers,
             classes=["0", "1", "2"],
-            epoch=2,
         ),
     )
     return root
@@ -126,7 +125,7 @@ def test_command_compares_runs(command, directory, tmp_path):
     shutil.copytree(directory, tmp_path / "two")
     status, files, err = command(tmp_path / "two", "--compare", "--same-axes")
     assert (status, err) == (0, "") and files == ["one/compare.html", "one/figures/compare.png"]
-    assert '"name":"two"' in (tmp_path / "one" / "compare.html").read_text(encoding="utf-8")
+    assert '/two"' in (tmp_path / "one" / "compare.html").read_text(encoding="utf-8")
 
 
 def test_tsne_keeps_clusters_together_is_seeded_and_says_what_it_is(directory, drawn, tmp_path):
@@ -146,7 +145,7 @@ def test_tsne_keeps_clusters_together_is_seeded_and_says_what_it_is(directory, d
 @pytest.mark.parametrize(
     "flags, rule",
     [
-        (["missing"], "missing is no run: "),
+        (["missing"], "missing is no run of main.py: "),
         (["--format", "pdf", "--epochs", "7"], "--epochs must be among 1, 2 of "),
         (["--compare"], "--compare needs two runs or more"),
         (

@@ -98,6 +98,12 @@ def test_runs_of_several_seeds_share_a_row(tmp_path):
     assert softmax[0] == "`--recipe zhou2018 --weight-cent 0`"
 
 
+def test_a_run_that_tests_unknown_classes_alone_has_no_accuracy(tmp_path):
+    run = make_run(tmp_path / "a", 1, [""])
+    cells = [cell.strip() for cell in results.table([run]).splitlines()[-1].split("|")[1:-1]]
+    assert cells[2:] == ["1", "1", *["–"] * 6]
+
+
 def verified(eer, accuracy):
     among = dict(
         l2={"eer": eer, "tpr_at_far_1e-3": 90, "recall_at_1": 80, "auc": 0.9},

@@ -119,7 +119,7 @@ def read_files(directory: Path) -> dict:
         title=directory.name.partition("-d")[0],
         device="GPU" if "Currently using GPU" in log else "CPU",
         epochs=len(rows),
-        metrics=[float(rows[-1][name]) for name in METRICS],
+        metrics=[float(rows[-1][name] or "nan") for name in METRICS],
         passed=next((epoch for epoch, value in accuracies.items() if value >= 98), None),
         evaluation=evaluation if evaluation.get("epoch") == max(accuracies) else {},
     )

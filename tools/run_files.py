@@ -33,15 +33,13 @@ def check_save_dir(path: str, dataset: str, overwrite: bool, evaluate: bool) -> 
         return
     ours = utils.recorded(directory)
     for name, _ in sorted(utils.files_in(directory)):
+        would_write = name in EVALUATION_FILES
+        if not evaluate:
+            is_other_log = name.startswith("log_") and name != f"log_{dataset}.txt"
+            would_write = utils.KNOWN.fullmatch(name) and not is_other_log
         if name == utils.FILES:
-            written = not utils.is_listed(directory)
-        elif evaluate:
-            written = name in EVALUATION_FILES
-        elif name.startswith("log_"):
-            written = name == f"log_{dataset}.txt"
-        else:
-            written = utils.KNOWN.fullmatch(name)
-        if written and name not in ours:
+            would_write = not utils.is_listed(directory)
+        if would_write and name not in ours:
             raise RunError(
                 f"--save-dir must have no files of others that would be replaced, got {path} with "
                 f"{name}: choose another directory, or --overwrite"
