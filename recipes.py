@@ -54,29 +54,14 @@ RECIPES = {
 }
 RECIPES["zahn2024-v1.1"] = RECIPES["zahn2024-v1.0"] | dict(distance="euclidean")
 RECIPES["zahn2024-v1.2"] = RECIPES["zahn2024-v1.1"] | dict(model="bn-shallow")
-RECIPES["fast"] = dict(
-    model="bn-fast",
-    batch_size=256,
-    weight_cent=0.01,
-    optimizer="adamw",
-    lr_model=0.02,
-    schedule="onecycle",
-    max_epoch=3,
-    eval_freq=1,
-    amp="auto",
+SHORT = dict(model="bn-fast", optimizer="adamw", lr_model=0.02, schedule="onecycle")
+RECIPES["fast"] = SHORT | dict(
+    batch_size=256, weight_cent=0.01, max_epoch=3, eval_freq=1, amp="auto"
 )
-RECIPES["digits"] = dict(
-    dataset="digits",
-    model="bn-fast",
-    augment=True,
-    batch_size=64,
-    weight_cent=0.1,
-    optimizer="adamw",
-    lr_model=0.02,
-    schedule="onecycle",
-    max_epoch=20,
+RECIPES["digits"] = SHORT | dict(
+    dataset="digits", augment=True, batch_size=64, weight_cent=0.1, max_epoch=20
 )
-RECIPES["images"] = dict(
+RECIPES["images"] = RECIPES["fast"] | dict(
     model="bn-images",
     feat_dim=64,
     augment=True,
@@ -84,14 +69,10 @@ RECIPES["images"] = dict(
     batch_size=128,
     weight_cent=0.003,
     label_smoothing=0.1,
-    optimizer="adamw",
     lr_model=0.005,
     weight_decay=0.1,
-    schedule="onecycle",
     max_epoch=28,
-    eval_freq=1,
     mirror="mean",
-    amp="auto",
 )
 # The authors' faces, and the settings of docs/results.md for a few hundred photos.
 RECIPES["faces"] = RECIPES["wen2016"] | dict(

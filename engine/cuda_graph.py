@@ -15,7 +15,7 @@ from engine.step import Output, Step
 
 
 class CudaGraph:
-    """A graph of a function of tensors: run the function, record it, replay it on new values."""
+    """A function of tensors: run it, record it, replay it on new values."""
 
     def __init__(self, device: torch.device):
         self.graph = torch.cuda.CUDAGraph()
@@ -47,7 +47,7 @@ class CudaGraph:
             raise
 
     def _free_generator(self) -> None:
-        """Gives the generator a new state, since a capture that CUDA has ended holds its old one."""
+        """A new state for the generator: a capture that CUDA has ended holds the old one."""
         device = self.stream.device
         generator = torch.cuda.default_generators[device.index]
         fresh = torch.Generator(device)

@@ -13,13 +13,13 @@ from engine.step import Output, Step
 
 
 class Progress:
-    """The sums of a pass so far; those over the images stay on the device until they are read."""
+    """The sums of a pass so far, which stay on the device until they are read."""
 
     def __init__(self, device: torch.device, ranks: Ranks):
         self.ranks = ranks
         self.batches = 0
         self.images = 0  # of all ranks
-        # This rank's, as in Output.means: over the images, and of the latest batch.
+        # This rank's part, as in Output.means.
         self.sums = torch.zeros(3, dtype=torch.float64, device=device)
         self.latest = self.sums
 
@@ -130,22 +130,10 @@ def lines(tested: dict) -> list[str]:
     ]
 
 
-# What must be finite, by the names in an error.
-
-
-def losses(trained: dict) -> dict[str, float]:
-    return {"cross entropy": trained["xent"], "center loss": trained["center"]}
-
-
 def state_sums(step: Step) -> dict[str, float]:
-    """The sums of a step's states: finite where all of it is. Waits for the device."""
+    """The sums of weights and centers: finite where all of them are. Waits for the device."""
     states = {"network's weights": step.net, "centers": step.center_loss}
     sums = {}
     for name, module in states.items():
         sums[name] = sum(each.double().sum() for each in module.state_dict().values()).item()
     return sums
-
-
-def test_values(tested: dict) -> dict[str, float]:
-    names = {"cross entropy of the test": "xent", "distances from the centers": "intra_distance"}
-    return {what: tested[name] for what, name in names.items()}
