@@ -93,9 +93,9 @@ def path(text: str) -> str:
 def model_name(text: str) -> str:
     """A type for argparse: a network."""
     if not models.is_known(text):
+        names = ", ".join(sorted(models.MODELS))
         raise argparse.ArgumentTypeError(
-            f"must be one of {', '.join(sorted(models.MODELS))} or a classification network of "
-            f"torchvision, such as resnet18, got {text}"
+            f"must be one of {names} or a classification network of torchvision, got {text}"
         )
     return text
 
@@ -106,8 +106,8 @@ def gpu_index(text: str) -> str:
     if "," in text:
         count = text.count(",") + 1
         raise argparse.ArgumentTypeError(
-            f"takes one index, got {text}; for several GPUs: CUDA_VISIBLE_DEVICES={text} "
-            f"torchrun --standalone --nproc_per_node={count} main.py and the other flags"
+            f"takes one index, got {text}; for several: CUDA_VISIBLE_DEVICES={text} torchrun "
+            f"--standalone --nproc_per_node={count} main.py ..."
         )
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"must be the index of a GPU, such as 0, got {text}")
@@ -352,10 +352,7 @@ def check_finite(values: dict, epoch: int, args: argparse.Namespace) -> None:
         return
     advice = "lower --lr-model"
     if args.weight_cent:
-        advice += (
-            f", --lr-cent or --weight-cent: the center loss is a sum over the {args.feat_dim} "
-            "dimensions, so λ goes with 1/D, and a λ above 1 needs a --lr-model lower by as much"
-        )
+        advice += ", --lr-cent or --weight-cent (about 1 / --feat-dim)"
     raise utils.Diverged(
         f"the training has diverged in epoch {epoch}: {', '.join(broken)} no longer finite, "
         f"with --weight-cent {args.weight_cent:g} --lr-model {args.lr_model:g} "
@@ -370,8 +367,8 @@ def advice(accuracy: float, epoch: int, classes: int, batches: int) -> list[str]
     if epoch != first or accuracy >= chance + min(2, chance / 5):
         return []
     return [
-        f"The training accuracy is still about {chance:.3g} %, that of guessing: --recipe images "
-        "(colour images), --init xavier, another --lr-model or a lower --weight-cent may help"
+        f"The training accuracy is still about {chance:.3g} %: --recipe images, --init xavier, "
+        "another --lr-model or a lower --weight-cent may help"
     ]
 
 
@@ -392,15 +389,17 @@ def run(
             main(args, saved)
         return 0
     except utils.Stopped as stop:
-        status, message = stop.status, str(stop)
+        status = stop.status
+        message = str(stop)
     except KeyboardInterrupt:
-        status, message = 130, "interrupted"
-    except utils.RunError as error:
-        status, message = error.status, f"error: {error}"
-    except (datasets.DatasetError, models.ModelError, RanksError) as error:
-        status, message = 2, f"error: {error}"
+        status = 130
+        message = "interrupted"
+    except (utils.RunError, datasets.DatasetError, models.ModelError, RanksError) as error:
+        status = getattr(error, "status", 2)
+        message = f"error: {error}"
     except (MemoryError, OSError, RuntimeError) as error:
-        status, message = 1, _failure(error, ranks)
+        status = 1
+        message = _failure(error, ranks)
         if not message:
             raise
     if ranks.rank == 0 or status == 1:

@@ -162,7 +162,9 @@ def build(args: argparse.Namespace, saved: dict | None) -> Experiment:
 
     log(f"Creating model: {args.model}")
     torch.manual_seed(args.seed)
-    model = recipes.create_model(args, data, pretrained=args.pretrained and not saved)
+    shape = (len(data.classes), data.in_channels, data.image_size, args.feat_dim)
+    pretrained = args.pretrained and not saved
+    model = models.create(args.model, *shape, args.init, pretrained=pretrained)
     center_loss = recipes.create_center_loss(len(data.classes), model.classifier.in_features, args)
     model.to(device, memory_format=torch.channels_last)  # faster, in float32 as well
     center_loss.to(device)

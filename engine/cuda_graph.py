@@ -76,22 +76,13 @@ class CapturedStep(Step):
         notice: Callable[[str], object],
         new_graph: Callable[[torch.device], CudaGraph] = CudaGraph,
     ):
-        super().__init__(
-            step.net,
-            step.center_loss,
-            step.optimizers,
-            weight=step.weight,
-            lr_ratio=step.lr_ratio,
-            label_smoothing=step.label_smoothing,
-            amp=step.amp,
-            ranks=step.ranks,
-        )
+        super().__init__(**vars(step))
         self.batch_size = batch_size
         self.notice = notice
         self.new_graph = new_graph
         self.given_up = False
-        # A graph keeps numbers as they were when it was captured, so learning rates are in tensors,
-        # which are filled when the rates change.
+        # A graph keeps numbers as they were, so learning rates are in tensors, filled when they
+        # change.
         self.rates = [torch.full((), math.nan, device=self.device) for _ in self.groups()]
         self.filled = [math.nan] * len(self.rates)
         self._start_anew()

@@ -74,7 +74,7 @@ class StopRequest:
 
 
 class Ranks(NamedTuple):
-    """This process among those that torchrun started; without torchrun it is the only one."""
+    """This process among those of torchrun; without torchrun it is the only one."""
 
     rank: int = 0
     size: int = 1
@@ -147,12 +147,6 @@ class Ranks(NamedTuple):
         parts = [None] * self.size
         dist.all_gather_object(parts, rows.cpu())
         return torch.cat(parts).to(rows.device)
-
-    def check_equal(self, name: str, values: torch.Tensor) -> None:
-        """Raises RuntimeError if the ranks' values differ, as far as their sums show."""
-        sums = torch.stack([values.double().sum(), values.double().square().sum()]).cpu()
-        if len(self.gather(sums.unsqueeze(0)).unique(dim=0)) > 1:
-            raise RuntimeError(f"the ranks' {name} are no longer the same")
 
     def parallel(self, model: nn.Module) -> nn.Module:
         """The model with averaged gradients and BatchNorm over the batch of all ranks."""
