@@ -24,6 +24,7 @@ def end_at_once(*_) -> None:
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, end_at_once)
     sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # PYTHONSAFEPATH leaves it out
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # threads that wait leave busy cores to others
 
 import argparse
 import contextlib

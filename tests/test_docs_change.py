@@ -43,4 +43,4 @@ def test_a_network_a_loss_term_and_a_data_set_are_added_as_the_page_says(tmp_pat
         assert "embedding.weight" in saved["model"]
         features = np.load(tmp_path / name / "features" / "epoch_4.npz")["test_features"]
         sizes.append(np.square(features).mean())
-    assert sizes[1] < 0.5 * sizes[0]
+    assert sizes[1] < 0.8 * sizes[0]
