@@ -36,19 +36,16 @@ class Parser(argparse.ArgumentParser):
     def group(self, title: str) -> Callable:
         """Flags under a title, which the returned function adds.
 
-        `kind` is a type, a table of choices, argparse's "store_false", or bool for --name and
-        --no-name.
+        `kind` is a type, a table of choices, or bool for --name and --no-name.
         """
         section = self.add_argument_group(title)
 
         def add(names: str, kind, default, help: str, *, free: bool = False, **options) -> None:
             if kind is bool:
                 options["action"] = argparse.BooleanOptionalAction
-            elif kind == "store_false":
-                options["action"] = kind
             elif isinstance(kind, dict | tuple):
                 options["choices"] = sorted(kind)
-            else:
+            elif kind:
                 options["type"] = kind
             if default is not None:
                 help += " (default: %(default)s)"
@@ -60,8 +57,8 @@ class Parser(argparse.ArgumentParser):
         return add
 
     def error(self, message: str):
-        first = os.environ.get("RANK", "0") == "0"
-        self.exit(2, f"{self.prog}: error: {message}\n" if first else None)
+        is_first = os.environ.get("RANK", "0") == "0"
+        self.exit(2, f"{self.prog}: error: {message}\n" if is_first else None)
 
 
 def number(
@@ -139,13 +136,12 @@ def build_parser(description: str = "") -> Parser:
     add = parser.group("data")
     help = "data set; for folder, cifar10 and cifar100 use --recipe images"
     add("-d --dataset", datasets.SPECS, "mnist", help)
-    help = "directory of the data sets, downloaded on first use, or of train/<class>/* and "
-    help += "test/<class>/*"
+    help = "directory of the data sets, downloaded on first use, or of train/ and test/"
     add("--data-root", path, "data", help, free=True)
     help = "pixels, for data sets without a size of their own; one number is a square"
     size = dict(nargs="+", action=ImageSize, metavar=("H", "W"))
     add("--image-size", number(int, 8, 1024), 32, help, **size)
-    help = "share of each class's training images that chooses the best epoch, alone tested then"
+    help = "share of the training images that chooses the best epoch, alone tested then"
     add("--val-share", share, 0.0, help)
     help = "shift the training images at random and, except for digits, mirror them"
     add("--augment", bool, False, help)
@@ -178,7 +174,7 @@ def build_parser(description: str = "") -> Parser:
     add("--loss-scale", factor, 1.0, "factor of the center loss")
     help = "divide each sample's term by the size of its class in the batch"
     add("--class-average", bool, False, help)
-    help = "what the centers follow: the gradient, the paper's Eq. 4, or the class means"
+    help = "what the centers follow; paper: its Eq. 4"
     add("--center-update", center_loss.CENTER_UPDATES, "gradient", help)
 
     add = parser.group("optimization")
@@ -194,36 +190,31 @@ def build_parser(description: str = "") -> Parser:
     add("--one-optimizer", bool, False, help)
     add("--schedule", SCHEDULES, "step", "of the learning rate")
     add("--stepsize", count, 20, "for step: epochs between two decays; 0: constant")
-    help = "for milestones: training steps after which to decay"
+    help = "for milestones: steps after which to decay"
     add("--milestones", number(int, 1), [5000, 8000], help, nargs="+", metavar="STEP")
     add("--gamma", number(float, TINY, 100), 0.5, "factor of a decay")
 
     add = parser.group("output")
     add("--save-dir", path, "log", "directory of the run's files", free=True)
-    help = "start among files of others in --save-dir, which the run's own may replace"
-    add("--overwrite", bool, False, help, free=True)
-    help = "epochs between two tests; 0: only after the last (default: 10; 1 with --val-share, and "
-    help += "with --plot where a test is cheap)"
+    add("--overwrite", bool, False, "let a run replace files of others", free=True)
+    help = "epochs between two tests; 0: only the last (default: 10; 1 to validate and for films)"
     add("--eval-freq", count, None, help, free=True)
-    help = "test with the mean features of each image and, except for digits, its mirror image; "
-    help += "concat, for --pairs: with both side by side"
+    help = "test with the means of images and mirror images, not of digits; concat: for --pairs"
     add("--mirror", models.MIRRORS, False, help, nargs="?", const="mean")
-    add("--no-mirror", "store_false", None, "test without mirror images", dest="mirror")
-    help = "tell in each test how well distances separate pairs of images"
-    add("--verify", bool, False, help, free=True)
+    off = dict(dest="mirror", action="store_false")
+    add("--no-mirror", None, None, "test without mirror images", **off)
+    add("--verify", bool, False, "test how distances separate pairs of images", free=True)
     add("--print-freq", number(int, 1), 50, "steps between two lines of the log", free=True)
     help = "plot the features of each epoch and write the page report.html"
     add("--plot", bool, False, help, free=True)
     add("--save-features", bool, False, "write the features of each epoch", free=True)
-    help = "write settings, metrics and --plot's pictures for TensorBoard"
-    add("--tensorboard", bool, False, help, free=True)
+    add("--tensorboard", bool, False, "write metrics and pictures for TensorBoard", free=True)
 
     add = parser.group("trained networks")
     file = dict(free=True, metavar="CHECKPOINT")
     help = "continue from a checkpoint, by default the one in --save-dir, with its run's flags"
     add("--resume", path, None, help, nargs="?", const=True, **file)
-    help = "test the network of a checkpoint and write evaluation.json; with --plot also "
-    help += "confusion.png and roc.png, with --save-features features/test.npz"
+    help = "test the network of a checkpoint; goes with --plot and --save-features"
     add("--evaluate", path, None, help, **file)
     help = "with --evaluate: test the pairs of LFW's pairs.txt or of lines 'path path 0|1'"
     add("--pairs", path, None, help, free=True, metavar="FILE")
@@ -361,7 +352,7 @@ def check_finite(values: dict, epoch: int, args: argparse.Namespace) -> None:
 
 
 def advice(accuracy: float, epoch: int, classes: int, batches: int) -> list[str]:
-    """What may help, once after 200 steps but not in epoch 1, if the accuracy (%) is at chance."""
+    """What may help if the accuracy (%) is at chance after 200 steps, not in epoch 1; said once."""
     chance = 100 / classes
     first = max(2, math.ceil(200 / batches))
     if epoch != first or accuracy >= chance + min(2, chance / 5):
@@ -413,8 +404,7 @@ def _failure(error: Exception, ranks: Ranks) -> str:
     line = str(error).strip().partition("\n")[0].rstrip(".") or type(error).__name__
     memory = isinstance(error, MemoryError | torch.OutOfMemoryError)
     if memory or "DefaultCPUAllocator" in line:  # torch's own error for the CPU is a RuntimeError
-        advice = "a smaller --batch-size, --image-size or --feat-dim, or -j 4, needs less"
-        return f"error: out of memory; {advice}: {line}"
+        return f"error: out of memory (a smaller --batch-size, or -j 4, needs less): {line}"
     if isinstance(error, OSError | WorkerError):
         return f"error: {line}"
     if ranks.size > 1:

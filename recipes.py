@@ -170,9 +170,9 @@ def create_data(
 def epochs_per_test(args: argparse.Namespace, data: datasets.Data) -> int:
     """--eval-freq or, where it is not given, 10; 0: only the last epoch is tested.
 
-    Without that flag every epoch is tested if that chooses the best one, or if --plot makes films
-    and a test takes less than a tenth of an epoch, by the number of images, three times those of
-    the training: a resumed run then tests after the same epochs.
+    Without that flag every epoch is tested if that chooses the best one, or for --plot if a test
+    takes less than a tenth of an epoch, by the number of images: not by time, so that a resumed run
+    tests after the same epochs. Training an image takes three times as long.
     """
     if args.eval_freq is not None:
         return args.eval_freq

@@ -71,10 +71,7 @@ def shell(*words: str) -> str:
 
 
 class Log:
-    """Prints lines, above a progress bar if there is one; `open` starts a file of them.
-
-    The file gets the lines that were printed before it was opened, too.
-    """
+    """Prints lines, above a progress bar; `open` starts a file of them and of earlier ones."""
 
     def __init__(self, quiet: bool = False):
         self.quiet = quiet
@@ -159,7 +156,7 @@ def write_json(path: Path, values: dict) -> None:
 
 
 def write_metrics(path: Path, history: Sequence[dict]) -> None:
-    """The whole history as CSV, a row an epoch; what was not measured in an epoch is left empty."""
+    """The history as CSV, a row an epoch; what was not measured is left empty."""
     table = io.StringIO()
     writer = csv.DictWriter(table, fieldnames=list(history[0]), lineterminator="\n")
     writer.writeheader()
@@ -200,7 +197,7 @@ def read_start(path: Path, size: int) -> bytes:
 
 
 def files_in(directory: Path) -> Iterator[tuple[str, Path]]:
-    """The files of a run's directory, with their names in it; behind no link to a directory."""
+    """The files of a run's directory and their names in it; behind no link to a directory."""
     below = [directory / name for name in DIRECTORIES]
     for each in (directory, *(each for each in below if not each.is_symlink())):
         for path in each.iterdir() if each.is_dir() else ():

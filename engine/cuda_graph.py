@@ -105,7 +105,8 @@ class CapturedStep(Step):
         if len(images) != self.batch_size:
             with self._rates_in_tensors():
                 output = step(images, labels, size)
-            self._free_memory()
+            if self.batch is not None and self.device.type == "cuda":
+                torch.cuda.empty_cache()  # the graph keeps the memory of its own
             return output
         if self.eager:
             self.eager -= 1
@@ -135,11 +136,6 @@ class CapturedStep(Step):
         self.graph = None
         self.batch = None
         self.notice(f"The training goes on without a CUDA graph: {reason}")
-
-    def _free_memory(self) -> None:
-        """What a batch outside the graph took, since the graph keeps the memory of its own."""
-        if self.batch is not None and self.device.type == "cuda":
-            torch.cuda.empty_cache()
 
     def _fill_rates(self) -> None:
         for index, group in enumerate(self.groups()):

@@ -137,10 +137,10 @@ def test_save_dir_must_be_or_become_a_writable_directory(tmp_path, monkeypatch):
     check_save_dir(tmp_path / "new" / "deep", "folder", overwrite=False, evaluate=False)
     assert not (tmp_path / "new").exists()
     for path in ("file", "file/below"):
-        with pytest.raises(utils.RunError, match="is a file"):
+        with pytest.raises(utils.RunError, match="must be a writable directory"):
             check_save_dir(tmp_path / path, "folder", overwrite=True, evaluate=False)
     monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write anywhere
-    with pytest.raises(utils.RunError, match="must be writable"):
+    with pytest.raises(utils.RunError, match="must be a writable directory"):
         check_save_dir(tmp_path, "folder", overwrite=True, evaluate=False)
 
 
@@ -159,7 +159,7 @@ def test_a_directory_has_one_run_at_a_time(run, monkeypatch):
     monkeypatch.setattr(epoch, "train_epoch", train)
     status, _, err = run("--max-epoch", "1")
     assert status == 0 and seen == [2, 2]
-    message = "main.py: error: --save-dir log is in use by another run; give this one its own\n"
+    message = "main.py: error: --save-dir log is in use by another run\n"
     assert err == message * 2
 
 

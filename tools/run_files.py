@@ -24,10 +24,8 @@ def check_save_dir(path: str, dataset: str, overwrite: bool, evaluate: bool) -> 
     nearest = directory.absolute()
     while not nearest.exists() and nearest != nearest.parent:
         nearest = nearest.parent
-    if not nearest.is_dir():
-        raise RunError(f"--save-dir must be a directory, got {path}: {nearest} is a file")
-    if not os.access(nearest, os.W_OK | os.X_OK):
-        raise RunError(f"--save-dir must be writable, got {path}: {nearest} is not")
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+        raise RunError(f"--save-dir must be a writable directory, got {path}")
     if overwrite or not directory.is_dir():
         return
     others = {name for name, _ in utils.files_in(directory)} - utils.recorded(directory)
@@ -37,16 +35,13 @@ def check_save_dir(path: str, dataset: str, overwrite: bool, evaluate: bool) -> 
             would_write = name == f"log_{dataset}.txt"
         if name in EVALUATION_FILES if evaluate else would_write:
             raise RunError(
-                f"--save-dir must have no files of others that would be replaced, got {path} with "
-                f"{name}: choose another directory, or --overwrite"
+                f"--save-dir must have no files of others, got {path} with {name}: choose another "
+                "directory, or --overwrite"
             )
 
 
 def clear(directory: Path, after: int | None = None) -> bool:
-    """Removes an earlier run's files, or only those of epochs after `after`; were there any?
-
-    Only files that runs are known to have written go, none behind a link to a directory.
-    """
+    """Removes what runs have written, or only that of epochs after `after`; was there any?"""
     ours = utils.recorded(directory) - {"args.json", utils.FILES}  # which are replaced
     removed = False
     for name, path in list(utils.files_in(directory)):
@@ -74,7 +69,7 @@ def copy_epochs(source: Path, target: Path, last: int) -> None:
 
 
 def source_of(args: argparse.Namespace) -> Path | None:
-    """The directory of the run to resume, of a link that of the run that it points to."""
+    """The directory of the run to resume, behind a link to its checkpoint."""
     return Path(args.resume).resolve().parent if args.resume else None
 
 
@@ -93,8 +88,7 @@ def claim(save_dir: Path, log: Log) -> Iterator[Callable[[], None]]:
     try:
         utils.start_list(save_dir)
     except OSError as error:
-        reason = f"got {save_dir}: {error.strerror}"
-        raise RunError(f"--save-dir must be a writable directory, {reason}") from error
+        raise RunError(f"--save-dir must be a writable directory, got {save_dir}") from error
     try:
         import fcntl
     except ImportError:  # Windows
@@ -111,8 +105,7 @@ def claim(save_dir: Path, log: Log) -> Iterator[Callable[[], None]]:
         try:
             fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            reason = "is in use by another run; give this one its own"
-            raise RunError(f"--save-dir {save_dir} {reason}") from None
+            raise RunError(f"--save-dir {save_dir} is in use by another run") from None
         except OSError as error:  # many network disks have no locks
             log(f"--save-dir {save_dir} cannot be locked against other runs: {error.strerror}")
         yield check
@@ -144,10 +137,7 @@ class NoFiles(contextlib.nullcontext):
 class RunFiles:
     """The files of a run in --save-dir.
 
-    opened(state, start) is the context of a training that goes on from `state` and has begun at
-    `start`: it locks the directory, removes an earlier run's files or, to resume, those of epochs
-    after the checkpoint, and starts the log. A file other than a checkpoint that cannot be written
-    is tried again when the next epoch ends; `finish` raises WriteError if it still cannot.
+    A file other than a checkpoint that cannot be written is tried again when the next epoch ends.
     """
 
     def __init__(self, args: argparse.Namespace, log: Log):
@@ -160,6 +150,7 @@ class RunFiles:
 
     @contextlib.contextmanager
     def opened(self, state, start: float) -> Iterator["RunFiles"]:
+        """The context of a training that goes on from `state` and has begun at `start`."""
         self.start = start
         source = source_of(self.args)
         with contextlib.ExitStack() as context:
