@@ -189,13 +189,6 @@ def save_features(path: Path, splits: dict[str, dict], centers, names: dict | No
     save_arrays(path, arrays)
 
 
-def read_start(path: Path, size: int) -> bytes:
-    """The first bytes of a file, at most `size`; none if there is no such file."""
-    with contextlib.suppress(FileNotFoundError), open(path, "rb") as file:
-        return file.read(size)
-    return b""
-
-
 def files_in(directory: Path) -> Iterator[tuple[str, Path]]:
     """The files of a run's directory and their names in it; behind no link to a directory."""
     below = [directory / name for name in DIRECTORIES]
@@ -224,7 +217,9 @@ def record(path: Path) -> None:
 
 def recorded(directory: Path) -> set[str]:
     """The list of files that runs have written to the directory, and its own name; or nothing."""
-    lines = read_start(directory / FILES, 2**26).decode(errors="replace").splitlines()
+    lines = []
+    with contextlib.suppress(OSError):
+        lines = (directory / FILES).read_bytes().decode(errors="replace").splitlines()
     if lines[:1] != [LIST]:
         return set()
     return {FILES, *filter(KNOWN.fullmatch, lines)}
@@ -305,8 +300,8 @@ def reading(checkpoint: str | None) -> Iterator[None]:
 
 def read_json(path: Path) -> dict:
     """A JSON file; empty if it is missing, damaged or no dict."""
-    with contextlib.suppress(ValueError):
-        values = json.loads(read_start(path, 2**30))
+    with contextlib.suppress(OSError, ValueError):
+        values = json.loads(path.read_bytes())
         if isinstance(values, dict):
             return values
     return {}

@@ -32,7 +32,7 @@ def test_log_writes_earlier_lines_and_goes_on_where_a_checkpoint_says(tmp_path, 
     log.close()
     again = utils.Log()
     again("resumed")
-    again.open(path, utils.read_start(path, position))
+    again.open(path, path.read_bytes()[:position])
     again.close()
     assert path.read_text(encoding="utf-8") == "before λ\nkept\nresumed\n"
     assert capsys.readouterr().out == "before λ\nkept\nafter the checkpoint\nresumed\n"

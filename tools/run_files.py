@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import importlib.metadata
 import os
 import platform
 import re
@@ -161,7 +162,7 @@ class RunFiles:
                 commands = utils.read_facts(source).get("commands", []) + commands
                 self.log(f"Resuming after epoch {state.epoch}")
                 log = source / f"log_{self.args.dataset}.txt"
-                printed = utils.read_start(log, state.log_bytes)
+                printed = log.read_bytes()[: state.log_bytes] if log.exists() else b""
             moved = is_moved(self.args)
             resumed = source and not moved
             if clear(self.directory, after=state.epoch if resumed else None) and not resumed:
@@ -238,7 +239,6 @@ def describe(args: argparse.Namespace, commands: list[str]) -> dict:
         device = torch.cuda.get_device_name(int(args.gpu))
     versions = dict(python=platform.python_version())
     for name in ("torch", "torchvision", "numpy"):
-        if name in sys.modules:
-            versions[name] = sys.modules[name].__version__
+        versions[name] = importlib.metadata.version(name)
     ranks = int(os.environ.get("WORLD_SIZE", 1))
     return dict(commands=commands, versions=versions, device=device, ranks=ranks)
