@@ -335,22 +335,6 @@ def _choose_hardware(args: argparse.Namespace, gpu: str | None) -> None:
         args.amp = multiplies_bfloat16(int(args.gpu) if gpus else None)
 
 
-def check_finite(values: dict, epoch: int, args: argparse.Namespace) -> None:
-    """Raises Diverged, with the flags to change, if a number among the values is not finite."""
-    numbers = {name: value for name, value in values.items() if isinstance(value, float)}
-    broken = [name for name, value in numbers.items() if not math.isfinite(value)]
-    if not broken:
-        return
-    advice = "lower --lr-model"
-    if args.weight_cent:
-        advice += ", --lr-cent or --weight-cent (about 1 / --feat-dim)"
-    raise utils.Diverged(
-        f"the training has diverged in epoch {epoch}: {', '.join(broken)} no longer finite, "
-        f"with --weight-cent {args.weight_cent:g} --lr-model {args.lr_model:g} "
-        f"--lr-cent {args.lr_cent:g}; {advice}"
-    )
-
-
 def advice(accuracy: float, epoch: int, classes: int, batches: int) -> list[str]:
     """What may help if the accuracy (%) is at chance after 200 steps, not in epoch 1; said once."""
     chance = 100 / classes

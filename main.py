@@ -34,7 +34,6 @@ import math
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -123,8 +122,7 @@ def main(args: argparse.Namespace, saved: dict | None = None) -> None:
         number = run.stop.requested()
         if not run.is_complete(state) or (undrawn and run.stop.urgent()):
             raise utils.Stopped(number, state.epoch, args.save_dir)
-        passed = timedelta(seconds=round(time.monotonic() - start))
-        run.log(f"Finished. Total elapsed time (h:m:s): {passed}")
+        run.log(f"Finished. Total elapsed time (h:m:s): {utils.passed(start)}")
         files.finish(undrawn)
 
 
@@ -164,8 +162,7 @@ def build(args: argparse.Namespace, saved: dict | None) -> Experiment:
     log(f"Creating model: {args.model}")
     torch.manual_seed(args.seed)
     shape = (len(data.classes), data.in_channels, data.image_size, args.feat_dim)
-    pretrained = args.pretrained and not saved
-    model = models.create(args.model, *shape, args.init, pretrained=pretrained)
+    model = models.create(args.model, *shape, args.init, pretrained=args.pretrained and not saved)
     center_loss = recipes.create_center_loss(len(data.classes), model.classifier.in_features, args)
     model.to(device, memory_format=torch.channels_last)  # faster, in float32 as well
     center_loss.to(device)
@@ -201,11 +198,11 @@ def train(run: Experiment, number: int) -> tuple[dict[str, dict], Tensor]:
     def report(progress: epoch.Progress) -> None:
         if progress.batches % args.print_freq == 0:
             run.log(progress.line(per_epoch))
-            cli.check_finite(progress.means(), number, args)
+            utils.check_finite(progress.means(), number, args)
 
     keep = args.plot or args.save_features or args.weight_cent == 0
     trained = epoch.train_epoch(run.step, batches, run.scheduler, keep, report)
-    cli.check_finite(trained | epoch.state_sums(run.step), number, args)
+    utils.check_finite(trained | epoch.state_sums(run.step), number, args)
     run.log(*cli.advice(trained["accuracy"], number, len(run.data.classes), per_epoch))
     return dict(train=trained), epoch.current_centers(run.step, trained)
 
@@ -231,7 +228,7 @@ def test(
         splits[on] |= epoch.measure(splits[on], centers)
         run.log(*epoch.lines(splits[on]))
         if not args.evaluate:
-            cli.check_finite(splits[on], number, args)
+            utils.check_finite(splits[on], number, args)
     reports = args.verify or args.evaluate or "test" not in splits
     if on == "test" and reports and run.ranks.rank == 0:
         evaluate.report(args, run.data, splits, centers, number, run.files)

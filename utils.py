@@ -7,6 +7,7 @@ import contextlib
 import csv
 import io
 import json
+import math
 import os
 import re
 import shlex
@@ -16,6 +17,7 @@ import sys
 import time
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -68,6 +70,27 @@ class Stopped(RunError):
 def shell(*words: str) -> str:
     """A command that can be typed."""
     return subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)
+
+
+def check_finite(values: dict, epoch: int, args) -> None:
+    """Raises Diverged, with the flags to change, if a number among the values is not finite."""
+    numbers = {name: value for name, value in values.items() if isinstance(value, float)}
+    broken = [name for name, value in numbers.items() if not math.isfinite(value)]
+    if not broken:
+        return
+    advice = "lower --lr-model"
+    if args.weight_cent:
+        advice += ", --lr-cent or --weight-cent (about 1 / --feat-dim)"
+    raise Diverged(
+        f"the training has diverged in epoch {epoch}: {', '.join(broken)} no longer finite, "
+        f"with --weight-cent {args.weight_cent:g} --lr-model {args.lr_model:g} "
+        f"--lr-cent {args.lr_cent:g}; {advice}"
+    )
+
+
+def passed(start: float) -> timedelta:
+    """Whole seconds since time.monotonic() was `start`."""
+    return timedelta(seconds=round(time.monotonic() - start))
 
 
 class Log:
