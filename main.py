@@ -94,11 +94,10 @@ def main(args: argparse.Namespace, saved: dict | None = None) -> None:
     start = time.monotonic()
     if args.pairs:
         return evaluate.test_pairs(args)
-    run = build(args, saved)
-    state = State(run.step.center_loss.centers.detach(), torch.get_rng_state())
-    if saved:
+    with utils.reading(args.resume or args.evaluate):
+        run = build(args, saved)
         state = restore(run, saved)
-        start -= state.elapsed
+    start -= state.elapsed
     if args.evaluate:
         test(run, run.model, state.centers, state.epoch, "test")
         return run.files.write_rest()
@@ -162,7 +161,8 @@ def build(args: argparse.Namespace, saved: dict | None) -> Experiment:
 
     log(f"Creating model: {args.model}")
     torch.manual_seed(args.seed)
-    model = recipes.create_model(args, data, pretrained=args.pretrained and not saved)
+    shape = (len(data.classes), data.in_channels, data.image_size, args.feat_dim)
+    model = models.create(args.model, *shape, args.init, pretrained=args.pretrained and not saved)
     center_loss = recipes.create_center_loss(len(data.classes), model.classifier.in_features, args)
     model.to(device, memory_format=torch.channels_last)  # faster, in float32 as well
     center_loss.to(device)
@@ -179,14 +179,13 @@ def build(args: argparse.Namespace, saved: dict | None) -> Experiment:
     return Experiment(*writes, *trains)
 
 
-def restore(run: Experiment, saved: dict) -> State:
-    """The state of a checkpoint, whose modules are loaded, too."""
+def restore(run: Experiment, saved: dict | None) -> State:
+    """The state at the start, or that of a checkpoint, whose modules are loaded, too."""
+    if not saved:
+        return State(run.step.center_loss.centers.detach(), torch.get_rng_state())
     path = run.args.resume or run.args.evaluate
     utils.check_data(path, saved["data"], run.data.facts(), to_train=bool(run.args.resume))
-    try:
-        return from_checkpoint(saved, run.modules, run.step.device)
-    except ValueError as error:
-        raise utils.RunError(f"{path} cannot be loaded: {error}") from error
+    return from_checkpoint(saved, run.modules, run.step.device)
 
 
 def train(run: Experiment, number: int) -> tuple[dict[str, dict], Tensor]:
@@ -199,12 +198,11 @@ def train(run: Experiment, number: int) -> tuple[dict[str, dict], Tensor]:
     def report(progress: epoch.Progress) -> None:
         if progress.batches % args.print_freq == 0:
             run.log(progress.line(per_epoch))
-            cli.check_finite(epoch.losses(progress.means()), number, args)
+            utils.check_finite(progress.means(), number, args)
 
     keep = args.plot or args.save_features or args.weight_cent == 0
     trained = epoch.train_epoch(run.step, batches, run.scheduler, keep, report)
-    for values in (epoch.losses(trained), epoch.state_sums(run.step)):
-        cli.check_finite(values, number, args)
+    utils.check_finite(trained | epoch.state_sums(run.step), number, args)
     run.log(*cli.advice(trained["accuracy"], number, len(run.data.classes), per_epoch))
     return dict(train=trained), epoch.current_centers(run.step, trained)
 
@@ -230,10 +228,10 @@ def test(
         splits[on] |= epoch.measure(splits[on], centers)
         run.log(*epoch.lines(splits[on]))
         if not args.evaluate:
-            cli.check_finite(epoch.test_values(splits[on]), number, args)
+            utils.check_finite(splits[on], number, args)
     reports = args.verify or args.evaluate or "test" not in splits
     if on == "test" and reports and run.ranks.rank == 0:
-        evaluate.report(args, run.data, splits, centers, number, run.log, run.files)
+        evaluate.report(args, run.data, splits, centers, number, run.files)
     return splits
 
 

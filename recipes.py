@@ -54,29 +54,14 @@ RECIPES = {
 }
 RECIPES["zahn2024-v1.1"] = RECIPES["zahn2024-v1.0"] | dict(distance="euclidean")
 RECIPES["zahn2024-v1.2"] = RECIPES["zahn2024-v1.1"] | dict(model="bn-shallow")
-RECIPES["fast"] = dict(
-    model="bn-fast",
-    batch_size=256,
-    weight_cent=0.01,
-    optimizer="adamw",
-    lr_model=0.02,
-    schedule="onecycle",
-    max_epoch=3,
-    eval_freq=1,
-    amp="auto",
+SHORT = dict(model="bn-fast", optimizer="adamw", lr_model=0.02, schedule="onecycle")
+RECIPES["fast"] = SHORT | dict(
+    batch_size=256, weight_cent=0.01, max_epoch=3, eval_freq=1, amp="auto"
 )
-RECIPES["digits"] = dict(
-    dataset="digits",
-    model="bn-fast",
-    augment=True,
-    batch_size=64,
-    weight_cent=0.1,
-    optimizer="adamw",
-    lr_model=0.02,
-    schedule="onecycle",
-    max_epoch=20,
+RECIPES["digits"] = SHORT | dict(
+    dataset="digits", augment=True, batch_size=64, weight_cent=0.1, max_epoch=20
 )
-RECIPES["images"] = dict(
+RECIPES["images"] = RECIPES["fast"] | dict(
     model="bn-images",
     feat_dim=64,
     augment=True,
@@ -84,14 +69,10 @@ RECIPES["images"] = dict(
     batch_size=128,
     weight_cent=0.003,
     label_smoothing=0.1,
-    optimizer="adamw",
     lr_model=0.005,
     weight_decay=0.1,
-    schedule="onecycle",
     max_epoch=28,
-    eval_freq=1,
     mirror="mean",
-    amp="auto",
 )
 # The authors' faces, and the settings of docs/results.md for a few hundred photos.
 RECIPES["faces"] = RECIPES["wen2016"] | dict(
@@ -144,14 +125,11 @@ def onecycle(
 
 
 class Schedule(NamedTuple):
-    """A learning rate schedule, which takes a step after each training step.
+    """A learning rate schedule, which takes a step after each training step."""
 
-    create: from the optimizer, the flags, the steps of an epoch and those of the whole run.
-    fixed_length: it depends on how long the run is, so that a resumed run keeps its length.
-    """
-
+    # From the optimizer, the flags, the steps of an epoch and those of the whole run.
     create: Callable[[Optimizer, argparse.Namespace, int, int], LRScheduler]
-    fixed_length: bool = False
+    fixed_length: bool = False  # it depends on the run's length, which a resumed run must keep
 
 
 SCHEDULES = {
@@ -175,44 +153,32 @@ def create_data(
     args: argparse.Namespace, device: torch.device, ranks: Ranks, saved: dict | None
 ) -> datasets.Data:
     """The data set; to evaluate, what the network of the checkpoint `saved` can be tested on."""
-    scaling = args.scaling
-    if args.pretrained:
-        scaling = models.pretrained_scaling(args.model)
+    names = ("image_size", "unseen", "augment", "erase", "val_share", "seed")
     return datasets.create(
         args.dataset,
         args.data_root,
         args.batch_size,
         args.workers,
         device,
-        image_size=args.image_size,
-        scaling=scaling,
-        unseen=args.unseen,
-        augment=args.augment,
-        erase=args.erase,
-        val_share=args.val_share,
-        seed=args.seed,
+        scaling=models.pretrained_scaling(args.model) if args.pretrained else args.scaling,
         trained=saved["data"] if args.evaluate else None,
         ranks=ranks,
+        **{name: getattr(args, name) for name in names},
     )
 
 
 def epochs_per_test(args: argparse.Namespace, data: datasets.Data) -> int:
     """--eval-freq or, where it is not given, 10; 0: only the last epoch is tested.
 
-    Without that flag every epoch is tested if that chooses the best one, or if --plot makes films
-    and a test takes less than a tenth of an epoch. Images are counted, those of the training three
-    times, rather than seconds, so that a resumed run tests after the same epochs.
+    Without that flag every epoch is tested if that chooses the best one, or for --plot if a test
+    takes less than a tenth of an epoch, by the number of images: not by time, so that a resumed run
+    tests after the same epochs. Training an image takes three times as long.
     """
     if args.eval_freq is not None:
         return args.eval_freq
     images = data.test_images * (2 if args.mirror else 1)
     cheap = images < 3 * data.train.rows.size / 10
     return 1 if data.val or (args.plot and cheap) else 10
-
-
-def create_model(args: argparse.Namespace, data: datasets.Data, pretrained: bool) -> nn.Module:
-    shape = (len(data.classes), data.in_channels, data.image_size, args.feat_dim)
-    return models.create(args.model, *shape, args.init, pretrained=pretrained)
 
 
 def create_center_loss(num_classes: int, feat_dim: int, args: argparse.Namespace) -> CenterLoss:
@@ -266,8 +232,8 @@ def create_scheduler(
     schedule = SCHEDULES[args.schedule]
     if schedule.fixed_length and steps < 10 and not args.evaluate:
         notice(
-            f"--schedule {args.schedule} has only {steps} steps to raise and lower the rate: "
-            "a smaller --batch-size or a larger --max-epoch trains better"
+            f"--schedule {args.schedule} has only {steps} steps: a smaller --batch-size or a "
+            "larger --max-epoch trains better"
         )
     return schedule.create(optimizers["optimizer_model"], args, per_epoch, steps)
 
@@ -275,7 +241,7 @@ def create_scheduler(
 def create_optimizers(
     model: nn.Module, center_loss: nn.Module, args: argparse.Namespace
 ) -> dict[str, Optimizer]:
-    """The network's optimizer and, unless it has the centers as well, theirs; by name."""
+    """The network's optimizer and, unless it has the centers, too, theirs."""
     weights = []
     biases = []
     for name, parameter in model.named_parameters():
@@ -289,8 +255,7 @@ def create_optimizers(
         groups.append(dict(params=centers, momentum=args.momentum_cent, weight_decay=0.0))
     optimizers = dict(optimizer_model=OPTIMIZERS[args.optimizer](groups, args))
     if not args.one_optimizer:
-        optimizer = torch.optim.SGD(centers, args.lr_cent, args.momentum_cent)
-        optimizers["optimizer_cent"] = optimizer
+        optimizers["optimizer_cent"] = torch.optim.SGD(centers, args.lr_cent, args.momentum_cent)
     for optimizer in optimizers.values():
         for group in optimizer.param_groups:  # a CUDA graph needs rates in tensors, as fused ones
             group["fused"] = group["params"][0].is_cuda or None

@@ -7,6 +7,7 @@ import contextlib
 import csv
 import io
 import json
+import math
 import os
 import re
 import shlex
@@ -30,7 +31,7 @@ EPOCH_FILES = ("train/epoch_*.*", "val/epoch_*.*", "test/epoch_*.*", "features/e
 # The paths below --save-dir that a run, an evaluation, predict.py and plots write.
 DIRECTORIES = ("train", "val", "test", "features", "tensorboard", "figures")
 KNOWN = re.compile(
-    r"log_[\w-]+\.txt|(metrics|predictions)\.csv|(args|run|evaluation)\.json|(checkpoint|best)\.pt"
+    r"files\.txt|log_[\w-]+\.txt|(metrics|predictions)\.csv|(args|run|evaluation)\.json|(checkpoint|best)\.pt"
     r"|(train|val|test)\.gif|(curves|roc|confusion)\.png|(report|compare)\.html"
     r"|(train|val|test)/epoch_[1-9]\d*\.(png|npz)|(val|test)/(images|features)\.npz"
     r"|features/(epoch_[1-9]\d*|test)\.npz|tensorboard/events\.out\.tfevents\.[\w.-]+"
@@ -71,21 +72,33 @@ def shell(*words: str) -> str:
     return subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)
 
 
+def check_finite(values: dict, epoch: int, args) -> None:
+    """Raises Diverged, with the flags to change, if a number among the values is not finite."""
+    numbers = {name: value for name, value in values.items() if isinstance(value, float)}
+    broken = [name for name, value in numbers.items() if not math.isfinite(value)]
+    if not broken:
+        return
+    advice = "lower --lr-model"
+    if args.weight_cent:
+        advice += ", --lr-cent or --weight-cent (about 1 / --feat-dim)"
+    raise Diverged(
+        f"the training has diverged in epoch {epoch}: {', '.join(broken)} no longer finite, "
+        f"with --weight-cent {args.weight_cent:g} --lr-model {args.lr_model:g} "
+        f"--lr-cent {args.lr_cent:g}; {advice}"
+    )
+
+
 def passed(start: float) -> timedelta:
     """Whole seconds since time.monotonic() was `start`."""
     return timedelta(seconds=round(time.monotonic() - start))
 
 
 class Log:
-    """Prints lines, above a progress bar if there is one; `open` starts a file of them.
-
-    The file gets the lines that were printed before it was opened, too.
-    """
+    """Prints lines, above a progress bar; `open` starts a file of them and of earlier ones."""
 
     def __init__(self, quiet: bool = False):
         self.quiet = quiet
-        self.file = None
-        self.earlier = []
+        self.file = io.BytesIO()  # until it is opened
 
     def __call__(self, *lines: str) -> None:
         for line in () if self.quiet else lines:
@@ -95,47 +108,36 @@ class Log:
             except OSError as error:
                 reason = error.strerror
                 raise WriteError(f"cannot write to the standard output: {reason}") from error
-            if self.file is None:
-                self.earlier.append(line)
-            else:
-                self._write(line)
+            rest = f"{line}\n".encode(errors="backslashreplace")  # a path that is not UTF-8
+            try:
+                while rest:  # a disk that fills up takes only part of it
+                    rest = rest[self.file.write(rest) :]
+            except OSError as error:
+                raise _unwritable(Path(self.file.name), error) from error
 
     def open(self, path: Path, printed: bytes = b"") -> None:
         """Starts the file with `printed`, the log of a resumed run up to its checkpoint."""
+        printed += self.file.getvalue()
         replace_file(path, lambda part: part.write_bytes(printed))
         self.file = open(path, "ab", buffering=0)
-        for line in self.earlier:
-            self._write(line)
 
     def close(self) -> None:
         self.file.close()
-        self.file = None
 
     def position(self) -> int:
         return self.file.seek(0, os.SEEK_END)
 
-    def _write(self, line: str) -> None:
-        rest = f"{line}\n".encode(errors="backslashreplace")  # a path that is not UTF-8
-        try:
-            while rest:  # a disk that fills up takes only part of it
-                rest = rest[self.file.write(rest) :]
-        except OSError as error:
-            raise _unwritable(Path(self.file.name), error) from error
 
-
-def progress_bar(
-    batches: Iterable, what: str, total: int, unit: str = "batch", *, shown: bool = True
-) -> Iterable:
+def progress_bar(batches: Iterable, what: str, total: int, *, shown: bool = True) -> Iterable:
     """The batches, with a progress bar if the output is a terminal."""
     hidden = None if shown else True  # None: hidden unless it is a terminal
-    return tqdm(batches, disable=hidden, leave=False, desc=what, total=total, unit=unit)
+    return tqdm(batches, disable=hidden, leave=False, desc=what, total=total, unit="batch")
 
 
 def replace_file(path: Path, write: Callable[[Path], object]) -> None:
     """Lets `write` fill a temporary file and renames it to `path`: the old file or the new one.
 
-    It creates no directory, so that a removed one is an error. The temporary file is this process's
-    own, since drawing processes may outlive a killed run for a moment.
+    The temporary file is this process's own: drawing processes may outlive a killed run.
     """
     part = part_of(path, os.getpid())
     try:
@@ -177,7 +179,7 @@ def write_json(path: Path, values: dict) -> None:
 
 
 def write_metrics(path: Path, history: Sequence[dict]) -> None:
-    """The whole history as CSV, a row an epoch; what was not measured in an epoch is left empty."""
+    """The history as CSV, a row an epoch; what was not measured is left empty."""
     table = io.StringIO()
     writer = csv.DictWriter(table, fieldnames=list(history[0]), lineterminator="\n")
     writer.writeheader()
@@ -200,25 +202,18 @@ def save_arrays(path: Path, arrays: dict) -> None:
     replace_file(path, write)
 
 
-def save_features(path: Path, splits: dict[str, dict], centers, **further) -> None:
+def save_features(path: Path, splits: dict[str, dict], centers, names: dict | None = None) -> None:
     """Features (N, D), labels and predictions (N,), as train_features …, and centers (C, D)."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    arrays = {"centers": centers.cpu().numpy(), **further}
+    arrays = dict(names or {}, centers=centers.cpu().numpy())
     for split, values in splits.items():
         for name in ("features", "labels", "predictions"):
             arrays[f"{split}_{name}"] = values[name].cpu().numpy()
     save_arrays(path, arrays)
 
 
-def read_start(path: Path, size: int) -> bytes:
-    """The first bytes of a file, at most `size`; none if there is no such file."""
-    with contextlib.suppress(FileNotFoundError), open(path, "rb") as file:
-        return file.read(size)
-    return b""
-
-
 def files_in(directory: Path) -> Iterator[tuple[str, Path]]:
-    """The files of a run's directory, with their names in it; behind no link to a directory."""
+    """The files of a run's directory and their names in it; behind no link to a directory."""
     below = [directory / name for name in DIRECTORIES]
     for each in (directory, *(each for each in below if not each.is_symlink())):
         for path in each.iterdir() if each.is_dir() else ():
@@ -229,37 +224,28 @@ def files_in(directory: Path) -> Iterator[tuple[str, Path]]:
 def start_list(directory: Path) -> None:
     """Creates the directory, in which what is written is listed from now on."""
     directory.mkdir(parents=True, exist_ok=True)
-    if is_listed(directory):
-        return
-    names = sorted(recorded(directory))
-    (directory / FILES).write_text("\n".join([LIST, *names, ""]), encoding="utf-8", newline="\n")
+    if not recorded(directory):
+        (directory / FILES).write_text(f"{LIST}\n", encoding="utf-8", newline="\n")
 
 
 def record(path: Path) -> None:
     """Adds the file to the list of its run's directory, if it is in one."""
     for directory in (path.parent, path.parent.parent):
         name = path.relative_to(directory).as_posix()
-        if KNOWN.fullmatch(name) and is_listed(directory) and name not in recorded(directory):
+        ours = recorded(directory)
+        if ours and KNOWN.fullmatch(name) and name not in ours:
             with open(directory / FILES, "a", encoding="utf-8", newline="\n") as file:
                 file.write(f"{name}\n")
 
 
-def is_listed(directory: Path) -> bool:
-    """Whether the list there is main.py's."""
-    return read_start(directory / FILES, len(LIST)) == LIST.encode()
-
-
 def recorded(directory: Path) -> set[str]:
-    """The files that runs have written to the directory: those listed that have known names."""
-    if is_listed(directory):
-        names = read_start(directory / FILES, 2**26).decode(errors="replace").splitlines()
-        return {name for name in names if KNOWN.fullmatch(name)}
-    args = read_args(directory)
-    if not args:
+    """The list of files that runs have written to the directory, and its own name; or nothing."""
+    lines = []
+    with contextlib.suppress(OSError):
+        lines = (directory / FILES).read_bytes().decode(errors="replace").splitlines()
+    if lines[:1] != [LIST]:
         return set()
-    log = f"log_{args['dataset']}.txt"  # of a run before there was a list
-    names = [name for name, _ in files_in(directory) if KNOWN.fullmatch(name)]
-    return {name for name in names if name == log or not name.startswith("log_")}
+    return {FILES, *filter(KNOWN.fullmatch, lines)}
 
 
 def read_args(directory: Path) -> dict:
@@ -301,40 +287,44 @@ def load_checkpoint(path: str | Path) -> dict:
     """Reads a checkpoint onto the CPU; RunError if it is missing, damaged or not one of main.py."""
     import torch
 
-    types = dict(args=dict, data=dict, epoch=int, history=list, centers=torch.Tensor)
-    types |= dict(rng=torch.Tensor, model=dict, center_loss=dict, scheduler=dict)
     try:
         with zipfile.ZipFile(path) as records:  # torch would take flipped bits as they are
             damaged = records.testzip()
         if damaged:
             raise ValueError(f"wrong checksum of {damaged}")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        for name, kind in types.items():
-            if not isinstance(checkpoint[name], kind):
-                raise ValueError(f"wrong {name}")
-        data = checkpoint["data"]
-        names = [*data["classes"], *data.get("unseen", [])]
+        kinds = dict(args=dict, data=dict, model=dict, epoch=int, history=list)
+        kinds |= dict(centers=torch.Tensor)
+        if not all(isinstance(checkpoint[name], kind) for name, kind in kinds.items()):
+            raise ValueError("an entry of another kind")
+        names = [*checkpoint["data"]["classes"], *checkpoint["data"].get("unseen", [])]
         if not all(isinstance(name, str) for name in names):
             raise ValueError("wrong classes")
-        if int(data.get("in_channels", 1)) < 1 or checkpoint["epoch"] < 0:
-            raise ValueError("wrong channels or epoch")
     except FileNotFoundError:
         raise RunError(f"there is no checkpoint {path}") from None
     except Exception as error:  # of zip, pickle and others, depending on what the file is
         reason = str(error).strip().partition("\n")[0].partition(".")[0] or type(error).__name__
         raise RunError(f"{path} is damaged or no checkpoint of main.py: {reason}") from error
     if checkpoint.get("partial"):
-        raise RunError(
-            f"{path} was written in the middle of an epoch, by an older version that could go on "
-            "from there: resume from a checkpoint of a whole epoch, or start anew"
-        )
+        raise RunError(f"{path} is from the middle of an epoch, which older versions could resume")
     return checkpoint
+
+
+@contextlib.contextmanager
+def reading(checkpoint: str | None) -> Iterator[None]:
+    """RunError where an entry of a checkpoint, if there is one, is not as main.py writes it."""
+    try:
+        yield
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        if not checkpoint:
+            raise
+        raise RunError(f"{checkpoint} is not as main.py wrote it: {error!r}") from error
 
 
 def read_json(path: Path) -> dict:
     """A JSON file; empty if it is missing, damaged or no dict."""
-    with contextlib.suppress(ValueError):
-        values = json.loads(read_start(path, 2**30))
+    with contextlib.suppress(OSError, ValueError):
+        values = json.loads(path.read_bytes())
         if isinstance(values, dict):
             return values
     return {}

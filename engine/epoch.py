@@ -13,13 +13,13 @@ from engine.step import Output, Step
 
 
 class Progress:
-    """The sums of a pass so far; those over the images stay on the device until they are read."""
+    """The sums of a pass so far, which stay on the device until they are read."""
 
     def __init__(self, device: torch.device, ranks: Ranks):
         self.ranks = ranks
         self.batches = 0
         self.images = 0  # of all ranks
-        # This rank's, as in Output.means: over the images, and of the latest batch.
+        # This rank's part, as in Output.means.
         self.sums = torch.zeros(3, dtype=torch.float64, device=device)
         self.latest = self.sums
 
@@ -54,9 +54,8 @@ def train_epoch(
 ) -> dict:
     """One pass over the batches: images, labels and the size of the batch over all ranks.
 
-    The scheduler takes a step after each of the optimizers', and `report` is called after it.
-    Returns mean losses and accuracy (%) and, with `keep`, features (N, D), labels and predictions
-    (N,) of all ranks, which are those of the moment at which an image was trained.
+    `report` is called after each step. Returns mean losses and accuracy (%) and, with `keep`,
+    features (N, D), labels and predictions (N,) of all ranks, as of the moment of training.
     """
     step.net.train()
     progress = Progress(step.device, step.ranks)
@@ -82,7 +81,6 @@ def current_centers(step: Step, trained: dict) -> Tensor:
     centers = step.center_loss.centers.detach()
     if not step.weight:
         centers = class_means(trained["features"], trained["labels"], len(centers))
-    step.ranks.check_equal("centers", centers)
     return centers
 
 
@@ -130,22 +128,10 @@ def lines(tested: dict) -> list[str]:
     ]
 
 
-# What must be finite, by the names in an error.
-
-
-def losses(trained: dict) -> dict[str, float]:
-    return {"cross entropy": trained["xent"], "center loss": trained["center"]}
-
-
 def state_sums(step: Step) -> dict[str, float]:
-    """The sums of a step's states: finite where all of it is. Waits for the device."""
+    """The sums of weights and centers: finite where all of them are. Waits for the device."""
     states = {"network's weights": step.net, "centers": step.center_loss}
     sums = {}
     for name, module in states.items():
         sums[name] = sum(each.double().sum() for each in module.state_dict().values()).item()
     return sums
-
-
-def test_values(tested: dict) -> dict[str, float]:
-    names = {"cross entropy of the test": "xent", "distances from the centers": "intra_distance"}
-    return {what: tested[name] for what, name in names.items()}

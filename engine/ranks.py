@@ -22,8 +22,8 @@ class Interrupted(Exception):
 class StopRequest:
     """In its context the first SIGINT or SIGTERM only sets `signal`, read between batches.
 
-    Between two batches of a single process it interrupts at once, since waiting for the next one
-    may take for ever; a second SIGINT always does. In a thread no signal arrives.
+    A single process that waits for a batch is interrupted at once, since that may take for ever; a
+    second SIGINT always interrupts. In a thread no signal arrives.
     """
 
     def __init__(self, ranks: "Ranks"):
@@ -74,7 +74,7 @@ class StopRequest:
 
 
 class Ranks(NamedTuple):
-    """This process among those that torchrun started; without torchrun it is the only one."""
+    """This process among those of torchrun; without torchrun it is the only one."""
 
     rank: int = 0
     size: int = 1
@@ -84,22 +84,16 @@ class Ranks(NamedTuple):
     def of_environment(cls) -> "Ranks":
         """RanksError, with its name, where a variable of torchrun's is missing or wrong."""
         names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-        numbers = [os.environ.get(name) for name in names]
-        if numbers == [None] * 3:
+        numbers = [os.environ.get(name, "") for name in names]
+        if not any(name in os.environ for name in names):
             return cls()
         for name, number in zip(names, numbers, strict=True):
-            if number is None or not number.isdecimal():
-                raise RanksError(
-                    f"{name} must be a number where one of {', '.join(names)} is set, got "
-                    f"{number or 'nothing'}: start the ranks by torchrun, or unset all three"
-                )
+            if not number.isdecimal():
+                _refuse(name, f"a number, got {number or 'nothing'}")
         rank, size, local = map(int, numbers)
         for name in ("MASTER_ADDR", "MASTER_PORT"):
             if size > 1 and not os.environ.get(name):
-                raise RanksError(
-                    f"{name} must be set where WORLD_SIZE is {size}: start the ranks by torchrun, "
-                    f"or unset {', '.join(names)}"
-                )
+                _refuse(name, f"set where WORLD_SIZE is {size}")
         return cls(rank, size, local)
 
     @contextlib.contextmanager
@@ -154,12 +148,6 @@ class Ranks(NamedTuple):
         dist.all_gather_object(parts, rows.cpu())
         return torch.cat(parts).to(rows.device)
 
-    def check_equal(self, name: str, values: torch.Tensor) -> None:
-        """Raises RuntimeError if the ranks' values differ, as far as their sums show."""
-        sums = torch.stack([values.double().sum(), values.double().square().sum()]).cpu()
-        if len(self.gather(sums.unsqueeze(0)).unique(dim=0)) > 1:
-            raise RuntimeError(f"the ranks' {name} are no longer the same")
-
     def parallel(self, model: nn.Module) -> nn.Module:
         """The model with averaged gradients and BatchNorm over the batch of all ranks."""
         if self.size == 1:
@@ -171,6 +159,12 @@ class Ranks(NamedTuple):
                 if type(module) is nn.BatchNorm2d:
                     module.__class__ = BatchNormOverRanks
         return nn.parallel.DistributedDataParallel(model)
+
+
+def _refuse(name: str, rule: str):
+    raise RanksError(
+        f"{name} must be {rule}: start the ranks by torchrun, or unset RANK, WORLD_SIZE, LOCAL_RANK"
+    )
 
 
 class BatchNormOverRanks(nn.BatchNorm2d):

@@ -26,7 +26,6 @@ MAIN = Path(main.__file__)
         (cli.number(int, 1), ["1", "12"], ["0", "-3", "1.5", "x", "", "nan", "1e3"]),
         (cli.number(int, 0, 10), ["0", "10"], ["11", "-1"]),
         (cli.number(float, 0), ["0", "1e-3", "200"], ["-1e-9", "nan", "inf", "-inf", "x"]),
-        (cli.number(float, 0, above=True), ["1e-9"], ["0", "-1", "0.0"]),
         (cli.number(float, 1e-9, or_zero=True), ["0", "0.0", "1e-9", "2"], ["1e-10", "-1", "nan"]),
         (cli.number(float, 0, 1), ["0", "0.9", "1"], ["1.1", "-0.1"]),
     ],

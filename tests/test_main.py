@@ -203,10 +203,10 @@ def test_the_best_epoch_by_validation_is_the_one_that_is_tested(run):
 # ---------------------------------------------------------------------------------- divergence
 
 DIVERGING = {
-    "--lr-model 1e20": "cross entropy and center loss",
-    "--lr-model 1e20 --weight-cent 0": "cross entropy",
-    "--lr-model 1e-30 --lr-cent 1e25 --batch-size 24": "distances from the centers",
-    "--lr-model 1e30 --batch-size 24": "cross entropy of the test and distances from the centers",
+    "--lr-model 1e20": "loss, xent, center, network's weights, centers",
+    "--lr-model 1e20 --weight-cent 0": "loss, xent, network's weights",
+    "--lr-model 1e-30 --lr-cent 1e25 --batch-size 24": "intra_distance, inter_distance",
+    "--lr-model 1e30 --batch-size 24": "xent, intra_distance",
 }
 
 

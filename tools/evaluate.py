@@ -1,7 +1,6 @@
 """What main.py --evaluate and --verify measure, log and write."""
 
 import argparse
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -25,19 +24,15 @@ def report(
     splits: dict[str, dict],
     centers: Tensor,
     epoch: int,
-    log: utils.Log,
     files: RunFiles,
 ) -> None:
     """Writes evaluation.json, for --plot its pictures, and features for --save-features."""
     evaluate = bool(args.evaluate)
-    if evaluate:
-        utils.start_list(files.directory)
     measured, curves = evaluation.measure(
         splits, centers, data.classes, data.unseen, confusion=evaluate
     )
-    log(*evaluation.lines(measured))
-    facts = dict(epoch=epoch, mirror=bool(args.mirror))
-    write_measured(args, measured | facts, curves, files)
+    files.log(*evaluation.lines(measured))
+    write(measured | dict(epoch=epoch, mirror=bool(args.mirror)), curves, files)
     if evaluate and args.plot and "test" in splits:
         title = f"test: accuracy {splits['test']['accuracy']:.2f} %"
         counts = np.array(measured["confusion"])
@@ -49,7 +44,7 @@ def report(
             paths = getattr(data, name).paths
             if paths:
                 names[f"{name}_paths"] = np.array(paths)
-        files.write(save_features, "features/test.npz", splits, centers, names)
+        files.write(utils.save_features, "features/test.npz", splits, centers, names)
 
 
 def test_pairs(args: argparse.Namespace) -> None:
@@ -67,22 +62,15 @@ def test_pairs(args: argparse.Namespace) -> None:
     measured, curves = pair_metrics(torch.cat(features), pairs)
     log(*lines(measured))
     files = RunFiles(args, log)
-    utils.start_list(files.directory)
     # Beside the thresholds of --evaluate, which predict.py reads.
     earlier = utils.read_json(files.directory / "evaluation.json")
-    write_measured(args, earlier | dict(pairs=measured, mirror=args.mirror), curves, files)
+    write(earlier | dict(pairs=measured, mirror=args.mirror), curves, files)
     files.write_rest()
 
 
-def write_measured(
-    args: argparse.Namespace, measured: dict, curves: dict[str, list[float]], files: RunFiles
-) -> None:
+def write(measured: dict, curves: dict[str, list[float]], files: RunFiles) -> None:
     """evaluation.json and roc.png."""
+    utils.start_list(files.directory)
     files.write(utils.write_json, "evaluation.json", measured)
-    if args.plot and curves:
+    if files.args.plot and curves:
         files.write(plots.draw_to, "roc.png", plots.draw_roc, FARS, curves)
-
-
-def save_features(path: Path, splits: dict[str, dict], centers: Tensor, names: dict) -> None:
-    """The arrays of --save-features, class names, and the paths of image files."""
-    utils.save_features(path, splits, centers, **names)

@@ -2,12 +2,12 @@
 
 import argparse
 import contextlib
+import importlib.metadata
 import os
 import platform
 import re
 import shutil
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -15,7 +15,7 @@ from pathlib import Path
 import utils
 from utils import Log, RunError, WriteError
 
-EVALUATION_FILES = ("evaluation.json", "roc.png", "confusion.png", "features/test.npz")
+EVALUATION_FILES = ("evaluation.json", "roc.png", "confusion.png", "features/test.npz", utils.FILES)
 PART = re.compile(r"(\w+/)?\.(.+)\.\d+\.part")  # of a killed process
 
 
@@ -25,33 +25,25 @@ def check_save_dir(path: str, dataset: str, overwrite: bool, evaluate: bool) -> 
     nearest = directory.absolute()
     while not nearest.exists() and nearest != nearest.parent:
         nearest = nearest.parent
-    if not nearest.is_dir():
-        raise RunError(f"--save-dir must be a directory, got {path}: {nearest} is a file")
-    if not os.access(nearest, os.W_OK | os.X_OK):
-        raise RunError(f"--save-dir must be writable, got {path}: {nearest} is not")
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+        raise RunError(f"--save-dir must be a writable directory, got {path}")
     if overwrite or not directory.is_dir():
         return
-    ours = utils.recorded(directory)
-    for name, _ in sorted(utils.files_in(directory)):
-        would_write = name in EVALUATION_FILES
-        if not evaluate:
-            is_other_log = name.startswith("log_") and name != f"log_{dataset}.txt"
-            would_write = utils.KNOWN.fullmatch(name) and not is_other_log
-        if name == utils.FILES:
-            would_write = not utils.is_listed(directory)
-        if would_write and name not in ours:
+    others = {name for name, _ in utils.files_in(directory)} - utils.recorded(directory)
+    for name in sorted(others):
+        would_write = utils.KNOWN.fullmatch(name)
+        if name.startswith("log_"):
+            would_write = name == f"log_{dataset}.txt"
+        if name in EVALUATION_FILES if evaluate else would_write:
             raise RunError(
-                f"--save-dir must have no files of others that would be replaced, got {path} with "
-                f"{name}: choose another directory, or --overwrite"
+                f"--save-dir must have no files of others, got {path} with {name}: choose another "
+                "directory, or --overwrite"
             )
 
 
 def clear(directory: Path, after: int | None = None) -> bool:
-    """Removes an earlier run's files, or only those of epochs after `after`; were there any?
-
-    Only files that a run is known to have written go, none behind a link to a directory.
-    """
-    ours = utils.recorded(directory) - {"args.json"}  # which is replaced, and says whose these are
+    """Removes what runs have written, or only that of epochs after `after`; was there any?"""
+    ours = utils.recorded(directory) - {"args.json", utils.FILES}  # which are replaced
     removed = False
     for name, path in list(utils.files_in(directory)):
         part = PART.fullmatch(name)
@@ -69,10 +61,7 @@ def copy_epochs(source: Path, target: Path, last: int) -> None:
     """Copies what goes along with a run to another directory: the files of epochs up to `last` …"""
     paths = [path for epoch, path in utils.epoch_files(source) if epoch <= last]
     others = ["best.pt", "evaluation.json", "roc.png", utils.EVENT_FILES]
-    others += [
-        f"{split}/{name}.npz" for split in ("val", "test") for name in ("images", "features")
-    ]
-    for pattern in others:
+    for pattern in (*others, "val/[if]*.npz", "test/[if]*.npz"):  # images and features
         paths += source.glob(pattern)
     for path in paths:
         copy = target / path.relative_to(source)
@@ -81,7 +70,7 @@ def copy_epochs(source: Path, target: Path, last: int) -> None:
 
 
 def source_of(args: argparse.Namespace) -> Path | None:
-    """The directory of the run to resume, of a link that of the run that it points to."""
+    """The directory of the run to resume, behind a link to its checkpoint."""
     return Path(args.resume).resolve().parent if args.resume else None
 
 
@@ -98,15 +87,12 @@ def claim(save_dir: Path, log: Log) -> Iterator[Callable[[], None]]:
     Yields a function that raises WriteError if the directory has been removed or replaced.
     """
     try:
-        save_dir.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=save_dir).close()
+        utils.start_list(save_dir)
     except OSError as error:
-        reason = f"got {save_dir}: {error.strerror}"
-        raise RunError(f"--save-dir must be a writable directory, {reason}") from error
+        raise RunError(f"--save-dir must be a writable directory, got {save_dir}") from error
     try:
         import fcntl
     except ImportError:  # Windows
-        utils.start_list(save_dir)
         yield lambda: None
         return
     directory = os.open(save_dir, os.O_RDONLY)
@@ -120,11 +106,9 @@ def claim(save_dir: Path, log: Log) -> Iterator[Callable[[], None]]:
         try:
             fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            reason = "is in use by another run; give this one its own"
-            raise RunError(f"--save-dir {save_dir} {reason}") from None
+            raise RunError(f"--save-dir {save_dir} is in use by another run") from None
         except OSError as error:  # many network disks have no locks
             log(f"--save-dir {save_dir} cannot be locked against other runs: {error.strerror}")
-        utils.start_list(save_dir)
         yield check
     finally:
         with contextlib.suppress(OSError):  # processes that were forked meanwhile have it, too
@@ -143,81 +127,61 @@ class NoFiles(contextlib.nullcontext):
     def __enter__(self) -> "NoFiles":
         return self
 
-    def save(self, *arguments, **options) -> None:
+    def save(self, *arguments) -> None:
         pass
 
     save_epoch = save
-    write = save
     write_rest = save
     finish = save
 
 
 class RunFiles:
-    """The files of a run in --save-dir, which is locked within the context.
+    """The files of a run in --save-dir.
 
-    opened(state, start) is the context of a training that goes on from `state` and has begun at
-    `start`. Entering it removes an earlier run's files or, to resume, those of epochs after the
-    checkpoint, and starts the log. A file other than a checkpoint that cannot be written is tried
-    again when the next epoch ends; `finish` raises WriteError if it still cannot.
+    A file other than a checkpoint that cannot be written is tried again when the next epoch ends.
     """
 
     def __init__(self, args: argparse.Namespace, log: Log):
         self.args = args
         self.log = log
         self.directory = Path(args.save_dir)
-        self.context = contextlib.ExitStack()
         self.facts = None  # what run.json has
         self.board = None
         self.unwritten = {}  # what is to be written, by path
 
-    def opened(self, state, start: float) -> "RunFiles":
-        self.state = state
+    @contextlib.contextmanager
+    def opened(self, state, start: float) -> Iterator["RunFiles"]:
+        """The context of a training that goes on from `state` and has begun at `start`."""
         self.start = start
-        return self
-
-    def __enter__(self) -> "RunFiles":
-        with self.context:
-            self.check = self.context.enter_context(claim(self.directory, self.log))
-            source = source_of(self.args)
-            earlier = utils.read_facts(source).get("commands", []) if source else []
-            printed = self._begin(source) if source else self._begin_anew()
+        source = source_of(self.args)
+        with contextlib.ExitStack() as context:
+            self.check = context.enter_context(claim(self.directory, self.log))
+            commands = [utils.shell("python", *sys.argv)]
+            printed = b""
+            if source:
+                commands = utils.read_facts(source).get("commands", []) + commands
+                self.log(f"Resuming after epoch {state.epoch}")
+                log = source / f"log_{self.args.dataset}.txt"
+                printed = log.read_bytes()[: state.log_bytes] if log.exists() else b""
+            moved = is_moved(self.args)
+            resumed = source and not moved
+            if clear(self.directory, after=state.epoch if resumed else None) and not resumed:
+                self.log(f"Replacing the earlier run in {self.directory}")
+            if moved:
+                copy_epochs(source, self.directory, state.epoch)
             utils.write_json(self.directory / "args.json", vars(self.args))
             self.log.open(self.directory / f"log_{self.args.dataset}.txt", printed)
-            self.context.callback(self.log.close)
+            context.callback(self.log.close)
             if self.args.plot:
-                self.facts = describe(self.args, [*earlier, utils.shell("python", *sys.argv)])
+                self.facts = describe(self.args, commands)
             if self.args.tensorboard:
-                self._open_board()
-            self.context = self.context.pop_all()  # all went well: the directory stays locked
-        return self
+                from plots.tensorboard import Board
 
-    def _begin(self, source: Path) -> bytes:
-        """Makes the directory that of the resumed run; returns its log."""
-        self.log(f"Resuming after epoch {self.state.epoch}")
-        log = source / f"log_{self.args.dataset}.txt"
-        printed = utils.read_start(log, self.state.log_bytes)
-        if is_moved(self.args):
-            self._begin_anew()
-            copy_epochs(source, self.directory, self.state.epoch)
-        else:
-            clear(self.directory, after=self.state.epoch)
-        return printed
-
-    def _begin_anew(self) -> bytes:
-        if clear(self.directory):
-            self.log(f"Replacing the earlier run in {self.directory}")
-        return b""
-
-    def _open_board(self) -> None:
-        from plots.tensorboard import Board
-
-        board = Board(self.directory, vars(self.args), self.state.history)
-        self.board = self.context.enter_context(board)
-        for path in self.directory.glob(utils.EVENT_FILES):
-            utils.record(path)
-
-    def __exit__(self, *error) -> None:
-        self.context.close()
+                board = Board(self.directory, vars(self.args), state.history)
+                self.board = context.enter_context(board)
+                for path in self.directory.glob(utils.EVENT_FILES):
+                    utils.record(path)
+            yield self
 
     def save(self, checkpoint: dict, name: str = "checkpoint.pt") -> None:
         """Writes a checkpoint, and metrics.csv from its history."""
@@ -233,7 +197,7 @@ class RunFiles:
     def save_epoch(self, row: dict, splits: dict[str, dict], centers) -> None:
         """Writes the files of --save-features, --tensorboard, and those that failed before."""
         self.check()
-        for write, name, *arguments in list(self.unwritten.values()):
+        for name, (write, *arguments) in list(self.unwritten.items()):
             self.write(write, name, *arguments)
         if self.args.save_features:
             name = f"features/epoch_{row['epoch']}.npz"
@@ -249,11 +213,11 @@ class RunFiles:
         except (WriteError, OSError) as error:
             if name not in self.unwritten:
                 self.log(f"{error}; it is tried again later")
-            self.unwritten[name] = (write, name, *arguments)
+            self.unwritten[name] = (write, *arguments)
 
     def write_rest(self) -> None:
         """Tries to write what is missing; WriteError if that fails."""
-        for write, name, *arguments in self.unwritten.values():
+        for name, (write, *arguments) in self.unwritten.items():
             write(self.directory / name, *arguments)
 
     def finish(self, undrawn: Sequence[str] = ()) -> None:
@@ -275,7 +239,6 @@ def describe(args: argparse.Namespace, commands: list[str]) -> dict:
         device = torch.cuda.get_device_name(int(args.gpu))
     versions = dict(python=platform.python_version())
     for name in ("torch", "torchvision", "numpy"):
-        if name in sys.modules:
-            versions[name] = sys.modules[name].__version__
+        versions[name] = importlib.metadata.version(name)
     ranks = int(os.environ.get("WORLD_SIZE", 1))
     return dict(commands=commands, versions=versions, device=device, ranks=ranks)
