@@ -22,9 +22,7 @@ from engine.batches import ALONE, Augment, Batches, BatchRows, Normalise
 from engine.images import (
     MODES,
     DatasetError,
-    Found,
     ReadImage,
-    find_images,
     height_and_width,
     in_threads,
     is_grey,
@@ -35,7 +33,7 @@ from engine.pair_lists import Pairs as Pairs
 from engine.pair_lists import read_pairs as read_pairs
 from engine.ranks import Ranks
 from engine.sources import FromWorkers, OnDevice, check_memory
-from engine.splits import Folder, of_classes, split_off
+from engine.splits import Folder, in_memory, of_classes, split_off
 
 Size = tuple[int, int]  # (H, W)
 
@@ -46,15 +44,14 @@ class Spec:
 
     `open` takes the root and an image size, for data sets that have none of their own, and returns
     the training and the test split, as in engine/splits.py. Classes that only the test has are
-    unknown ones; with `new_classes` all of them are. `flip`: a mirrored image is of the same
-    class. `open_test` also takes a trained network's channels, and returns the test split alone.
+    unknown ones. `flip`: a mirrored image is of the same class. `open_test` also takes a trained
+    network's channels, and returns the test split alone.
     """
 
     open: Callable[[Path, Size], tuple[Dataset, Dataset]]
     mean: tuple[float, ...]
     std: tuple[float, ...]
     flip: bool = True
-    new_classes: bool = False
     open_test: Callable[[Path, Size, int], Dataset] | None = None
 
 
@@ -96,17 +93,11 @@ class Data(NamedTuple):
 def download(name: str, root: Path, **split) -> Dataset:
     """A split of that class in torchvision.datasets, downloaded where its files are missing."""
     import torchvision
-    from torchvision.transforms import PILToTensor
 
-    created = [path for path in (root, *root.parents) if not path.exists()]
     try:
         with contextlib.redirect_stdout(io.StringIO()):  # a line for each mirror that fails
-            source = getattr(torchvision.datasets, name)
-            return source(root, **split, transform=PILToTensor(), download=True)
+            return getattr(torchvision.datasets, name)(root, **split, download=True)
     except Exception as error:  # whatever a missing network or a broken file raises
-        for path in (root / name / "raw", root / name, root / "omniglot-py", *created):
-            with contextlib.suppress(OSError):  # which is not empty
-                path.rmdir()
         raise DatasetError(
             f"{name} could be neither read from {root} nor downloaded to it ({one_line(error)}); "
             "--dataset digits needs no download"
@@ -124,97 +115,70 @@ def from_torchvision(
     `splits` are the arguments that choose the training and the test split.
     """
 
-    def open_splits(root: Path, image_size: Size) -> tuple[Dataset, Dataset]:
-        opened = []
-        for options in splits:
-            split = download(name, root, **options)
-            if not hasattr(split, "targets"):
-                split.targets = split.labels
-            if not hasattr(split, "classes"):
-                split.classes = [str(label) for label in range(num_classes)]
-            images, labels = split.data.shape, torch.as_tensor(split.targets)
-            fits = len(labels) == images[0] and sorted((*images[1:], 1)[:3]) == sorted(shape)
-            if not fits or labels.max() >= num_classes:
-                raise DatasetError(
-                    f"{name} in {root} is broken: images of shape {tuple(images)}, {len(labels)} "
-                    f"labels up to {labels.max()}"
-                )
-            opened.append(split)
-        return tuple(opened)
+    def open_split(root: Path, options: dict) -> TensorDataset:
+        split = download(name, root, **options)
+        images = torch.as_tensor(split.data)  # (N, H, W), (N, H, W, C) or (N, C, H, W)
+        labels = torch.as_tensor(split.targets if hasattr(split, "targets") else split.labels)
+        fits = len(labels) == len(images) and images[0].numel() == math.prod(shape)
+        if not fits or labels.max() >= num_classes:
+            raise DatasetError(
+                f"{name} in {root} is broken: images of shape {tuple(images.shape)}, "
+                f"{len(labels)} labels up to {labels.max()}"
+            )
+        if images.shape[-1] == shape[0]:
+            images = images.movedim(-1, 1).contiguous()
+        classes = getattr(split, "classes", map(str, range(num_classes)))
+        return in_memory(images.view(-1, *shape), labels, classes)
+
+    def open_splits(root: Path, image_size: Size) -> tuple[TensorDataset, TensorDataset]:
+        return tuple(open_split(root, options) for options in splits)
 
     return open_splits
 
 
-def open_digits(root: Path, image_size: Size) -> tuple[Dataset, Dataset]:
+def open_digits(root: Path, image_size: Size) -> tuple[TensorDataset, TensorDataset]:
     """scikit-learn's 1,797 real digits, 8x8 scaled up to 28x28; a fixed stratified split."""
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
     digits = load_digits()
+    labels = torch.as_tensor(digits.target)
     small = torch.as_tensor(digits.images, dtype=torch.float32).unsqueeze(1)  # 0..16
     images = F.interpolate(small, size=28, mode="bilinear").mul(255 / 16).round().to(torch.uint8)
-    every = range(len(images))
-    splits = []
-    for rows in train_test_split(every, test_size=360, stratify=digits.target, random_state=0):
-        labels = torch.as_tensor(digits.target[sorted(rows)])
-        split = TensorDataset(images[sorted(rows)], labels)
-        split.targets = labels
-        split.classes = [str(digit) for digit in range(10)]
-        splits.append(split)
-    return tuple(splits)
+    parts = train_test_split(range(len(images)), test_size=360, stratify=labels, random_state=0)
+    classes = [str(digit) for digit in range(10)]
+    return tuple(in_memory(images[sorted(rows)], labels[sorted(rows)], classes) for rows in parts)
 
 
-def open_folder(root: Path, image_size: Size) -> tuple[Dataset, Dataset]:
+def open_folder(root: Path, image_size: Size) -> tuple[Folder, Folder]:
     """train/<class>/* and test/<class>/* of a directory; classes may be in one of them alone."""
-    train = _find(root / "train")
-    test = _find(root / "test")
-    empty = [name for name, paths in train.classes.items() if not paths]
-    if empty or len(train.classes) < 2:
+    train = Folder(root / "train")
+    test = Folder(root / "test")
+    if train.empty or len(train.classes) < 2:
+        got = f"none of {some(train.empty)}" if train.empty else some(train.classes)
         raise DatasetError(
-            f"{root / 'train'} must hold at least two classes and images of each, got "
-            f"{'none of ' if empty else ''}{some(empty or list(train.classes))}"
-            f"{_counted(train.left_out)}"
+            f"{root / 'train'} must hold at least two classes and images of each, got {got}"
+            f"{train.left_out}"
         )
-    grey = in_threads(is_grey, train.paths() + test.paths(), "Reading headers")
-    read = ReadImage("L" if all(grey) else "RGB", image_size)
-    return Folder(train, read), Folder(test, read)
+    grey = in_threads(is_grey, train.paths + test.paths, "Reading headers")
+    train.read = ReadImage("L" if all(grey) else "RGB", image_size)
+    test.read = train.read
+    return train, test
 
 
-def open_test_folder(root: Path, image_size: Size, in_channels: int) -> Dataset:
+def open_test_folder(root: Path, image_size: Size, in_channels: int) -> Folder:
     """test/<class>/* alone, of any classes."""
-    return Folder(_find(root / "test"), ReadImage(MODES[in_channels], image_size))
+    return Folder(root / "test", ReadImage(MODES[in_channels], image_size))
 
 
-def _find(split: Path) -> Found:
-    if not split.is_dir():
-        raise DatasetError(
-            f"--data-root must hold train/<class>/* and test/<class>/*, but {split} is missing"
-        )
-    found = find_images(split)
-    if not found.paths():
-        raise DatasetError(
-            f"{split} must hold a directory of images for each class, but there are no images"
-            f"{_counted(found.left_out)}"
-        )
-    return found
-
-
-def _counted(left_out: Counter) -> str:
-    counts = [f"{count:,} {what}" for what, count in left_out.most_common() if count]
-    return f" (left out: {some(counts)})" if counts else ""
-
-
-def open_omniglot(root: Path, image_size: Size) -> tuple[Dataset, Dataset]:
+def open_omniglot(root: Path, image_size: Size) -> tuple[Folder, Folder]:
     """Characters of 30 alphabets for the training and of 20 others for the test.
 
     A class is a character, with its alphabet in the name: "Greek/character01".
     """
     read = ReadImage("L", image_size)
-    splits = []
-    for background in (True, False):
-        downloaded = download("Omniglot", root, background=background)
-        splits.append(Folder(find_images(Path(downloaded.target_folder), levels=2), read))
-    return tuple(splits)
+    splits = [download("Omniglot", root, background=background) for background in (True, False)]
+    return tuple(Folder(Path(split.target_folder), read, levels=2) for split in splits)
 
 
 SPECS = {
@@ -230,7 +194,7 @@ SPECS = {
         (0.5071, 0.4865, 0.4409),
         (0.2673, 0.2564, 0.2762),
     ),
-    "omniglot": Spec(open_omniglot, (0.92,), (0.22,), flip=False, new_classes=True),
+    "omniglot": Spec(open_omniglot, (0.92,), (0.22,), flip=False),
     "digits": Spec(open_digits, (0.3053,), (0.3247,), flip=False),
     "folder": Spec(open_folder, (0.5,), (0.5,), open_test=open_test_folder),
 }
@@ -238,16 +202,17 @@ SPECS = {
 
 # How pixels p become network input: the mean to subtract from p / 255, the std to divide by.
 Moments = tuple[tuple[float, ...], tuple[float, ...]]
-SCALINGS: dict[str, Callable[[Spec], Moments]] = {
-    "standard": lambda spec: (spec.mean, spec.std),
-    "symmetric": lambda spec: ((127.5 / 255,), (128 / 255,)),  # (p - 127.5) / 128
-    "unit": lambda spec: ((0.0,), (1.0,)),  # p / 255
+SCALINGS: dict[str, Moments | None] = {
+    "standard": None,  # those of the data set
+    "symmetric": ((127.5 / 255,), (128 / 255,)),  # (p - 127.5) / 128
+    "unit": ((0.0,), (1.0,)),  # p / 255
 }
 
 
 def moments(spec: Spec, scaling: str | Moments, in_channels: int) -> Moments:
     """Those of a scaling, by name or as they are; for grey images averaged over the channels."""
-    values = SCALINGS[scaling](spec) if isinstance(scaling, str) else scaling
+    values = SCALINGS[scaling] if isinstance(scaling, str) else scaling
+    values = values or (spec.mean, spec.std)
     return tuple((sum(each) / len(each),) if in_channels == 1 else each for each in values)
 
 
@@ -279,71 +244,66 @@ def create(
     """
     spec = SPECS[name]
     device = torch.device(device)
-    size = height_and_width(image_size)
-    splits, classes, left_out = open_splits(spec, Path(root), size, unseen, trained)
+    train, test = _open(spec, Path(root), height_and_width(image_size), trained)
+    classes = trained["classes"] if trained else _trained_classes(train, test, unseen)
+    splits, unseen = _parts(train, test, classes)
+    lines = describe(splits, [*classes, *unseen], dict(train=train, test=test))
     if val_share and not trained:
-        splits["train"], splits["val"] = split_off(splits["train"], val_share, seed)
+        splits["train"], splits["val"] = split_off(splits["train"], classes, val_share, seed)
     shape = tuple(next(iter(splits.values()))[0][0].shape)
     if not workers:
         check_memory(sum(map(len, splits.values())) * math.prod(shape), device)
     normalise = Normalise(*moments(spec, scaling, shape[0]), device)
-    test_size = batch_size
-    if device.type == "cuda":  # which tests some 32 MiB at a time
-        test_size = max(batch_size, min(2000, 2**23 // math.prod(shape)))
-    batches = {}
+    batches = dict.fromkeys(("train", "test", "unknown", "val"))
     for key, split in splits.items():
-        source = _source(split, shape, workers, device)
-        size = batch_size if key == "train" else test_size
-        where = "cpu" if workers else device
-        rows = BatchRows(len(split), size, key == "train", where, ranks)
-        paths = [path for path, _ in getattr(split, "samples", [])]
-        batches[key] = Batches(rows, source, normalise, paths)
-    if "train" in batches and (augment or erase):
+        size = batch_size
+        if key != "train" and device.type == "cuda":  # which tests some 32 MiB at a time
+            size = max(batch_size, min(2000, 2**23 // math.prod(shape)))
+        if workers:
+            source = FromWorkers(split, shape, workers, pin=device.type == "cuda")
+        else:
+            source = OnDevice(split, shape, device)
+        rows = BatchRows(len(split), size, key == "train", "cpu" if workers else device, ranks)
+        batches[key] = Batches(rows, source, normalise, getattr(split, "paths", []))
+    if batches["train"] and (augment or erase):
         flip = augment and spec.flip
         batches["train"].augment = Augment(seed, shift=augment, flip=flip, erase=erase, ranks=ranks)
     return Data(
-        **{key: batches.get(key) for key in ("train", "test", "unknown", "val")},
+        **batches,
         classes=classes,
-        unseen=list(splits["unknown"].classes) if "unknown" in splits else [],
+        unseen=unseen,
         in_channels=shape[0],
         image_size=shape[1:],
-        read=describe(splits, classes, left_out),
+        read=lines,
     )
 
 
-def _source(split: Dataset, shape: tuple, workers: int, device: torch.device):
-    if workers:
-        return FromWorkers(split, shape, workers, pin=device.type == "cuda")
-    return OnDevice(split, shape, device)
-
-
-def open_splits(
-    spec: Spec, root: Path, image_size: Size, unseen: Sequence[str], trained: dict | None
-) -> tuple[dict[str, Dataset], list[str], dict[str, str]]:
-    """Those of "train", "test", "unknown" with images; trained classes; what else there was."""
-    if root.exists() and not root.is_dir():
-        raise DatasetError(f"--data-root must be a directory, got the file {root}")
-    train = None
+def _open(
+    spec: Spec, root: Path, image_size: Size, trained: dict | None
+) -> tuple[Dataset | None, Dataset]:
+    """The training split, None for a trained network, and the test split."""
     if trained and spec.open_test:
-        test = spec.open_test(root, image_size, trained["in_channels"])
-    else:
-        train, test = spec.open(root, image_size)
-    classes = trained["classes"] if trained else _trained_classes(train, test, unseen)
-    others = [name for name in test.classes if name not in set(classes)]
-    splits = dict(test=of_classes(test, classes), unknown=of_classes(test, others, len(classes)))
-    if not trained:
-        splits = dict(train=of_classes(train, classes)) | splits
-    splits = {key: split for key, split in splits.items() if len(split)}
-    if "test" not in splits and torch.as_tensor(test.targets).bincount().max() < 2:
+        return None, spec.open_test(root, image_size, trained["in_channels"])
+    train, test = spec.open(root, image_size)
+    return (None if trained else train), test
+
+
+def _parts(
+    train: Dataset | None, test: Dataset, classes: Sequence[str]
+) -> tuple[dict[str, Dataset], list[str]]:
+    """Those of "train", "test" and "unknown" that have images; the classes of "unknown"."""
+    known = set(classes)
+    unseen = [name for name in test.classes if name not in known]
+    parts = dict(test=of_classes(test, classes), unknown=of_classes(test, unseen, len(classes)))
+    if train:
+        parts = dict(train=of_classes(train, classes)) | parts
+    parts = {key: part for key, part in parts.items() if len(part)}
+    if "test" not in parts and parts["unknown"].targets.bincount().max() < 2:
         raise DatasetError(
-            "the test must have images of trained classes or two images of another one, but "
-            f"{root} has one image of each"
+            "the test must have images of trained classes or two images of another one, got one of "
+            f"each of {some(unseen)}"
         )
-    left_out = {
-        name: _counted(getattr(split, "left_out", Counter()))
-        for name, split in dict(train=train, test=test).items()
-    }
-    return splits, list(classes), left_out
+    return parts, unseen
 
 
 def _trained_classes(train: Dataset, test: Dataset, unseen: Sequence[str]) -> list[str]:
@@ -368,16 +328,16 @@ def _trained_classes(train: Dataset, test: Dataset, unseen: Sequence[str]) -> li
 
 
 def describe(
-    splits: dict[str, Dataset], classes: Sequence[str], left_out: dict[str, str]
+    parts: dict[str, Dataset], names: Sequence[str], opened: dict[str, Dataset | None]
 ) -> list[str]:
-    """A line for each split: how many images of which classes."""
+    """How many images of which classes each part has, and what was left out at the opening."""
     lines = []
-    for key, split in splits.items():
-        names = [*classes, *split.classes] if key == "unknown" else split.classes
-        counts = Counter(names[label] for label in torch.as_tensor(split.targets).tolist())
+    for key, part in parts.items():
+        counts = Counter(names[label] for label in part.targets.tolist())
         each = some([f"{name} {count:,}" for name, count in counts.items()])
-        lines.append(f"{key}: {len(split):,} images of {len(counts):,} classes: {each}")
-    return lines + [f"{key}{counted}" for key, counted in left_out.items() if counted]
+        lines.append(f"{key}: {len(part):,} images of {len(counts):,} classes: {each}")
+    rest = {key: getattr(split, "left_out", "") for key, split in opened.items()}
+    return lines + [f"{key}{left_out}" for key, left_out in rest.items() if left_out]
 
 
 def check_save_dir(root: str | Path, save_dir: str | Path) -> None:

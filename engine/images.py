@@ -4,13 +4,11 @@ import contextlib
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
-from tqdm import tqdm
+from tqdm.contrib.concurrent import thread_map
 
 ENDINGS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 MODES = {1: "L", 3: "RGB"}  # Pillow's, by channels
@@ -41,66 +39,42 @@ def height_and_width(image_size: int | Sequence[int]) -> tuple[int, int]:
 
 def in_threads(function: Callable, items: Sequence, what: str) -> list:
     """The function's results, with a progress bar on a terminal where they take over a second."""
-    pool = ThreadPoolExecutor()
-    try:
-        results = pool.map(function, items)
-        return list(tqdm(results, what, len(items), leave=False, delay=1, disable=None))
-    finally:  # an error or Ctrl-C does not wait for the rest
-        pool.shutdown(cancel_futures=True)
+    return thread_map(function, items, desc=what, leave=False, delay=1, disable=None)
 
 
 # ---------------------------------------------------------------------------------------- reading
 
 
 class ReadImage:
-    """Reads an image file as a viewer shows it, in `mode`, "L" or "RGB".
+    """Reads an image file as a viewer shows it, in `mode`, "L" or "RGB": uint8 (C, H, W).
 
     Turned as its EXIF orientation says, transparency blended on white, of an animation the first
-    frame, other colour models converted by Pillow, without colour profiles. Grey of more than 8
-    bits is refused, since Pillow would clip it; of 16-bit colours it takes the upper 8 bits.
-    Returns uint8 (C, H, W) of `image_size`, an int or (H, W), or, without, a PIL image.
+    frame, other colour models converted by Pillow, without colour profiles. Then resized to cover
+    `image_size`, an int or (H, W), and the middle cut out. Grey of more than 8 bits is refused,
+    since Pillow would clip it; of 16-bit colours it takes the upper 8 bits.
     Raises DatasetError, with the path, where the file cannot be decoded or is refused.
     """
 
-    def __init__(self, mode: str, image_size: int | Sequence[int] | None = None):
+    def __init__(self, mode: str, image_size: int | Sequence[int]):
         self.mode = mode
-        self.image_size = height_and_width(image_size) if image_size else None
+        self.image_size = height_and_width(image_size)
 
-    def __call__(self, path: str | Path):
+    def __call__(self, path: str | Path) -> torch.Tensor:
         from PIL import Image, ImageOps
 
+        height, width = self.image_size
         with _opened(path) as image:
             image.load()
             with contextlib.suppress(Exception):  # broken EXIF data, which viewers ignore too
                 ImageOps.exif_transpose(image, in_place=True)
-            if image.mode.upper().endswith("A") or "transparency" in image.info:
+            if image.has_transparency_data:
                 image = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
             image = image.convert(self.mode)
-            return crop(image, self.image_size) if self.image_size else image
-
-
-def crop(image, image_size: Sequence[int]) -> torch.Tensor:
-    """From a PIL image to uint8 (C, H, W): resized to cover H x W, and the middle cut out.
-
-    Only what is cut out is computed: a line of a million pixels costs no more than another image.
-    """
-    high, wide = image_size
-    width, height = image.size
-    if high * width >= wide * height:
-        covering = high * width // height, high
-    else:
-        covering = wide, wide * height // width
-    left = round((covering[0] - wide) / 2)
-    top = round((covering[1] - high) / 2)
-    box = (
-        left * width / covering[0],
-        top * height / covering[1],
-        (left + wide) * width / covering[0],
-        (top + high) * height / covering[1],
-    )
-    pixels = np.array(image.resize((wide, high), 2, box))  # 2: bilinear, antialiased
-    return torch.from_numpy(pixels.reshape(high, wide, -1)).permute(2, 0, 1).contiguous()
+            # Computes no more than is cut out, however thin the image is.
+            image = ImageOps.fit(image, (width, height), Image.Resampling.BILINEAR)
+        pixels = torch.from_numpy(np.array(image).reshape(height, width, -1))
+        return pixels.permute(2, 0, 1).contiguous()
 
 
 @contextlib.contextmanager
@@ -136,60 +110,38 @@ def is_grey(path: str) -> bool:
 # ---------------------------------------------------------------------------------------- finding
 
 
-class Found(NamedTuple):
-    """The images of a split."""
-
-    classes: dict[str, list[str]]  # the paths of each, all in order
-    left_out: Counter  # how many of what
-
-    def paths(self) -> list[str]:
-        return [path for paths in self.classes.values() for path in paths]
+HIDDEN = (".", "@eaDir", "__MACOSX")  # how names begin that systems and editors leave behind
 
 
-def find_images(split: Path, levels: int = 1) -> Found:
-    """The images below each class directory of a split, through symbolic links.
+def find_images(split: Path, levels: int = 1) -> tuple[dict[str, list[str]], Counter]:
+    """The paths below each class directory of a split, all in order, and how many of what else.
 
-    Names that begin with a dot and the like are neither classes nor images; files of other endings
-    are counted. With two `levels` a class is a directory within a directory, named "outer/inner".
+    Hidden names are neither classes nor images. Symbolic links are followed. With two `levels` a
+    class is a directory within a directory, named "outer/inner".
     Raises DatasetError if links form a circle.
     """
-    found = Found({}, Counter())
-    directories = [""]
-    for _ in range(levels):
-        directories = [
-            os.path.join(outer, inner)
-            for outer in directories
-            for inner in sorted(os.listdir(split / outer))
-            if _is_seen(inner, found) and (split / outer / inner).is_dir()
-        ]
-    for name in directories:
-        images = found.classes[name.replace(os.sep, "/")] = []
-        for base, file in sorted(_files(split / name)):
-            path = os.path.join(base, file)
-            ending = os.path.splitext(file)[1].lower()
-            if not all(_is_seen(each, found) for each in Path(path).relative_to(split).parts):
-                continue
-            if ending in ENDINGS:
-                images.append(path)
-            else:
-                found.left_out[f"files {ending}" if ending else "files without ending"] += 1
-    return found
-
-
-def _is_seen(name: str, found: Found) -> bool:
-    """Whether a name is not one of those that systems and editors leave behind; counts these."""
-    hidden = name.startswith((".", "@eaDir", "__MACOSX"))
-    found.left_out["hidden"] += hidden
-    return not hidden
-
-
-def _files(directory: Path) -> Iterator[tuple[str, str]]:
-    """Directory and name of each file below a directory."""
-    for base, _, files in os.walk(directory, followlinks=True):
-        above = Path(base).absolute().parents
-        if os.path.islink(base) and any(os.path.samefile(base, parent) for parent in above):
+    classes = {}
+    left_out = Counter()
+    for base, _, files in os.walk(split, followlinks=True):
+        if any(os.path.samefile(base, above) for above in Path(os.path.abspath(base)).parents):
             raise DatasetError(
                 f"symbolic links must not form a circle: {base} links to a directory above it"
             )
-        for file in files:
-            yield base, file
+        parts = Path(base).relative_to(split).parts
+        if any(part.startswith(HIDDEN) for part in parts):
+            left_out["hidden"] += len(files)
+        elif len(parts) >= levels:
+            paths = classes.setdefault("/".join(parts[:levels]), [])
+            paths += [os.path.join(base, file) for file in files if _is_image(file, left_out)]
+    return {name: sorted(paths) for name, paths in sorted(classes.items())}, left_out
+
+
+def _is_image(file: str, left_out: Counter) -> bool:
+    ending = os.path.splitext(file)[1].lower()
+    if file.startswith(HIDDEN):
+        left_out["hidden"] += 1
+    elif ending not in ENDINGS:
+        left_out[f"files {ending}" if ending else "files without ending"] += 1
+    else:
+        return True
+    return False

@@ -1,6 +1,7 @@
 """Lists of pairs of images, as of LFW."""
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,33 +33,38 @@ def read_pairs(path: str | Path, root: str | Path) -> Pairs:
         raise DatasetError(f"--pairs: cannot read {path}: {one_line(error)}") from error
     head = lines[0].split() if lines else []
     is_lfw = len(head) in (1, 2) and "".join(head).isdecimal()
-    names = []  # of the two images
-    same = []
-    for number, line in enumerate(lines[is_lfw:], 1 + is_lfw):
-        if words := line.split("\t" if "\t" in line else None):
+    form = "name i j or name i name j" if is_lfw else "path path 0|1"
+    pairs = []
+    for number, line in enumerate(lines, 1):
+        words = line.split("\t" if "\t" in line else None)
+        if words and not (is_lfw and number == 1):
             try:
-                first, second, last = _lfw_pair(*words) if is_lfw else words
-                same.append(bool((0, 1).index(int(last))))
-                names.append((first, second))
+                pairs.append(_lfw_pair(*words) if is_lfw else _pair(*words))
             except (TypeError, ValueError):
-                form = "name i j or name i name j" if is_lfw else "path path 0|1"
                 raise DatasetError(
                     f"--pairs: line {number} of {path} must be {form}, got {line!r}"
                 ) from None
-    files = {name: _file(Path(root, name)) for pair in names for name in pair}
-    if missing := [name for name, file in files.items() if file is None]:
+    files = {name: _file(Path(root, name)) for *names, _ in pairs for name in names}
+    missing = [name for name, file in files.items() if file is None]
+    if missing:
         raise DatasetError(f"--pairs names images that {root} does not hold: {some(missing)}")
     places = {name: place for place, name in enumerate(files)}
-    first, second = np.array([[places[name] for name in pair] for pair in names]).reshape(-1, 2).T
-    same = np.array(same, bool)
+    first = np.array([places[name] for name, _, _ in pairs])
+    second = np.array([places[name] for _, name, _ in pairs])
+    same = np.array([kind for _, _, kind in pairs], bool)
     folds = _folds(same, head if is_lfw else [], path)
     return Pairs(list(files.values()), first, second, same, folds)
 
 
-def _lfw_pair(name: str, number: str, *other: str) -> tuple[str, str, int]:
-    name_2, number_2 = (name, *other) if len(other) == 1 else other
+def _pair(first: str, second: str, same: str) -> tuple[str, str, bool]:
+    return first, second, bool(["0", "1"].index(same))
+
+
+def _lfw_pair(name: str, number: str, *other: str) -> tuple[str, str, bool]:
+    same = len(other) == 1
+    name_2, number_2 = (name, *other) if same else other
     first = f"{name}/{name}_{int(number):04d}"
-    return first, f"{name_2}/{name_2}_{int(number_2):04d}", int(len(other) == 1)
+    return first, f"{name_2}/{name_2}_{int(number_2):04d}", same
 
 
 def _file(path: Path) -> str | None:
@@ -67,16 +73,17 @@ def _file(path: Path) -> str | None:
     return next((file for file in files if os.path.isfile(file)), None)
 
 
-def _folds(same: np.ndarray, head: list[str], path: str | Path) -> np.ndarray:
+def _folds(same: np.ndarray, head: Sequence[str], path: str | Path) -> np.ndarray:
+    folds = np.zeros(len(same), int)
+    complete = True
     if len(head) == 2:
-        folds = np.arange(len(same)) // max(2 * int(head[1]), 1)
-        complete = len(same) == 2 * int(head[0]) * int(head[1])
+        count, of_kind = map(int, head)
+        complete = len(same) == 2 * count * of_kind
+        folds = np.arange(len(same)) // max(2 * of_kind, 1)
     else:
-        folds = np.zeros(len(same), int)
-        complete = True
         for kind in (False, True):
-            count = int((same == kind).sum())
-            folds[same == kind] = 10 * np.arange(count) // max(count, 1)
+            rows = (same == kind).nonzero()[0]
+            folds[rows] = 10 * np.arange(len(rows)) // max(len(rows), 1)
     kinds = [len(set(same[folds == fold])) for fold in set(folds)]
     if not complete or len(kinds) < 2 or min(kinds) < 2:
         raise DatasetError(

@@ -1,6 +1,5 @@
 """Where the images of a batch come from: the device's memory, or processes that read them."""
 
-import atexit
 import contextlib
 import math
 import multiprocessing
@@ -22,6 +21,7 @@ from engine.images import DatasetError, in_threads, one_line
 
 Shape = tuple[int, int, int]  # (C, H, W)
 Loaded = Iterator[tuple[torch.Tensor, torch.Tensor]]  # images, uint8 (B, C, H, W), and labels (B,)
+SERVED = sys.platform == "linux"  # a fork of a process that has loaded macOS's frameworks may crash
 
 
 class WorkerError(RuntimeError):
@@ -32,14 +32,32 @@ class OnDevice:
     """A split that is kept on the device as uint8."""
 
     def __init__(self, split: Dataset, shape: Shape, device: str | torch.device):
-        self.everything = _load_all(split, shape).to(device)
-        self.labels = torch.as_tensor(split.targets, dtype=torch.int64).to(device)
+        if isinstance(split, TensorDataset):
+            images = split.tensors[0]
+        else:
+            images = _read(split, range(len(split)), shape)
+        self.everything = images.to(device)
+        self.labels = split.targets.to(device)
 
     def batches(self, rows: Sequence[torch.Tensor]) -> Loaded:
         return ((self.everything[some], self.labels[some]) for some in rows)
 
     def images(self, rows: torch.Tensor) -> torch.Tensor:
         return self.everything[rows]
+
+
+def _read(split: Dataset, rows: Sequence[int], shape: Shape) -> torch.Tensor:
+    """These images of a split, uint8 (N, C, H, W), each read to its place."""
+    images = torch.empty(len(rows), *shape, dtype=torch.uint8)
+
+    def read(place: int) -> None:
+        images[place] = split[rows[place]][0]
+
+    in_threads(read, range(len(rows)), "Reading images")
+    return images
+
+
+# ---------------------------------------------------------------------------------------- workers
 
 
 class FromWorkers:
@@ -50,10 +68,6 @@ class FromWorkers:
     """
 
     def __init__(self, split: Dataset, shape: Shape, workers: int, pin: bool):
-        if getattr(split, "data", None) is not None:  # such as torchvision's
-            images = TensorDataset(_load_all(split, shape))  # whose module is loaded, unlike theirs
-            images.targets = split.targets
-            split = images
         self.split = split
         self.shape = shape
         self.workers = workers
@@ -70,13 +84,8 @@ class FromWorkers:
 
     def batches(self, rows: Sequence[torch.Tensor]) -> Loaded:
         """One pass. Raises DatasetError for an image that cannot be read, WorkerError."""
-        if self.loader is None:
-            self.loader = self._loader(rows)
         try:
-            with _without_main():  # the first pass starts the workers
-                batches = iter(self.loader)
-                RUNNING.add(batches)
-            for batch in batches:
+            for batch in self._iterate(rows):
                 if isinstance(batch, str):
                     raise DatasetError(batch)
                 yield batch
@@ -88,8 +97,11 @@ class FromWorkers:
     def images(self, rows: torch.Tensor) -> torch.Tensor:
         return _read(self.split, rows.tolist(), self.shape)
 
-    def _loader(self, rows: Sequence[torch.Tensor]) -> DataLoader:
-        return DataLoader(
+    def _iterate(self, rows: Sequence[torch.Tensor]) -> Iterator:
+        """Starts the workers for the first pass, without the running script, which takes long."""
+        if self.loader is not None:
+            return iter(self.loader)
+        self.loader = DataLoader(
             WholeBatches(self.split, self.shape),
             batch_sampler=Lists(rows),
             num_workers=self.workers,
@@ -100,34 +112,14 @@ class FromWorkers:
             multiprocessing_context="forkserver" if SERVED else "spawn",
             generator=torch.Generator(),  # so that the loader draws nothing from the training's
         )
-
-
-def _load_all(split: Dataset, shape: Shape) -> torch.Tensor:
-    """All images of a split, uint8 (N, C, H, W)."""
-    images = getattr(split, "data", None)
-    if images is None:
-        return _read(split, range(len(split)), shape)
-    images = torch.as_tensor(images)  # torchvision's: (N, H, W), (N, H, W, C) or (N, C, H, W)
-    if images.ndim == 4 and images.shape[1:] != shape:
-        images = images.permute(0, 3, 1, 2).contiguous()
-    return images.view(-1, *shape)
-
-
-def _read(split: Dataset, rows: Sequence[int], shape: Shape) -> torch.Tensor:
-    """These images of a split, uint8 (N, C, H, W), each read to its place."""
-    images = torch.empty(len(rows), *shape, dtype=torch.uint8)
-
-    def read(place: int) -> None:
-        images[place] = split[rows[place]][0]
-
-    in_threads(read, range(len(rows)), "Reading images")
-    return images
-
-
-# ---------------------------------------------------------------------------------------- workers
-
-SERVED = sys.platform == "linux"  # a fork of a process that has loaded macOS's frameworks may crash
-RUNNING = weakref.WeakSet()  # iterators of loaders
+        script = sys.modules["__main__"]
+        sys.modules["__main__"] = ModuleType("__main__")
+        try:
+            batches = iter(self.loader)
+        finally:
+            sys.modules["__main__"] = script
+        weakref.finalize(self.loader, _end_workers, batches)
+        return batches
 
 
 class Lists:
@@ -156,8 +148,7 @@ class WholeBatches(Dataset):
         try:
             for place, row in enumerate(rows):
                 images[place] = self.split[row][0]
-            labels = torch.tensor([int(self.split.targets[row]) for row in rows])
-            return [images.share_memory_(), labels.share_memory_()]
+            return [images.share_memory_(), self.split.targets[rows].share_memory_()]
         except DatasetError as error:
             return str(error)
         except RuntimeError as error:
@@ -176,10 +167,9 @@ def _unpickled(data: bytes) -> WholeBatches:
 
 
 def _start_worker(worker: int) -> None:
-    """A worker ignores signals, which are for the main process, and dies with that.
+    """Ignores signals to all processes of a run, which are for the main one, and dies with that.
 
-    Ctrl-C and a cluster's SIGTERM reach all processes of a run, whose current batch may take long.
-    torch watches for the death of the main process too, but only every five seconds.
+    torch's own watch is of the worker's parent, here the server, which lives as long as a worker.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -191,6 +181,13 @@ def _die_with_main() -> None:
     os._exit(1)
 
 
+def _end_workers(batches: Iterator) -> None:
+    """At the latest before Python ends them by SIGTERM, which they ignore, and waits for ever."""
+    batches._shutdown_workers()
+    for worker in batches._workers:
+        worker.kill()
+
+
 def _start_server() -> None:
     """Starts the process that workers are forked from; signals are blocked in it and in them."""
     multiprocessing.set_forkserver_preload(["torch.utils.data", "PIL.Image"])
@@ -200,26 +197,6 @@ def _start_server() -> None:
         forkserver.ensure_running()
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-
-
-@contextlib.contextmanager
-def _without_main() -> Iterator[None]:
-    """A process that starts in its context does not import the running script, which takes long."""
-    script = sys.modules["__main__"]
-    sys.modules["__main__"] = ModuleType("__main__")
-    try:
-        yield
-    finally:
-        sys.modules["__main__"] = script
-
-
-@atexit.register
-def _end_workers() -> None:
-    """Ends the workers, before Python does so by SIGTERM and waits for ever."""
-    for batches in RUNNING:
-        batches._shutdown_workers()
-        for worker in batches._workers:
-            worker.kill()
 
 
 # ----------------------------------------------------------------------------------------- memory
@@ -236,37 +213,22 @@ def check_memory(needed: int, device: torch.device) -> None:
             )
 
 
-def _free_memory(device: torch.device) -> float:
-    """In bytes; infinite if the system does not tell."""
+def _free_memory(device: torch.device, groups: Path = Path("/sys/fs/cgroup")) -> float:
+    """In bytes, within a container's limit; infinite if the system does not tell."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     free = [math.inf]
     with contextlib.suppress(OSError, KeyError):
         free.append(1024 * _numbers(Path("/proc/meminfo"))["MemAvailable:"])
-    with contextlib.suppress(OSError):
-        groups = Path("/proc/self/cgroup").read_text().splitlines()
-        free += _limits(Path("/sys/fs/cgroup"), groups)
+    version_1 = groups / "memory"
+    for limit, used in (
+        (groups / "memory.max", groups / "memory.current"),
+        (version_1 / "memory.limit_in_bytes", version_1 / "memory.usage_in_bytes"),
+    ):
+        with contextlib.suppress(OSError, ValueError, KeyError):  # no such file, or no limit
+            cache = _numbers(used.with_name("memory.stat"))["inactive_file"]
+            free.append(int(limit.read_text()) - int(used.read_text()) + cache)
     return min(free)
-
-
-def _limits(root: Path, groups: Sequence[str]) -> Iterator[float]:
-    """What the control groups of this process, such as a container's, leave to it, in bytes.
-
-    `groups` are lines "number:controllers:path"; version 2 names no controller. In a container the
-    path may be the host's: its own group is the root.
-    """
-    names = {"": ("", "memory.max", "memory.current")}
-    names["memory"] = "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"
-    for line in groups:
-        _, controller, path = line.split(":", 2)
-        if controller in names:
-            base, limit, used = names[controller]
-            group = root / base / path.strip("/")
-            for each in (group, *group.parents):
-                with contextlib.suppress(OSError, ValueError):  # no such file, or no limit
-                    cache = _numbers(each / "memory.stat").get("inactive_file", 0)
-                    free = int((each / limit).read_text()) - int((each / used).read_text())
-                    yield free + cache
 
 
 def _numbers(path: Path) -> dict[str, int]:

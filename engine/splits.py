@@ -1,77 +1,81 @@
 """Splits of data sets: items (uint8 image (C, H, W), label), with all `targets` and `classes`."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Subset, TensorDataset
 
-from engine.images import DatasetError, Found, ReadImage
+from engine.images import DatasetError, ReadImage, find_images, some
 
 
 class Folder(Dataset):
-    """Image files by class; `left_out` says what else there was."""
+    """The images below each class directory of a directory, in which `read` has to be set.
 
-    def __init__(self, found: Found, read: ReadImage):
+    `empty` are classes without images, which are left out; `left_out` says what else is. Raises
+    DatasetError where there are no images at all.
+    """
+
+    def __init__(self, directory: Path, read: ReadImage | None = None, levels: int = 1):
         self.read = read
-        self.classes = [name for name, paths in found.classes.items() if paths]
-        self.left_out = found.left_out
-        self.left_out["empty class directories"] += len(found.classes) - len(self.classes)
-        self.samples = [
-            (path, label) for label, name in enumerate(self.classes) for path in found.classes[name]
-        ]
-        self.targets = [label for _, label in self.samples]
+        found, left_out = find_images(directory, levels)
+        self.classes = [name for name, paths in found.items() if paths]
+        self.empty = [name for name, paths in found.items() if not paths]
+        left_out["empty class directories"] = len(self.empty)
+        counts = [f"{count:,} {what}" for what, count in left_out.most_common() if count]
+        self.left_out = f" (left out: {some(counts)})" if counts else ""
+        self.paths = [path for paths in found.values() for path in paths]
+        self.targets = [label for label, name in enumerate(self.classes) for _ in found[name]]
+        if not self.paths:
+            raise DatasetError(
+                f"{directory} must hold a directory of images for each class, but there are no "
+                f"images{self.left_out}"
+            )
 
     def __len__(self) -> int:
-        return len(self.samples)
+        return len(self.paths)
 
     def __getitem__(self, row: int) -> tuple[torch.Tensor, int]:
-        path, label = self.samples[row]
-        return self.read(path), label
+        return self.read(self.paths[row]), self.targets[row]
 
 
-class Rows(Dataset):
-    """Some rows of a split, with other targets and classes."""
+def in_memory(
+    images: torch.Tensor, labels: torch.Tensor, classes: Sequence[str] = ()
+) -> TensorDataset:
+    """A split of uint8 images (N, C, H, W)."""
+    split = TensorDataset(images, labels)
+    split.targets = labels
+    split.classes = list(classes)
+    return split
 
-    def __init__(
-        self, split: Dataset, rows: torch.Tensor, targets: torch.Tensor, classes: Sequence[str]
-    ):
-        self.split = split
-        self.rows = rows.tolist()
-        self.targets = targets
-        self.classes = list(classes)
-        if hasattr(split, "samples"):
-            self.samples = [split.samples[row] for row in self.rows]
 
-    @property
-    def data(self) -> torch.Tensor:
-        """AttributeError where the images are not in memory."""
-        return torch.as_tensor(self.split.data)[self.rows]
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
-        return self.split[self.rows[index]][0], int(self.targets[index])
+def of_rows(split: Dataset, rows: torch.Tensor, targets: torch.Tensor) -> Dataset:
+    """Some rows of a split, with targets of their own, and the paths of their files, if any."""
+    if isinstance(split, TensorDataset):
+        return in_memory(split.tensors[0][rows], targets)
+    part = Subset(split, rows.tolist())
+    part.targets = targets
+    part.paths = [split.paths[row] for row in part.indices] if hasattr(split, "paths") else []
+    return part
 
 
 def of_classes(split: Dataset, names: Sequence[str], first_label: int = 0) -> Dataset:
     """The images of the named classes, whose labels are first_label, first_label + 1, ..."""
-    if list(names) == list(split.classes) and first_label == 0:
-        return split
     numbers = {name: number for number, name in enumerate(names, first_label)}
     labels = torch.tensor([numbers.get(name, -1) for name in split.classes])
     targets = labels[torch.as_tensor(split.targets)]
     rows = (targets >= 0).nonzero().flatten()
-    return Rows(split, rows, targets[rows], names)
+    return of_rows(split, rows, targets[rows])
 
 
-def split_off(split: Dataset, share: float, seed: int) -> tuple[Rows, Rows]:
+def split_off(
+    split: Dataset, classes: Sequence[str], share: float, seed: int
+) -> tuple[Dataset, Dataset]:
     """The rest, and a share of each class drawn by `seed`, at least one image."""
-    labels = torch.as_tensor(split.targets)
     generator = torch.Generator().manual_seed(seed)
-    drawn = torch.zeros(len(labels), dtype=torch.bool)
-    for label, name in enumerate(split.classes):
-        rows = (labels == label).nonzero().flatten()
+    drawn = torch.zeros(len(split), dtype=torch.bool)
+    for label, name in enumerate(classes):
+        rows = (split.targets == label).nonzero().flatten()
         count = max(1, round(share * len(rows)))
         if count >= len(rows):
             raise DatasetError(
@@ -79,4 +83,4 @@ def split_off(split: Dataset, share: float, seed: int) -> tuple[Rows, Rows]:
             )
         drawn[rows[torch.randperm(len(rows), generator=generator)[:count]]] = True
     parts = (~drawn).nonzero().flatten(), drawn.nonzero().flatten()
-    return tuple(Rows(split, rows, labels[rows], split.classes) for rows in parts)
+    return tuple(of_rows(split, rows, split.targets[rows]) for rows in parts)
