@@ -140,8 +140,7 @@ class CenterLoss(nn.Module):
     def forward(self, features: Tensor, labels: Tensor) -> Tensor:
         """Return the scalar loss of features (B, D) with integer labels (B,), each in [0, C)."""
         features, labels, kept = self._prepare(features, labels)
-        centers = F.embedding(labels, self.centers, sparse=self.sparse)  # (B, D), one per sample
-        return self._loss(features, centers.to(features.dtype), labels, kept)
+        return self._loss(features, self._look_up(labels, features.dtype), labels, kept)
 
     @torch.no_grad()
     def update_centers(self, features: Tensor, labels: Tensor, alpha: float = 0.5) -> None:
@@ -152,11 +151,16 @@ class CenterLoss(nn.Module):
         """
         _check("alpha", alpha, Real, "a finite number >= 0", lambda alpha: 0 <= alpha < math.inf)
         features, labels, kept = self._prepare(features, labels)
-        with torch.inference_mode(False), torch.enable_grad():
-            features = features.clone() if features.is_inference() else features.detach()
-            centers = self.centers.detach()[labels].to(features.dtype).requires_grad_()  # (B, D)
-            loss = self._pull if CENTER_UPDATES[self.center_update] else self._loss
-            (grad,) = torch.autograd.grad(loss(features, centers, labels, kept), centers)
+        centers = self._look_up(labels, features.dtype)
+        divisor = CENTER_UPDATES[self.center_update]
+        if divisor and not self.normalize:
+            grad = self._offsets(centers, features, kept) / divisor(self._count(labels, kept))
+        else:
+            with torch.inference_mode(False), torch.enable_grad():
+                features = features.clone() if features.is_inference() else features.detach()
+                centers = centers.clone().requires_grad_()
+                loss = self._loss(features, centers, labels, kept)
+                (grad,) = torch.autograd.grad(loss, centers)
         self._parameter().index_add_(0, labels, grad.to(self.centers.dtype), alpha=-alpha)
 
     @torch.no_grad()
@@ -178,6 +182,8 @@ class CenterLoss(nn.Module):
             if self.ignore_index is not None:
                 kept = labels != self.ignore_index
                 features, labels = features[kept], labels[kept]
+            if labels.is_cpu:
+                self._check_range(labels)
             if self.normalize:
                 features = _unit(features)
             rows = F.pad(features, (0, 1), value=1)  # a last column of ones counts the samples
@@ -243,32 +249,33 @@ class CenterLoss(nn.Module):
 
     def _loss(self, features: Tensor, centers: Tensor, labels: Tensor, kept: Mask) -> Tensor:
         """Return the loss of features (B, D), each with its center (B, D)."""
-        follow = CENTER_UPDATES[self.center_update] is not None and centers.requires_grad
-        fixed = centers.detach() if follow else centers
-        distances = DISTANCES[self.distance](self._offsets(features, fixed, kept))
+        divisor = CENTER_UPDATES[self.center_update] if centers.requires_grad else None
+        offsets = self._offsets(features, centers.detach() if divisor else centers, kept)
+        counts = self._count(labels, kept) if divisor or self.class_average else None
+        if self.distance == "squared" and not self.class_average:
+            distances = offsets * offsets  # (B, D): one sum in place of two
+        else:
+            distances = DISTANCES[self.distance](offsets)
         if self.class_average:
-            distances = distances / self._count(labels, kept)
-        size = max(len(labels), 1) if kept is None else kept.sum().clamp(min=1)
+            distances = distances / counts[:, 0]
+        size = max(labels.shape[0], 1) if kept is None else kept.sum().clamp(min=1)
         loss = distances.sum() / (size / self.scale)
-        if follow:
-            pull = self._pull(features.detach(), centers, labels, kept)
-            loss = loss + (pull - pull.detach())  # whose value must not count
+        if divisor:  # half of pull has the gradient Delta; its value must not count
+            offsets = self._offsets(features.detach(), centers, kept)
+            pull = (offsets * offsets / divisor(counts)).sum()
+            loss = loss.add(pull - pull.detach(), alpha=0.5)
         return loss
 
-    def _pull(self, features: Tensor, centers: Tensor, labels: Tensor, kept: Mask) -> Tensor:
-        """Return the sum whose gradient with respect to the centers is Delta."""
-        divisor = CENTER_UPDATES[self.center_update](self._count(labels, kept))
-        return _squared(self._offsets(features, centers, kept)).div(2 * divisor).sum()
-
     def _count(self, labels: Tensor, kept: Mask) -> Tensor:
-        """Return how many samples of the batch have the class of each (B,)."""
+        """Return how many samples of the batch have the class of each (B, 1)."""
         classes = labels if kept is None else labels.where(kept, self.num_classes)
         if self.num_classes < MANY:
             counts = classes.new_zeros(self.num_classes + 1)
-            return counts.index_add(0, classes, torch.ones_like(classes)).index_select(0, classes)
-        ordered = classes.sort().values
+            counts = counts.index_add(0, classes, torch.ones_like(classes))
+            return counts.index_select(0, classes)[:, None]
+        ordered, classes = classes.sort().values, classes.contiguous()
         after = torch.searchsorted(ordered, classes, right=True)
-        return after - torch.searchsorted(ordered, classes)
+        return (after - torch.searchsorted(ordered, classes))[:, None]
 
     def _offsets(self, features: Tensor, centers: Tensor, kept: Mask) -> Tensor:
         """Return the part of x - c (B, D) beyond the radius; 0 for samples that are not kept."""
@@ -298,7 +305,7 @@ class CenterLoss(nn.Module):
             rule = f"must be on {centers.device} like centers"
             raise ValueError(f"features {rule}, got {features.device}")
         wide = torch.float64 in (dtype, centers.dtype)
-        return features.to(torch.float64 if wide else torch.float32)
+        return features.double() if wide else features.float()
 
     def _check_labels(self, labels: Tensor, features: Tensor) -> Tensor:
         """Return them as int64."""
@@ -314,17 +321,24 @@ class CenterLoss(nn.Module):
         if labels.device != features.device:
             rule = f"must be on {features.device} like centers"
             raise ValueError(f"labels {rule}, got {labels.device}")
-        labels = labels.long().contiguous()
-        if labels.is_cpu and not torch.compiler.is_compiling():
-            try:
-                known = labels if self.ignore_index is None else labels[labels != self.ignore_index]
-                low, high = map(int, known.aminmax()) if known.numel() else (0, 0)
-            except RuntimeError:  # vmap hides the labels' values; the lookup refuses wrong ones
-                low = high = 0
-            if low < 0 or high >= self.num_classes:
-                wrong = low if low < 0 else high
-                raise ValueError(f"labels must be in [0, {self.num_classes}), got {wrong}")
-        return labels
+        return labels.long()
+
+    def _look_up(self, labels: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return the centers (B, D) of labels (B,)."""
+        try:
+            return F.embedding(labels, self.centers, sparse=self.sparse).to(dtype)
+        except IndexError:
+            self._check_range(labels)
+            raise
+
+    def _check_range(self, labels: Tensor) -> None:
+        try:
+            low, high = map(int, labels.aminmax())
+        except RuntimeError:  # there are none, or vmap hides their values
+            return
+        if low < 0 or high >= self.num_classes:
+            wrong = low if low < 0 else high
+            raise ValueError(f"labels must be in [0, {self.num_classes}), got {wrong}")
 
 
 def pairwise(
