@@ -80,13 +80,6 @@ def number(
     return convert
 
 
-def path(text: str) -> str:
-    """A type for argparse: a path, in which ~ is the home directory."""
-    if not text:
-        raise argparse.ArgumentTypeError("must be a path, got an empty one")
-    return os.path.expanduser(text)
-
-
 def model_name(text: str) -> str:
     """A type for argparse: a network."""
     if not models.is_known(text):
@@ -137,7 +130,7 @@ def build_parser(description: str = "") -> Parser:
     help = "data set; for folder, cifar10 and cifar100 use --recipe images"
     add("-d --dataset", datasets.SPECS, "mnist", help)
     help = "directory of the data sets, downloaded on first use, or of train/ and test/"
-    add("--data-root", path, "data", help, free=True)
+    add("--data-root", utils.path, "data", help, free=True)
     help = "pixels, for data sets without a size of their own; one number is a square"
     size = dict(nargs="+", action=ImageSize, metavar=("H", "W"))
     add("--image-size", number(int, 8, 1024), 32, help, **size)
@@ -195,7 +188,7 @@ def build_parser(description: str = "") -> Parser:
     add("--gamma", number(float, TINY, 100), 0.5, "factor of a decay")
 
     add = parser.group("output")
-    add("--save-dir", path, "log", "directory of the run's files", free=True)
+    add("--save-dir", utils.path, "log", "directory of the run's files", free=True)
     add("--overwrite", bool, False, "let a run replace files of others", free=True)
     help = "epochs between two tests; 0: only the last (default: 10; 1 to validate and for films)"
     add("--eval-freq", count, None, help, free=True)
@@ -213,11 +206,11 @@ def build_parser(description: str = "") -> Parser:
     add = parser.group("trained networks")
     file = dict(free=True, metavar="CHECKPOINT")
     help = "continue from a checkpoint, by default the one in --save-dir, with its run's flags"
-    add("--resume", path, None, help, nargs="?", const=True, **file)
+    add("--resume", utils.path, None, help, nargs="?", const=True, **file)
     help = "test the network of a checkpoint; goes with --plot and --save-features"
-    add("--evaluate", path, None, help, **file)
+    add("--evaluate", utils.path, None, help, **file)
     help = "with --evaluate: test the pairs of LFW's pairs.txt or of lines 'path path 0|1'"
-    add("--pairs", path, None, help, free=True, metavar="FILE")
+    add("--pairs", utils.path, None, help, free=True, metavar="FILE")
 
     add = parser.group("machine")
     add("--gpu", gpu_index, "0", "index of the GPU; without one, the CPU is used", free=True)
@@ -353,9 +346,7 @@ def run(
     description: str = "",
 ) -> int:
     """Parses the flags and runs `main`; prints one line on what ended it; returns the status."""
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # λ, where the terminal or the file has no such letter
-            stream.reconfigure(errors="replace")
+    utils.prepare_output()
     ranks = Ranks()
     try:
         ranks = Ranks.of_environment()
@@ -379,7 +370,8 @@ def run(
             raise
     if ranks.rank == 0 or status == 1:
         with contextlib.suppress(OSError):  # no one can read it; the status remains
-            print(f"main.py: {message}", file=sys.stderr, flush=True)
+            line = " ".join(message.splitlines())  # a name may have a line break
+            print(f"main.py: {line}", file=sys.stderr, flush=True)
     return status
 
 

@@ -209,23 +209,19 @@ def compare(args: argparse.Namespace, paths: Sequence[str]) -> None:
                 print(f"{name}, {metric} {limit:.4f}: {'the same' if same else 'different'}")
 
 
-def path(text: str) -> str:
-    if not text:
-        raise argparse.ArgumentTypeError("a path must not be empty")
-    return os.path.expanduser(text)
-
-
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     style = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser("predict.py", description=__doc__, formatter_class=style)
     parser.error = lambda message: parser.exit(2, f"predict.py: error: {message}\n")
     add = parser.add_argument
-    add("checkpoint", type=path, help="of main.py: best.pt or checkpoint.pt")
-    add("paths", type=path, nargs="+", help="images, and directories of images")
-    add("--save-dir", type=path, help="of predictions.csv (default: that of the checkpoint)")
+    add("checkpoint", type=utils.path, help="of main.py: best.pt or checkpoint.pt")
+    add("paths", type=utils.path, nargs="+", help="images, and directories of images")
+    add("--save-dir", type=utils.path, help="of predictions.csv (default: that of the checkpoint)")
     add("--overwrite", action="store_true", help="also replace a file of somebody else's")
     instead = parser.add_mutually_exclusive_group().add_argument
-    instead("--embed", metavar="FILE.npz", type=path, help="write features instead of classes")
+    instead(
+        "--embed", metavar="FILE.npz", type=utils.path, help="write features instead of classes"
+    )
     instead("--same", action="store_true", help="compare two images instead")
     switch = argparse.BooleanOptionalAction
     add("--mirror", action=switch, help="means with mirror images (default: as in the run)")
@@ -266,9 +262,13 @@ def run(args: argparse.Namespace) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    utils.prepare_output()
     args = parse_args(argv)
     try:
         return run(args)
+    except OSError as error:
+        print(f"predict.py: error: {error}", file=sys.stderr)
+        return 1
     except (utils.RunError, DatasetError) as error:
         print(f"predict.py: error: {error}", file=sys.stderr)
         return getattr(error, "status", 2)

@@ -1,6 +1,8 @@
 """The files of a run: its log, metrics.csv, checkpoints and directory.
 
-torch is imported where it is used: the processes that draw import this file and would wait for it.
+torch is imported where it is used: the processes that draw import argparse
+import argparse
+import this file and would wait for it.
 """
 
 import contextlib
@@ -91,6 +93,28 @@ def check_finite(values: dict, epoch: int, args) -> None:
 def passed(start: float) -> timedelta:
     """Whole seconds since time.monotonic() was `start`."""
     return timedelta(seconds=round(time.monotonic() - start))
+
+
+def path(text: str) -> str:
+    """A type for argparse: a path, in which ~ is the home directory."""
+    if not text:
+        raise argparse.ArgumentTypeError("must be a path, got an empty one")
+    return os.path.expanduser(text)
+
+
+def directory(text: str) -> Path:
+    """A type for argparse: the same, as a Path."""
+    return Path(path(text))
+
+
+def prepare_output() -> None:
+    """Lets standard output and error take every letter, also where they are closed."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w"))
+        elif hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
 
 
 class Log:

@@ -1,4 +1,4 @@
-"""A caller of the installed loss: a type checker passes it, and finds the mistakes that it is told to ignore."""
+"""A caller of the installed loss, whose mistakes a type checker is told to ignore, and finds."""
 
 import torch
 

@@ -91,9 +91,13 @@ class Ranks(NamedTuple):
             if not number.isdecimal():
                 _refuse(name, f"a number, got {number or 'nothing'}")
         rank, size, local = map(int, numbers)
-        for name in ("MASTER_ADDR", "MASTER_PORT"):
-            if size > 1 and not os.environ.get(name):
-                _refuse(name, f"set where WORLD_SIZE is {size}")
+        if rank >= size:
+            _refuse("RANK", f"below WORLD_SIZE, {size}, got {rank}")
+        port = os.environ.get("MASTER_PORT", "")
+        if size > 1 and not os.environ.get("MASTER_ADDR"):
+            _refuse("MASTER_ADDR", f"set where WORLD_SIZE is {size}")
+        if size > 1 and not (port.isdecimal() and int(port) < 65536):
+            _refuse("MASTER_PORT", f"a port where WORLD_SIZE is {size}, got {port or 'nothing'}")
         return cls(rank, size, local)
 
     @contextlib.contextmanager

@@ -10,7 +10,6 @@ python -m plots log/a --projection tsne   t-SNE of test features of more than tw
 import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 import utils
 from plots.charts import draw_confusion, draw_curves
@@ -78,7 +77,13 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="plots", description=__doc__, **options)
     parser.error = lambda message: parser.exit(2, f"plots: error: {message}\n")
     add = parser.add_argument
-    add("directories", nargs="+", type=Path, metavar="DIR", help="--save-dir of a run with --plot")
+    add(
+        "directories",
+        nargs="+",
+        type=utils.directory,
+        metavar="DIR",
+        help="--save-dir of a run with --plot",
+    )
     add("--compare", action="store_true", help="one page and one figure of all the runs")
     add("--same-axes", action="store_true", help="give all compared panels the same axes")
     add("--format", choices=("pdf", "svg", "png"), help="draw figures for print, in DIR/figures")
@@ -123,6 +128,7 @@ def draw(args: argparse.Namespace, plotter: Plotter) -> list[str]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    utils.prepare_output()
     args = parse_args(argv)
     try:
         with Plotter(lambda line: print(f"plots: {line}", file=sys.stderr)) as plotter:

@@ -114,7 +114,9 @@ class Plotter:
 def draw_to(path: Path, draw: Callable, *arguments) -> None:
     """Lets draw(part, *arguments) write `path`."""
     os.environ["MPLBACKEND"] = "agg"  # a notebook's may be of a package that this Python lacks
-    utils.replace_file(path, lambda part: draw(part, *arguments))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # letters that no font has
+        utils.replace_file(path, lambda part: draw(part, *arguments))
 
 
 def _start_drawing() -> None:

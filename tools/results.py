@@ -20,6 +20,7 @@ from pathlib import Path
 
 import cli
 import datasets
+import utils
 from recipes import RECIPES
 from utils import RunError
 
@@ -275,9 +276,14 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("directories", nargs="*", type=Path, help="--save-dir of each run")
+    add("directories", nargs="*", type=utils.directory, help="--save-dir of each run")
     add("--verification", action="store_true", help="the table of what --verify has measured")
-    add("--curve", type=Path, metavar="FILE", help="draw what --verify has measured over λ")
+    add(
+        "--curve",
+        type=utils.directory,
+        metavar="FILE",
+        help="draw what --verify has measured over λ",
+    )
     return parser
 
 

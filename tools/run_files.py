@@ -29,6 +29,12 @@ def check_save_dir(path: str, dataset: str, overwrite: bool, evaluate: bool) -> 
         raise RunError(f"--save-dir must be a writable directory, got {path}")
     if overwrite or not directory.is_dir():
         return
+    for name in utils.DIRECTORIES:
+        if (directory / name).is_symlink():
+            raise RunError(
+                f"--save-dir must have no links to directories of others, got {path} with {name}: "
+                "choose another directory, or --overwrite"
+            )
     others = {name for name, _ in utils.files_in(directory)} - utils.recorded(directory)
     for name in sorted(others):
         would_write = utils.KNOWN.fullmatch(name)
@@ -45,6 +51,8 @@ def clear(directory: Path, after: int | None = None) -> bool:
     """Removes what runs have written, or only that of epochs after `after`; was there any?"""
     ours = utils.recorded(directory) - {"args.json", utils.FILES}  # which are replaced
     removed = False
+    if not ours:
+        return removed
     for name, path in list(utils.files_in(directory)):
         part = PART.fullmatch(name)
         if part and utils.KNOWN.fullmatch((part[1] or "") + part[2]):
@@ -226,7 +234,7 @@ class RunFiles:
         if undrawn:
             command = utils.shell("python", "-m", "plots", str(self.directory))
             raise WriteError(f"{undrawn[0]}; to draw what is missing: {command}")
-        if self.args.plot:
+        if self.args.plot and (self.directory / "report.html").exists():
             self.log(f"Pictures in {self.directory}, page {self.directory / 'report.html'}")
 
 
