@@ -5,9 +5,7 @@ import contextlib
 import importlib.util
 import math
 import os
-import signal
 import sys
-import threading
 from collections.abc import Callable
 
 import torch
@@ -17,8 +15,10 @@ import datasets
 import models
 import utils
 from engine.device import multiplies_bfloat16
-from engine.ranks import Ranks
+from engine.ranks import Ranks, RanksError
+from engine.sources import WorkerError
 from recipes import OPTIMIZERS, RECIPES, SCHEDULES
+from tools.run_files import check_save_dir, is_moved
 
 # Beyond these, 1/λ, rates or gradients would leave the range of float32.
 TINY = 1e-30
@@ -26,68 +26,54 @@ HUGE = 1e30
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are one line, without the usage.
-
-    `free`: names of the flags that a resumed run may change.
-    """
+    """An ArgumentParser whose errors are one line; `free`: flags that a resumed run may change."""
 
     def __init__(self, **options):
-        super().__init__(
-            formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **options
-        )
+        style = argparse.RawDescriptionHelpFormatter
+        super().__init__(formatter_class=style, allow_abbrev=False, **options)
         self.free = set()
 
-    def group(self, title: str) -> "Group":
-        return Group(self, title)
+    def group(self, title: str) -> Callable:
+        """Flags under a title, which the returned function adds.
+
+        `kind` is a type, a table of choices, or bool for --name and --no-name.
+        """
+        section = self.add_argument_group(title)
+
+        def add(names: str, kind, default, help: str, *, free: bool = False, **options) -> None:
+            if kind is bool:
+                options["action"] = argparse.BooleanOptionalAction
+            elif isinstance(kind, dict | tuple):
+                options["choices"] = sorted(kind)
+            elif kind:
+                options["type"] = kind
+            if default is not None:
+                help += " (default: %(default)s)"
+            names = names.split()
+            action = section.add_argument(*names, default=default, help=help, **options)
+            if free:
+                self.free.add(action.dest)
+
+        return add
 
     def error(self, message: str):
-        first = os.environ.get("RANK", "0") == "0"
-        self.exit(2, f"{self.prog}: error: {message}\n" if first else None)
-
-
-class Group:
-    """Flags under a title; `free`: a resumed run may change the flag."""
-
-    def __init__(self, parser: Parser, title: str):
-        self.parser = parser
-        self.section = parser.add_argument_group(title)
-
-    def __call__(self, *names: str, help: str, free: bool = False, **options) -> None:
-        """Adds a flag as argparse does, with its default in the help."""
-        action = self.section.add_argument(*names, help=help, **options)
-        if "default" in options:
-            action.help += " (default: %(default)s)"
-        if free:
-            self.parser.free.add(action.dest)
-
-    def value(self, name: str, type: Callable, default, help: str, **options) -> None:
-        self(name, type=type, default=default, help=help, **options)
-
-    def choice(self, name: str, table: dict, default: str, help: str, **options) -> None:
-        self(name, choices=sorted(table), default=default, help=help, **options)
-
-    def switch(self, name: str, help: str, default: bool = False, **options) -> None:
-        """--name and --no-name."""
-        action = argparse.BooleanOptionalAction
-        self(name, action=action, default=default, help=help, **options)
+        is_first = os.environ.get("RANK", "0") == "0"
+        self.exit(2, f"{self.prog}: error: {message}\n" if is_first else None)
 
 
 def number(
-    kind: type, low: float, high: float | None = None, *, above: bool = False, or_zero: bool = False
+    kind: type, low: float, high: float | None = None, *, or_zero: bool = False
 ) -> Callable[[str], float]:
-    """A type for argparse: an int or float of at least low, or above it, and at most high; or 0."""
+    """A type for argparse: an int or float of at least low and at most high; or 0."""
     if high is None:
         high = 10**9 if kind is int else HUGE
-    rule = "must be 0 or " if or_zero else "must be "
-    rule += "an integer " if kind is int else "a number "
-    rule += f"above {low}" if above else f"of at least {low}"
-    rule += f" and at most {high}"
+    name = "an integer" if kind is int else "a number"
+    rule = f"must be {'0 or ' * or_zero}{name} of at least {low} and at most {high}"
 
     def convert(text: str) -> float:
         with contextlib.suppress(ValueError):
             value = kind(text)
-            inside = low < value <= high if above else low <= value <= high
-            if inside or (or_zero and value == 0):
+            if low <= value <= high or (or_zero and value == 0):
                 return value
         raise argparse.ArgumentTypeError(f"{rule}, got {text}")
 
@@ -104,21 +90,21 @@ def path(text: str) -> str:
 def model_name(text: str) -> str:
     """A type for argparse: a network."""
     if not models.is_known(text):
+        names = ", ".join(sorted(models.MODELS))
         raise argparse.ArgumentTypeError(
-            f"must be one of {', '.join(sorted(models.MODELS))} or a classification network of "
-            f"torchvision, such as resnet18, got {text}"
+            f"must be one of {names} or a classification network of torchvision, got {text}"
         )
     return text
 
 
 def gpu_index(text: str) -> str:
     """A type for argparse: the index of one GPU."""
-    indices = text.replace(" ", "").split(",")
-    if len(indices) > 1 and all(index.isdecimal() for index in indices):
+    text = text.replace(" ", "")
+    if "," in text:
+        count = text.count(",") + 1
         raise argparse.ArgumentTypeError(
-            f"takes one index, got {text}; for several GPUs: "
-            f"CUDA_VISIBLE_DEVICES={','.join(indices)} "
-            f"torchrun --standalone --nproc_per_node={len(indices)} main.py and the other flags"
+            f"takes one index, got {text}; for several: CUDA_VISIBLE_DEVICES={text} torchrun "
+            f"--standalone --nproc_per_node={count} main.py ..."
         )
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"must be the index of a GPU, such as 0, got {text}")
@@ -130,256 +116,116 @@ class ImageSize(argparse.Action):
 
     def __call__(self, parser, args, values, option=None):
         if len(values) > 2:
-            parser.error(
-                f"{option} must be a number, or height and width, got {len(values)} numbers"
-            )
+            parser.error(f"{option} takes one number or two, got {len(values)}")
         args.image_size = values[0] if len(values) == 1 else values
 
 
 def build_parser(description: str = "") -> Parser:
     parser = Parser(prog="main.py", description=description)
     share = number(float, 0, 1)
+    factor = number(float, TINY)
+    positive = number(float, 0)
+    count = number(int, 0)
 
     add = parser.group("experiment")
-    add.choice(
-        "--recipe",
-        RECIPES,
-        "zhou2018",
-        "the defaults of the other flags; with -h, shows those of the recipe",
-    )
-    add.value("--seed", number(int, 0, 2**63 - 1), 1, "of the network, the centers and the batches")
-    add.value("--max-epoch", number(int, 1), 100, "epochs", free=True)
-    add.value(
-        "--max-iter", number(int, 0), 0, "training steps, instead of --max-epoch; 0: use that"
-    )
+    add("--recipe", RECIPES, "zhou2018", "defaults of the other flags; with -h, shows its own")
+    add("--seed", number(int, 0, 2**63 - 1), 1, "of the network, the centers and the batches")
+    add("--max-epoch", number(int, 1), 100, "epochs", free=True)
+    add("--max-iter", count, 0, "training steps, in place of --max-epoch if not 0")
 
     add = parser.group("data")
-    add(
-        "-d",
-        "--dataset",
-        choices=sorted(datasets.SPECS),
-        default="mnist",
-        help="data set; for folder, cifar10 and cifar100 use --recipe images",
-    )
-    add.value(
-        "--data-root",
-        path,
-        "data",
-        "directory of the data sets, downloaded to it on first use; for folder the one that "
-        "holds train/<class>/* and test/<class>/*",
-        free=True,
-    )
-    add(
-        "--image-size",
-        type=number(int, 8, 1024),
-        nargs="+",
-        action=ImageSize,
-        default=32,
-        metavar=("H", "W"),
-        help="pixels, for data sets without a size of their own; one number is a square",
-    )
-    add.value(
-        "--val-share",
-        share,
-        0.0,
-        "share of each class's training images that chooses the best epoch, the only one that "
-        "is tested then; 0: none",
-    )
-    add.switch(
-        "--augment", "shift the training images at random and, except for digits, mirror them"
-    )
-    add.value(
-        "--erase",
-        share,
-        0.0,
-        "hide a grey square at a random place in each training image: its side as a share of "
-        "the image's; 0: none",
-    )
-    add.choice(
-        "--scaling",
-        datasets.SCALINGS,
-        "standard",
-        "of pixels p: standard, by mean and deviation of the data set (0.5 and 0.5 for "
-        "folder); symmetric, (p - 127.5) / 128; unit, p / 255",
-    )
-    add(
-        "--unseen",
-        nargs="+",
-        default=[],
-        metavar="CLASS",
-        help="names or numbers of classes to leave out of the training and to test as unknown",
-    )
-    add.value("--batch-size", number(int, 1), 128, "images per step, over all ranks")
-    add(
-        "-j",
-        "--workers",
-        type=number(int, 0, 1024),
-        default=0,
-        free=True,
-        help="worker processes that read images; 0: none, all images are kept on the device",
-    )
+    help = "data set; for folder, cifar10 and cifar100 use --recipe images"
+    add("-d --dataset", datasets.SPECS, "mnist", help)
+    help = "directory of the data sets, downloaded on first use, or of train/ and test/"
+    add("--data-root", path, "data", help, free=True)
+    help = "pixels, for data sets without a size of their own; one number is a square"
+    size = dict(nargs="+", action=ImageSize, metavar=("H", "W"))
+    add("--image-size", number(int, 8, 1024), 32, help, **size)
+    help = "share of the training images that chooses the best epoch, alone tested then"
+    add("--val-share", share, 0.0, help)
+    help = "shift the training images at random and, except for digits, mirror them"
+    add("--augment", bool, False, help)
+    help = "hide a grey square at random in each training image; its side over the image's"
+    add("--erase", share, 0.0, help)
+    help = "of pixels p: by mean and deviation of the data set; (p - 127.5) / 128; or p / 255"
+    add("--scaling", datasets.SCALINGS, "standard", help)
+    help = "classes, by name or number, to leave out of the training and to test as unknown"
+    add("--unseen", str, [], help, nargs="+", metavar="CLASS")
+    add("--batch-size", number(int, 1), 128, "images per step, over all ranks")
+    help = "worker processes that read images; 0: all images are kept on the device"
+    add("-j --workers", number(int, 0, 1024), 0, help, free=True)
 
     add = parser.group("network")
-    add.value(
-        "--model",
-        model_name,
-        "cnn",
-        f"network: {', '.join(sorted(models.MODELS))}, or a classification network of "
-        "torchvision, such as resnet50",
-        metavar="NAME",
-    )
-    add.switch(
-        "--pretrained", "start from torchvision's weights of the network, downloaded on first use"
-    )
-    add.value(
-        "--feat-dim",
-        number(int, 0, 10**6),
-        2,
-        "D, dimensions of the features; 0: the width of torchvision's network",
-    )
-    add.choice("--init", models.INITS, "default", "how weights and centers start")
+    help = f"{', '.join(sorted(models.MODELS))}, or one of torchvision, such as resnet50"
+    add("--model", model_name, "cnn", help, metavar="NAME")
+    help = "start from torchvision's weights, downloaded on first use"
+    add("--pretrained", bool, False, help)
+    help = "D, dimensions of the features; 0: the width of torchvision's network"
+    add("--feat-dim", number(int, 0, 10**6), 2, help)
+    add("--init", models.INITS, "default", "how weights and centers start")
 
     add = parser.group("loss: cross-entropy + λ · center loss")
-    add.value(
-        "--weight-cent",
-        number(float, TINY, or_zero=True),
-        1.0,
-        "λ, weight of the center loss; 0: softmax only",
-    )
-    add.value(
-        "--label-smoothing",
-        share,
-        0.0,
-        "share of the cross-entropy's target that is spread over all classes",
-    )
-    add.choice("--distance", center_loss.DISTANCES, "squared", "of a feature from its center")
-    add.value(
-        "--radius", number(float, 0), 0.0, "r: a feature this close to its center is not pulled"
-    )
-    add.value("--loss-scale", number(float, 0, above=True), 1.0, "factor of the center loss")
-    add.switch("--class-average", "divide each sample's term by the size of its class in the batch")
-    add.choice(
-        "--center-update",
-        center_loss.CENTER_UPDATES,
-        "gradient",
-        "what the centers follow: the gradient, the paper's Eq. 4, or the class means",
-    )
+    help = "λ, weight of the center loss; 0: softmax only"
+    add("--weight-cent", number(float, TINY, or_zero=True), 1.0, help)
+    help = "share of the cross-entropy's target that is spread over all classes"
+    add("--label-smoothing", share, 0.0, help)
+    add("--distance", center_loss.DISTANCES, "squared", "of a feature from its center")
+    add("--radius", positive, 0.0, "r: a feature this close to its center is not pulled")
+    add("--loss-scale", factor, 1.0, "factor of the center loss")
+    help = "divide each sample's term by the size of its class in the batch"
+    add("--class-average", bool, False, help)
+    help = "what the centers follow; paper: its Eq. 4"
+    add("--center-update", center_loss.CENTER_UPDATES, "gradient", help)
 
     add = parser.group("optimization")
-    add.choice("--optimizer", OPTIMIZERS, "sgd", "of the network; the centers use SGD")
-    add.value(
-        "--lr-model",
-        number(float, TINY),
-        0.001,
-        "learning rate of the network; for onecycle its peak",
-    )
-    add.value("--lr-cent", number(float, 0), 0.5, "α, learning rate of the centers")
-    add.value("--momentum", share, 0.9, "of the network's SGD")
-    add.value("--momentum-cent", share, 0.0, "of the centers' SGD")
-    add.value("--weight-decay", number(float, 0), 5e-4, "of the network")
-    add.switch("--caffe-biases", "biases have twice the learning rate and no weight decay")
-    add.switch("--one-optimizer", "the centers are in the network's SGD and follow its schedule")
-    add.choice("--schedule", SCHEDULES, "step", "of the learning rate")
-    add.value("--stepsize", number(int, 0), 20, "for step: epochs between two decays; 0: constant")
-    add(
-        "--milestones",
-        type=number(int, 1),
-        nargs="+",
-        default=[5000, 8000],
-        metavar="ITERATION",
-        help="for milestones: training steps after which to decay",
-    )
-    add.value("--gamma", number(float, 0, 100, above=True), 0.5, "factor of a decay")
+    add("--optimizer", OPTIMIZERS, "sgd", "of the network; the centers use SGD")
+    add("--lr-model", factor, 0.001, "learning rate of the network; for onecycle its peak")
+    add("--lr-cent", positive, 0.5, "α, learning rate of the centers")
+    add("--momentum", share, 0.9, "of the network's SGD")
+    add("--momentum-cent", share, 0.0, "of the centers' SGD")
+    add("--weight-decay", positive, 5e-4, "of the network")
+    help = "biases have twice the learning rate and no weight decay"
+    add("--caffe-biases", bool, False, help)
+    help = "the centers are in the network's SGD and follow its schedule"
+    add("--one-optimizer", bool, False, help)
+    add("--schedule", SCHEDULES, "step", "of the learning rate")
+    add("--stepsize", count, 20, "for step: epochs between two decays; 0: constant")
+    help = "for milestones: steps after which to decay"
+    add("--milestones", number(int, 1), [5000, 8000], help, nargs="+", metavar="STEP")
+    add("--gamma", number(float, TINY, 100), 0.5, "factor of a decay")
 
     add = parser.group("output")
-    add.value("--save-dir", path, "log", "directory of the run's files", free=True)
-    add.switch(
-        "--overwrite",
-        "start in a --save-dir with files of others, which the run's own may replace",
-        free=True,
-    )
-    add(
-        "--eval-freq",
-        type=number(int, 0),
-        free=True,
-        help="epochs between two tests; 0: only after the last (default: 10; 1 with --val-share, "
-        "and with --plot where a test takes less than a tenth of an epoch)",
-    )
-    add(
-        "--mirror",
-        nargs="?",
-        const="mean",
-        choices=("mean", "concat"),
-        default=False,
-        help="test with the mean features of each image and, except for digits, its mirror image; "
-        "concat, for --pairs: with both side by side",
-    )
-    add("--no-mirror", dest="mirror", action="store_false", help="test without mirror images")
-    add.switch(
-        "--verify",
-        "measure in each test how well distances tell which pairs of images are of one class, "
-        "and write evaluation.json",
-        free=True,
-    )
-    add.value(
-        "--print-freq", number(int, 1), 50, "training steps between two lines of the log", free=True
-    )
-    add.switch(
-        "--plot", "plot the features of each epoch and write the page report.html", free=True
-    )
-    add.switch(
-        "--save-features", "write the features of each epoch to features/epoch_<N>.npz", free=True
-    )
-    add.switch(
-        "--tensorboard", "write settings, metrics and --plot's pictures for TensorBoard", free=True
-    )
+    add("--save-dir", path, "log", "directory of the run's files", free=True)
+    add("--overwrite", bool, False, "let a run replace files of others", free=True)
+    help = "epochs between two tests; 0: only the last (default: 10; 1 to validate and for films)"
+    add("--eval-freq", count, None, help, free=True)
+    help = "test with the means of images and mirror images, not of digits; concat: for --pairs"
+    add("--mirror", models.MIRRORS, False, help, nargs="?", const="mean")
+    off = dict(dest="mirror", action="store_false")
+    add("--no-mirror", None, None, "test without mirror images", **off)
+    add("--verify", bool, False, "test how distances separate pairs of images", free=True)
+    add("--print-freq", number(int, 1), 50, "steps between two lines of the log", free=True)
+    help = "plot the features of each epoch and write the page report.html"
+    add("--plot", bool, False, help, free=True)
+    add("--save-features", bool, False, "write the features of each epoch", free=True)
+    add("--tensorboard", bool, False, "write metrics and pictures for TensorBoard", free=True)
 
     add = parser.group("trained networks")
-    add(
-        "--resume",
-        nargs="?",
-        type=path,
-        const="",
-        metavar="CHECKPOINT",
-        free=True,
-        help="continue from a checkpoint, by default the one in --save-dir, with its run's flags",
-    )
-    add(
-        "--evaluate",
-        type=path,
-        metavar="CHECKPOINT",
-        free=True,
-        help="test the network of a checkpoint and write evaluation.json; with --plot also "
-        "confusion.png and roc.png, with --save-features features/test.npz",
-    )
-    add(
-        "--pairs",
-        type=path,
-        metavar="FILE",
-        free=True,
-        help="with --evaluate: test these pairs of images of --data-root, a file like LFW's "
-        "pairs.txt or lines 'path path 0|1'",
-    )
+    file = dict(free=True, metavar="CHECKPOINT")
+    help = "continue from a checkpoint, by default the one in --save-dir, with its run's flags"
+    add("--resume", path, None, help, nargs="?", const=True, **file)
+    help = "test the network of a checkpoint; goes with --plot and --save-features"
+    add("--evaluate", path, None, help, **file)
+    help = "with --evaluate: test the pairs of LFW's pairs.txt or of lines 'path path 0|1'"
+    add("--pairs", path, None, help, free=True, metavar="FILE")
 
     add = parser.group("machine")
-    add.value(
-        "--gpu", gpu_index, "0", "index of the GPU; without a GPU, the CPU is used", free=True
-    )
-    add.switch("--use-cpu", "use the CPU", free=True)
-    add.switch("--amp", "run the convolutions in bfloat16; auto: if the hardware supports it")
-    add(
-        "--cuda-graph",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        free=True,
-        help="run steps on a single GPU as a CUDA graph",
-    )
-    add.switch("--compile", "compile the network")
-    add(
-        "--deterministic",
-        action="store_true",
-        help="the same metrics each time on the same GPU; slower",
-    )
+    add("--gpu", gpu_index, "0", "index of the GPU; without one, the CPU is used", free=True)
+    add("--use-cpu", bool, False, "use the CPU", free=True)
+    add("--amp", bool, False, "run the convolutions in bfloat16; auto: if the hardware supports it")
+    add("--cuda-graph", bool, True, "run steps on a single GPU as a CUDA graph", free=True)
+    add("--compile", bool, False, "compile the network")
+    add("--deterministic", bool, False, "the same metrics each time on the same GPU; slower")
     return parser
 
 
@@ -390,61 +236,61 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def parse(argv: list[str] | None, description: str = "") -> tuple[argparse.Namespace, dict | None]:
     """The flags, on top of their recipe's defaults or of a checkpoint's, and that checkpoint."""
     parser = build_parser(description)
-    ranks = Ranks.of_environment()
-    if ranks.local is not None:
-        parser.set_defaults(gpu=None)
-    recipe = _recipe(argv)
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    early.add_argument("--recipe", nargs="?")
+    recipe = early.parse_known_args(argv)[0].recipe
     parser.set_defaults(**RECIPES.get(recipe, {}))  # before argparse handles -h, which shows them
-    given = parser.parse_args(argv, argparse.Namespace(max_epoch=None))  # None where not given
+    given = parser.parse_args(argv, argparse.Namespace(max_epoch=None, gpu=None))
     if given.evaluate and given.resume is not None:
         parser.error("--evaluate tests and --resume trains on: give one of them")
     try:
         saved = None
         if given.evaluate or given.resume is not None:
             path = given.evaluate or given.resume
-            path = path or os.path.join(given.save_dir, "checkpoint.pt")
+            if path is True:
+                path = os.path.join(given.save_dir, "checkpoint.pt")
             saved = utils.load_checkpoint(path)
-            args = _with_checkpoint(parser, argv, given, path, saved["args"])
+            with utils.reading(path):
+                args = _with_checkpoint(parser, argv, path, saved["args"], given.evaluate)
         else:
             if given.max_epoch:  # it wins over a recipe's steps
                 parser.set_defaults(max_iter=0)
             args = parser.parse_args(argv)
         _check_together(args)
-        _check_files(args)
-        _choose_hardware(args, ranks)
+        _choose_hardware(args, given.gpu)
+        datasets.check_save_dir(args.data_root, args.save_dir)
+        overwrite = args.overwrite or bool(args.resume and not is_moved(args))
+        check_save_dir(args.save_dir, args.dataset, overwrite, evaluate=bool(args.evaluate))
     except (utils.RunError, datasets.DatasetError) as error:
         parser.error(str(error))
     return args, saved
 
 
-def _recipe(argv: list[str] | None) -> str | None:
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--recipe", nargs="?")
-    return parser.parse_known_args(argv)[0].recipe
+def upgrade(args: dict) -> dict:
+    """The flags of an older version's run: newer ones had their defaults."""
+    known = vars(build_parser().parse_args([]))
+    args = known | {name: value for name, value in args.items() if name in known}
+    if args["mirror"] is True:  # before there was concat
+        args["mirror"] = "mean"
+    return args
 
 
 def _with_checkpoint(
-    parser: Parser,
-    argv: list[str] | None,
-    given: argparse.Namespace,
-    path: str,
-    saved: dict,
+    parser: Parser, argv: list[str] | None, path: str, saved: dict, evaluate: bool
 ) -> argparse.Namespace:
     """The flags of a run to resume or evaluate, of which only the `free` ones may differ."""
-    # Where newer flags are not in the checkpoint, they had their defaults.
-    known = vars(build_parser().parse_args([]))
-    saved = known | {name: value for name, value in saved.items() if name in known}
-    if saved["mirror"] is True:  # before there was concat
-        saved["mirror"] = "mean"
+    if saved["dataset"] not in datasets.SPECS:  # before it becomes part of a path
+        raise ValueError(f"unknown data set {saved['dataset']!r}")
+    saved = upgrade(saved)
     # A link stands for the run that it points to.
     directory = os.path.dirname(os.path.realpath(path) if os.path.islink(path) else path) or "."
-    parser.set_defaults(**saved | dict(save_dir=directory, gpu=given.gpu, overwrite=False))
-    if given.evaluate:
+    parser.set_defaults(**saved | dict(save_dir=directory, overwrite=False))
+    if evaluate:
         parser.set_defaults(plot=False, save_features=False, tensorboard=False, verify=False)
     args = parser.parse_args(argv)
-    args.resume = None if given.evaluate else path
+    args.resume = None if evaluate else path
     fixed = saved.keys() - parser.free
-    if given.evaluate:
+    if evaluate:
         fixed -= {"batch_size", "mirror"}
     if saved["max_iter"] or SCHEDULES[saved["schedule"]].fixed_length:
         fixed.add("max_epoch")
@@ -457,82 +303,48 @@ def _with_checkpoint(
 
 def _check_together(args: argparse.Namespace) -> None:
     """Raises RunError if two flags do not go together."""
-    if args.pairs and not args.evaluate:
-        raise utils.RunError("--pairs needs --evaluate CHECKPOINT, the network to test")
-    if args.mirror == "concat" and not args.pairs:
-        raise utils.RunError("--mirror concat goes with --pairs; a test takes the mean")
-    if args.one_optimizer and args.optimizer != "sgd":
-        raise utils.RunError(f"--one-optimizer goes with --optimizer sgd, got {args.optimizer}")
-    if args.pretrained and args.model in models.MODELS:
-        raise utils.RunError(
-            f"--pretrained needs a network of torchvision, such as resnet18, got {args.model}"
-        )
-    if args.pretrained and args.init != "default":
-        raise utils.RunError(f"--pretrained goes with --init default, got {args.init}")
-    if args.one_optimizer and args.weight_cent:
-        ratio = args.lr_cent / args.lr_model / args.weight_cent
-        if ratio > HUGE:
-            raise utils.RunError(
-                f"--lr-cent / (--lr-model * --weight-cent) must be at most {HUGE:g} with "
-                f"--one-optimizer, got {ratio:g}"
-            )
-    if args.tensorboard and importlib.util.find_spec("tensorboard") is None:
-        raise utils.RunError("--tensorboard needs a package: pip install tensorboard")
+    ratio = args.lr_cent / args.lr_model / (args.weight_cent or 1)
+    rates = f"--lr-cent / (--lr-model * --weight-cent) must be at most {HUGE:g}"
+    is_own = args.model in models.MODELS
+    has_board = importlib.util.find_spec("tensorboard") is not None
+    mistakes = [
+        (args.pairs and not args.evaluate, "--pairs needs --evaluate CHECKPOINT, to be tested"),
+        (args.mirror == "concat" and not args.pairs, "--mirror concat goes with --pairs"),
+        (args.one_optimizer and args.optimizer != "sgd", "--one-optimizer needs --optimizer sgd"),
+        (args.one_optimizer and ratio > HUGE, f"--one-optimizer: {rates}, got {ratio:g}"),
+        (args.pretrained and is_own, "--pretrained needs a network of torchvision: resnet18, say"),
+        (args.pretrained and args.init != "default", "--pretrained goes with --init default"),
+        (args.tensorboard and not has_board, "--tensorboard needs pip install tensorboard"),
+    ]
+    for made, message in mistakes:
+        if made:
+            raise utils.RunError(message)
 
 
-def _check_files(args: argparse.Namespace) -> None:
-    """Raises RunError if the run cannot have its --save-dir."""
-    datasets.check_save_dir(args.data_root, args.save_dir)
-    source = os.path.dirname(os.path.abspath(args.resume)) if args.resume else None
-    own = source and os.path.realpath(source) == os.path.realpath(args.save_dir)
-    utils.check_save_dir(args.save_dir, overwrite=args.overwrite or bool(own))
-
-
-def _choose_hardware(args: argparse.Namespace, ranks: Ranks) -> None:
+def _choose_hardware(args: argparse.Namespace, gpu: str | None) -> None:
     """Fills in what depends on the machine: the GPU, and --amp where a recipe leaves it open."""
-    if ranks.local is not None and args.gpu:
-        raise utils.RunError(
-            f"--gpu must be left out under torchrun, which numbers the GPUs, got {args.gpu}"
-        )
-    args.gpu = args.gpu or str(ranks.local)
+    local = Ranks.of_environment().local
+    if local is not None and gpu:
+        raise utils.RunError(f"--gpu must be left out under torchrun, got {gpu}")
+    args.gpu = gpu or str(local or 0)
     args.mirror = args.mirror if datasets.SPECS[args.dataset].flip else False
     gpus = 0 if args.use_cpu else torch.cuda.device_count()
     if gpus and int(args.gpu) >= gpus:
-        raise utils.RunError(
-            f"--gpu must be below {gpus}, the GPUs of this machine, got {args.gpu}"
-        )
+        raise utils.RunError(f"--gpu must be below {gpus}, the number of GPUs, got {args.gpu}")
     if args.amp == "auto":
         args.amp = multiplies_bfloat16(int(args.gpu) if gpus else None)
 
 
-def check_finite(values: dict[str, float], epoch: int, args: argparse.Namespace) -> None:
-    """Raises Diverged, with the flags to change, if one of the values is no longer finite."""
-    broken = [name for name, value in values.items() if not math.isfinite(value)]
-    if not broken:
-        return
-    advice = "lower --lr-model"
-    if args.weight_cent:
-        advice += (
-            f", --lr-cent or --weight-cent: the center loss is a sum over the {args.feat_dim} "
-            "dimensions, so λ goes with 1/D, and a λ above 1 needs a --lr-model lower by as much"
-        )
-    raise utils.Diverged(
-        f"the training has diverged in epoch {epoch}: {' and '.join(broken)} no longer finite, "
-        f"with --weight-cent {args.weight_cent:g} --lr-model {args.lr_model:g} "
-        f"--lr-cent {args.lr_cent:g}; {advice}"
-    )
-
-
-def chance_advice(accuracy: float, epoch: int, classes: int, batches: int) -> str:
-    """What may help, once after 200 steps but not in epoch 1, if the accuracy (%) is at chance."""
+def advice(accuracy: float, epoch: int, classes: int, batches: int) -> list[str]:
+    """What may help if the accuracy (%) is at chance after 200 steps, not in epoch 1; said once."""
     chance = 100 / classes
     first = max(2, math.ceil(200 / batches))
     if epoch != first or accuracy >= chance + min(2, chance / 5):
-        return ""
-    return (
-        f"The training accuracy is still about {chance:.3g} %, that of guessing: --recipe images "
-        "(colour images), --init xavier, another --lr-model or a lower --weight-cent may help"
-    )
+        return []
+    return [
+        f"The training accuracy is still about {chance:.3g} %: --recipe images, --init xavier, "
+        "another --lr-model or a lower --weight-cent may help"
+    ]
 
 
 def run(
@@ -541,8 +353,6 @@ def run(
     description: str = "",
 ) -> int:
     """Parses the flags and runs `main`; prints one line on what ended it; returns the status."""
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGINT, signal.default_int_handler)
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # λ, where the terminal or the file has no such letter
             stream.reconfigure(errors="replace")
@@ -554,33 +364,33 @@ def run(
             main(args, saved)
         return 0
     except utils.Stopped as stop:
-        status, message = stop.status, str(stop)
+        status = stop.status
+        message = str(stop)
     except KeyboardInterrupt:
-        status, message = 130, "interrupted"
-    except utils.RunError as error:
-        status, message = error.status, f"error: {error}"
-    except (datasets.DatasetError, models.ModelError) as error:
-        status, message = 2, f"error: {error}"
-    except ValueError as error:
-        if ranks.size > 1 or "RANK" not in os.environ:
+        status = 130
+        message = "interrupted"
+    except (utils.RunError, datasets.DatasetError, models.ModelError, RanksError) as error:
+        status = getattr(error, "status", 2)
+        message = f"error: {error}"
+    except (MemoryError, OSError, RuntimeError) as error:
+        status = 1
+        message = _failure(error, ranks)
+        if not message:
             raise
-        status, message = 2, f"error: {error}"
-    except (MemoryError, torch.OutOfMemoryError) as error:
-        advice = "a smaller --batch-size, --image-size or --feat-dim, or -j 4, needs less"
-        status, message = 1, f"error: out of memory; {advice}: {_first_line(error)}"
-    except (OSError, RuntimeError) as error:
-        if ranks.size == 1 and not isinstance(error, OSError):
-            raise
-        status, message = 1, f"error: {_first_line(error)}"
-        if ranks.size > 1:
-            message = (
-                f"error: rank {ranks.rank} has failed or lost the others: {_first_line(error)}"
-            )
     if ranks.rank == 0 or status == 1:
         with contextlib.suppress(OSError):  # no one can read it; the status remains
             print(f"main.py: {message}", file=sys.stderr, flush=True)
     return status
 
 
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().partition("\n")[0].rstrip(".") or type(error).__name__
+def _failure(error: Exception, ranks: Ranks) -> str:
+    """What is said of a failure that is no fault of the program; empty if it may be one."""
+    line = str(error).strip().partition("\n")[0].rstrip(".") or type(error).__name__
+    memory = isinstance(error, MemoryError | torch.OutOfMemoryError)
+    if memory or "DefaultCPUAllocator" in line:  # torch's own error for the CPU is a RuntimeError
+        return f"error: out of memory (a smaller --batch-size, or -j 4, needs less): {line}"
+    if isinstance(error, OSError | WorkerError):
+        return f"error: {line}"
+    if ranks.size > 1:
+        return f"error: rank {ranks.rank} has failed or lost the others: {line}"
+    return ""

@@ -8,6 +8,7 @@ drawn, and both give the same batches for the same seed, bit for bit.
 import contextlib
 import io
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,49 +19,89 @@ import torch.nn.functional as F
 from torch.utils.data import Dataset, TensorDataset
 
 from engine.batches import ALONE, Augment, Batches, BatchRows, Normalise
-from engine.images import MODES, DatasetError, ReadImage, one_line, scan_folder, square
+from engine.images import (
+    MODES,
+    DatasetError,
+    ReadImage,
+    height_and_width,
+    in_threads,
+    is_grey,
+    one_line,
+    some,
+)
+from engine.pair_lists import Pairs as Pairs
+from engine.pair_lists import read_pairs as read_pairs
 from engine.ranks import Ranks
 from engine.sources import FromWorkers, OnDevice, check_memory
+from engine.splits import Folder, in_memory, of_classes, split_off
+
+Size = tuple[int, int]  # (H, W)
 
 
 @dataclass(frozen=True)
 class Spec:
     """How a data set is opened, and the mean and std of its pixels in [0, 1].
 
-    `open` takes the root and an image size, for data sets that have none of their own, and returns the training and the
-    test split: data sets of (uint8 image (C, H, W), label), with `targets` (all labels) and `classes` (names).
-    `flip`: a mirrored image is of the same class. `open_test` also takes a trained network's classes and channels, and
-    returns the test split of a root without training images.
+    `open` takes the root and an image size, for data sets that have none of their own, and returns
+    the training and the test split, as in engine/splits.py. Classes that only the test has are
+    unknown ones. `flip`: a mirrored image is of the same class. `open_test` also takes a trained
+    network's channels, and returns the test split alone.
     """
 
-    open: Callable[[Path, int], tuple[Dataset, Dataset]]
+    open: Callable[[Path, Size], tuple[Dataset, Dataset]]
     mean: tuple[float, ...]
     std: tuple[float, ...]
     flip: bool = True
-    open_test: Callable[[Path, int, list[str], int], Dataset] | None = None
+    open_test: Callable[[Path, Size, int], Dataset] | None = None
 
 
 class Data(NamedTuple):
-    train: "Batches"
-    test: "Batches"
-    unknown: (
-        "Batches | None"  # the test images of the classes left out, labelled from len(classes) on
-    )
+    """The batches of each split (None: there is no such image), and what they are of."""
+
+    train: Batches | None  # None for a test alone
+    test: Batches | None  # of trained classes
+    unknown: Batches | None  # test images of other classes, labelled from len(classes) on
+    val: Batches | None
     classes: list[str]  # those trained
-    unseen: list[str]  # those left out
+    unseen: list[str]  # those of `unknown`
     in_channels: int
-    image_size: int
-    val: "Batches | None" = None
+    image_size: Size
+    read: list[str]
 
     def facts(self) -> dict:
         """What a checkpoint keeps of the data."""
         return dict(
             classes=self.classes,
             unseen=self.unseen,
-            images=self.train.rows.size,
+            images=self.train.rows.size if self.train else 0,
             in_channels=self.in_channels,
-            image_size=self.image_size,
+            image_size=list(self.image_size),
         )
+
+    def lines(self) -> list[str]:
+        """What was read and what was left out, for the log."""
+        return self.read
+
+    @property
+    def test_images(self) -> int:
+        return sum(split.rows.size for split in (self.test, self.unknown) if split)
+
+
+# --------------------------------------------------------------------------------------- opening
+
+
+def download(name: str, root: Path, **split) -> Dataset:
+    """A split of that class in torchvision.datasets, downloaded where its files are missing."""
+    import torchvision
+
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):  # a line for each mirror that fails
+            return getattr(torchvision.datasets, name)(root, **split, download=True)
+    except Exception as error:  # whatever a missing network or a broken file raises
+        raise DatasetError(
+            f"{name} could be neither read from {root} nor downloaded to it ({one_line(error)}); "
+            "--dataset digits needs no download"
+        ) from error
 
 
 def from_torchvision(
@@ -69,113 +110,75 @@ def from_torchvision(
     shape: tuple[int, int, int],
     splits: tuple[dict, dict] = (dict(train=True), dict(train=False)),
 ):
-    """Opens the class of that name in torchvision.datasets, downloading the data where they are missing.
+    """Opens the class of that name in torchvision.datasets, whose images are of `shape` (C, H, W).
 
-    `splits` are the arguments that choose the training and the test split, `shape` is (C, H, W).
+    `splits` are the arguments that choose the training and the test split.
     """
 
-    def open_splits(root: Path, image_size: int) -> tuple[Dataset, Dataset]:
-        import torchvision
-        from torchvision.transforms import PILToTensor
+    def open_split(root: Path, options: dict) -> TensorDataset:
+        split = download(name, root, **options)
+        images = torch.as_tensor(split.data)  # (N, H, W), (N, H, W, C) or (N, C, H, W)
+        labels = torch.as_tensor(split.targets if hasattr(split, "targets") else split.labels)
+        fits = len(labels) == len(images) and images[0].numel() == math.prod(shape)
+        if not fits or labels.max() >= num_classes:
+            raise DatasetError(
+                f"{name} in {root} is broken: images of shape {tuple(images.shape)}, "
+                f"{len(labels)} labels up to {labels.max()}"
+            )
+        if images.shape[-1] == shape[0]:
+            images = images.movedim(-1, 1).contiguous()
+        classes = getattr(split, "classes", map(str, range(num_classes)))
+        return in_memory(images.view(-1, *shape), labels, classes)
 
-        source = getattr(torchvision.datasets, name)
-        created = [path for path in (root, *root.parents) if not path.exists()]
-        opened = []
-        for split in splits:
-            try:
-                with contextlib.redirect_stdout(
-                    io.StringIO()
-                ):  # torchvision prints a line for each mirror that fails
-                    opened.append(source(root, **split, transform=PILToTensor(), download=True))
-            except Exception as error:  # whatever a missing network or a broken file raises in torchvision's readers
-                _remove_empty(root / name, created)
-                raise DatasetError(
-                    f"{name} could be neither read from {root} nor downloaded to it ({one_line(error)}); "
-                    "--dataset digits needs no download"
-                ) from error
-            _complete(opened[-1], num_classes, shape, f"{name} in {root}")
-        return tuple(opened)
+    def open_splits(root: Path, image_size: Size) -> tuple[TensorDataset, TensorDataset]:
+        return tuple(open_split(root, options) for options in splits)
 
     return open_splits
 
 
-def _complete(split: Dataset, num_classes: int, shape: tuple[int, int, int], what: str) -> None:
-    """Gives a torchvision data set `targets` and `classes` where it lacks them; DatasetError if it is broken."""
-    split.targets = split.targets if hasattr(split, "targets") else split.labels
-    split.classes = getattr(split, "classes", [str(label) for label in range(num_classes)])
-    labels, images = torch.as_tensor(split.targets), tuple(split.data.shape)
-    if len(labels) != images[0] or not images[0] or sorted((*images[1:], 1)[:3]) != sorted(shape):
-        raise DatasetError(f"{what} is broken: images of shape {images}, {len(labels)} labels")
-    if int(labels.min()) < 0 or int(labels.max()) >= num_classes:
-        raise DatasetError(
-            f"{what} is broken: labels from {int(labels.min())} to {int(labels.max())}"
-        )
-
-
-def open_digits(root: Path, image_size: int) -> tuple[Dataset, Dataset]:
-    """scikit-learn's 1,797 real digits, 8x8 scaled up to 28x28; a fixed stratified split of 1,437 and 360."""
+def open_digits(root: Path, image_size: Size) -> tuple[TensorDataset, TensorDataset]:
+    """scikit-learn's 1,797 real digits, 8x8 scaled up to 28x28; a fixed stratified split."""
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
     digits = load_digits()
-    small = torch.as_tensor(digits.images, dtype=torch.float32).unsqueeze(
-        1
-    )  # (N, 1, 8, 8) in 0..16
+    labels = torch.as_tensor(digits.target)
+    small = torch.as_tensor(digits.images, dtype=torch.float32).unsqueeze(1)  # 0..16
     images = F.interpolate(small, size=28, mode="bilinear").mul(255 / 16).round().to(torch.uint8)
-    splits = []
-    for rows in train_test_split(
-        range(len(images)), test_size=360, stratify=digits.target, random_state=0
-    ):
-        labels = torch.as_tensor(digits.target[sorted(rows)])
-        splits.append(TensorDataset(images[sorted(rows)], labels))
-        splits[-1].targets, splits[-1].classes = labels, [str(digit) for digit in range(10)]
-    return tuple(splits)
+    parts = train_test_split(range(len(images)), test_size=360, stratify=labels, random_state=0)
+    classes = [str(digit) for digit in range(10)]
+    return tuple(in_memory(images[sorted(rows)], labels[sorted(rows)], classes) for rows in parts)
 
 
-def open_folder(root: Path, image_size: int) -> tuple[Dataset, Dataset]:
-    """train/<class>/* and test/<class>/* of a directory, resized and cropped to squares of image_size pixels."""
-    from torchvision.datasets import ImageFolder
-
-    read, transform = ReadImage(scan_folder(root)), square(image_size)
-    splits = []
-    for split in (root / "train", root / "test"):
-        try:
-            splits.append(ImageFolder(split, transform, loader=read))
-        except OSError as error:
-            raise DatasetError(
-                f"{split} must hold a directory of images for each class: {one_line(error)}"
-            ) from error
-        if len(splits[-1].classes) < 2:
-            raise DatasetError(
-                f"{split} must hold at least two classes, got {splits[-1].classes[0]} alone"
-            )
-    train, test = splits
-    odd = [
-        (Path(split.root).name, sorted(set(split.classes) - set(other.classes)))
-        for split, other in ((train, test), (test, train))
-    ]
-    if only := " and ".join(
-        f"only {split} has {', '.join(names)}" for split, names in odd if names
-    ):
-        raise DatasetError(f"train and test in {root} must have the same classes, but {only}")
+def open_folder(root: Path, image_size: Size) -> tuple[Folder, Folder]:
+    """train/<class>/* and test/<class>/* of a directory; classes may be in one of them alone."""
+    train = Folder(root / "train")
+    test = Folder(root / "test")
+    if train.empty or len(train.classes) < 2:
+        got = f"none of {some(train.empty)}" if train.empty else some(train.classes)
+        raise DatasetError(
+            f"{root / 'train'} must hold at least two classes and images of each, got {got}"
+            f"{train.left_out}"
+        )
+    grey = in_threads(is_grey, train.paths + test.paths, "Reading headers")
+    train.read = ReadImage("L" if all(grey) else "RGB", image_size)
+    test.read = train.read
     return train, test
 
 
-def open_test_folder(root: Path, image_size: int, classes: list[str], in_channels: int) -> Dataset:
-    """test/<class>/* alone, of some of a trained network's classes."""
-    from torchvision.datasets import ImageFolder
+def open_test_folder(root: Path, image_size: Size, in_channels: int) -> Folder:
+    """test/<class>/* alone, of any classes."""
+    return Folder(root / "test", ReadImage(MODES[in_channels], image_size))
 
-    try:
-        test = ImageFolder(root / "test", square(image_size), loader=ReadImage(MODES[in_channels]))
-    except OSError as error:
-        raise DatasetError(f"--data-root must hold test/<class>/*: {one_line(error)}") from error
-    if odd := sorted(set(test.classes) - set(classes)):
-        raise DatasetError(
-            f"{root / 'test'} must hold classes of the trained network, but it has {', '.join(odd)}"
-        )
-    test.samples = [(path, classes.index(test.classes[label])) for path, label in test.samples]
-    test.targets, test.classes = [label for _, label in test.samples], classes
-    return test
+
+def open_omniglot(root: Path, image_size: Size) -> tuple[Folder, Folder]:
+    """Characters of 30 alphabets for the training and of 20 others for the test.
+
+    A class is a character, with its alphabet in the name: "Greek/character01".
+    """
+    read = ReadImage("L", image_size)
+    splits = [download("Omniglot", root, background=background) for background in (True, False)]
+    return tuple(Folder(Path(split.target_folder), read, levels=2) for split in splits)
 
 
 SPECS = {
@@ -191,25 +194,25 @@ SPECS = {
         (0.5071, 0.4865, 0.4409),
         (0.2673, 0.2564, 0.2762),
     ),
+    "omniglot": Spec(open_omniglot, (0.92,), (0.22,), flip=False),
     "digits": Spec(open_digits, (0.3053,), (0.3247,), flip=False),
     "folder": Spec(open_folder, (0.5,), (0.5,), open_test=open_test_folder),
 }
 
 
-# How pixels p in [0, 255] become network input: the mean to subtract from p / 255 and the std to divide by.
+# How pixels p become network input: the mean to subtract from p / 255, the std to divide by.
 Moments = tuple[tuple[float, ...], tuple[float, ...]]
-
-
-SCALINGS: dict[str, Callable[[Spec], Moments]] = {
-    "standard": lambda spec: (spec.mean, spec.std),
-    "symmetric": lambda spec: ((127.5 / 255,), (128 / 255,)),  # (p - 127.5) / 128
-    "unit": lambda spec: ((0.0,), (1.0,)),  # p / 255
+SCALINGS: dict[str, Moments | None] = {
+    "standard": None,  # those of the data set
+    "symmetric": ((127.5 / 255,), (128 / 255,)),  # (p - 127.5) / 128
+    "unit": ((0.0,), (1.0,)),  # p / 255
 }
 
 
 def moments(spec: Spec, scaling: str | Moments, in_channels: int) -> Moments:
-    """The mean and std of a scaling, given by name or as they are; for grey images averaged over the channels."""
-    values = SCALINGS[scaling](spec) if isinstance(scaling, str) else scaling
+    """Those of a scaling, by name or as they are; for grey images averaged over the channels."""
+    values = SCALINGS[scaling] if isinstance(scaling, str) else scaling
+    values = values or (spec.mean, spec.std)
     return tuple((sum(each) / len(each),) if in_channels == 1 else each for each in values)
 
 
@@ -220,7 +223,7 @@ def create(
     workers: int = 0,
     device: str | torch.device = "cpu",
     *,
-    image_size: int = 32,
+    image_size: int | Sequence[int] = 32,
     scaling: str | Moments = "standard",
     unseen: Sequence[str] = (),
     augment: bool = False,
@@ -232,154 +235,116 @@ def create(
 ) -> Data:
     """Opens data set `name` below `root`, downloading it where torchvision can.
 
-    `image_size` is for data sets without a size of their own: "folder". `scaling` is in SCALINGS, or
-    the mean and std. `unseen` are the names or numbers of classes to leave out of `train` and `test`;
-    their test images are `unknown`. `augment`, which shifts and flips, and `erase` change the
-    training images as in Augment. `val_share` of each class's training images, drawn by `seed`,
-    become `val`. `trained` are the facts() of a network to be tested, whose training images may be
-    missing.
-    Raises DatasetError if the data are missing, broken or too large for the device, or too few
-    classes are left.
+    `image_size`, a number or (H, W), is for data sets without a size of their own; `scaling` is in
+    SCALINGS, or the mean and std. `unseen` are names or numbers of classes that are not trained;
+    their test images are `unknown`, as are those of classes that `train` lacks. `augment` (shifts
+    and flips) and `erase` are Augment's. `val_share` of each class's training images, drawn by
+    `seed`, become `val`. `trained` are the facts() of a network to be tested: no training images.
+    Raises DatasetError if the data are missing, broken or too large for the device.
     """
     spec = SPECS[name]
     device = torch.device(device)
-    splits = open_splits(spec, Path(root), image_size, unseen, trained)
+    train, test = _open(spec, Path(root), height_and_width(image_size), trained)
+    classes = trained["classes"] if trained else _trained_classes(train, test, unseen)
+    splits, unseen = _parts(train, test, classes)
+    lines = describe(splits, [*classes, *unseen], dict(train=train, test=test))
     if val_share and not trained:
-        splits["train"], splits["val"] = split_off(splits["train"], val_share, seed)
-    shape = tuple(splits["train"][0][0].shape)
+        splits["train"], splits["val"] = split_off(splits["train"], classes, val_share, seed)
+    shape = tuple(next(iter(splits.values()))[0][0].shape)
     if not workers:
         check_memory(sum(map(len, splits.values())) * math.prod(shape), device)
     normalise = Normalise(*moments(spec, scaling, shape[0]), device)
-    batches = {}
-    for split_name, split in splits.items():
+    batches = dict.fromkeys(("train", "test", "unknown", "val"))
+    for key, split in splits.items():
         size = batch_size
-        if split_name != "train" and device.type == "cuda":  # larger batches, of some 32 MiB
+        if key != "train" and device.type == "cuda":  # which tests some 32 MiB at a time
             size = max(batch_size, min(2000, 2**23 // math.prod(shape)))
-        shuffle = split_name == "train"
         if workers:
             source = FromWorkers(split, shape, workers, pin=device.type == "cuda")
-            rows = BatchRows(len(split), size, shuffle, "cpu", ranks)
         else:
             source = OnDevice(split, shape, device)
-            rows = BatchRows(len(split), size, shuffle, device, ranks)
-        paths = [path for path, _ in getattr(split, "samples", [])]
-        batches[split_name] = Batches(rows, source, normalise, paths)
-    if augment or erase:
-        batches["train"].augment = Augment(
-            seed, shift=augment, flip=augment and spec.flip, erase=erase, ranks=ranks
-        )
+        rows = BatchRows(len(split), size, key == "train", "cpu" if workers else device, ranks)
+        batches[key] = Batches(rows, source, normalise, getattr(split, "paths", []))
+    if batches["train"] and (augment or erase):
+        flip = augment and spec.flip
+        batches["train"].augment = Augment(seed, shift=augment, flip=flip, erase=erase, ranks=ranks)
     return Data(
-        train=batches["train"],
-        test=batches["test"],
-        unknown=batches.get("unknown"),
-        classes=list(splits["train"].classes),
-        unseen=list(splits["unknown"].classes) if "unknown" in splits else [],
+        **batches,
+        classes=classes,
+        unseen=unseen,
         in_channels=shape[0],
-        image_size=shape[1],
-        val=batches.get("val"),
+        image_size=shape[1:],
+        read=lines,
     )
 
 
-def open_splits(
-    spec: Spec, root: Path, image_size: int, unseen: Sequence[str], trained: dict | None
-) -> dict[str, Dataset]:
-    """The splits "train", "test" and, with test images of classes left out, "unknown"."""
-    if root.exists() and not root.is_dir():
-        raise DatasetError(f"--data-root must be a directory, got the file {root}")
-    if trained:  # names: a number may be another class's where some are missing
-        unseen = trained.get("unseen", unseen)
-    if trained and spec.open_test and not (root / "train").exists():
-        classes = [*trained["classes"], *unseen]
-        train = test = spec.open_test(root, image_size, classes, trained["in_channels"])
-    else:
-        train, test = spec.open(root, image_size)
-    splits = dict(train=train, test=test)
-    if unseen:
-        seen, left_out = _divide(train.classes, unseen)
-        splits["train"] = of_classes(train, seen)
-        splits["test"] = of_classes(test, seen)
-        unknown = of_classes(test, left_out, first_label=len(seen))
-        if len(unknown):
-            splits["unknown"] = unknown
-    if not len(splits["test"]):
-        raise DatasetError("--data-root must have test images of the trained classes, got none")
-    return splits
+def _open(
+    spec: Spec, root: Path, image_size: Size, trained: dict | None
+) -> tuple[Dataset | None, Dataset]:
+    """The training split, None for a trained network, and the test split."""
+    if trained and spec.open_test:
+        return None, spec.open_test(root, image_size, trained["in_channels"])
+    train, test = spec.open(root, image_size)
+    return (None if trained else train), test
 
 
-class Rows(Dataset):
-    """Some rows of a data set, with other targets and classes, and with all else that `create` reads."""
-
-    def __init__(
-        self, split: Dataset, rows: torch.Tensor, targets: torch.Tensor, classes: Sequence[str]
-    ):
-        self.split = split
-        self.rows = rows.tolist()
-        self.targets = targets
-        self.classes = classes
-        if hasattr(split, "samples"):
-            self.samples = [split.samples[row] for row in self.rows]
-
-    @property
-    def data(self) -> torch.Tensor:
-        """AttributeError where the images are not in memory."""
-        return torch.as_tensor(self.split.data)[self.rows]
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
-        return self.split[self.rows[index]][0], int(self.targets[index])
+def _parts(
+    train: Dataset | None, test: Dataset, classes: Sequence[str]
+) -> tuple[dict[str, Dataset], list[str]]:
+    """Those of "train", "test" and "unknown" that have images; the classes of "unknown"."""
+    known = set(classes)
+    unseen = [name for name in test.classes if name not in known]
+    parts = dict(test=of_classes(test, classes), unknown=of_classes(test, unseen, len(classes)))
+    if train:
+        parts = dict(train=of_classes(train, classes)) | parts
+    parts = {key: part for key, part in parts.items() if len(part)}
+    if "test" not in parts and parts["unknown"].targets.bincount().max() < 2:
+        raise DatasetError(
+            "the test must have images of trained classes or two images of another one, got one of "
+            f"each of {some(unseen)}"
+        )
+    return parts, unseen
 
 
-def of_classes(split: Dataset, numbers: list[int], first_label: int = 0) -> Rows:
-    """The images of some classes of a split: these classes' numbers become labels first_label, first_label + 1, …"""
-    labels = torch.full((len(split.classes),), -1)
-    labels[numbers] = torch.arange(first_label, first_label + len(numbers))
-    targets = labels[torch.as_tensor(split.targets)]
-    rows = (targets >= 0).nonzero().flatten()
-    return Rows(split, rows, targets[rows], [split.classes[number] for number in numbers])
-
-
-def split_off(split: Dataset, share: float, seed: int) -> tuple[Rows, Rows]:
-    """Splits off a share of each class, at least one image, drawn by `seed`; returns the rest and the share."""
-    labels, generator = torch.as_tensor(split.targets), torch.Generator().manual_seed(seed)
-    drawn = torch.zeros(len(labels), dtype=torch.bool)
-    for label, name in enumerate(split.classes):
-        rows = (labels == label).nonzero().flatten()
-        count = max(1, round(share * len(rows)))
-        if count >= len(rows):
+def _trained_classes(train: Dataset, test: Dataset, unseen: Sequence[str]) -> list[str]:
+    """Those of `train` without the ones to leave out, which are given by name or else by number."""
+    names = [*train.classes, *test.classes]
+    left_out = set()
+    for name in unseen:
+        if name not in names and name.isdecimal() and int(name) < len(train.classes):
+            name = train.classes[int(name)]
+        if name not in names:
             raise DatasetError(
-                f"--val-share {share:g} leaves no training image of class {name}, which has {len(rows)}"
+                f"--unseen must be names or numbers of classes, got {name}; the classes are "
+                f"{some(train.classes)}"
             )
-        drawn[rows[torch.randperm(len(rows), generator=generator)[:count]]] = True
-    return tuple(
-        Rows(split, rows, labels[rows], split.classes)
-        for rows in ((~drawn).nonzero().flatten(), drawn.nonzero().flatten())
-    )
-
-
-def _divide(classes: Sequence[str], unseen: Sequence[str]) -> tuple[list[int], list[int]]:
-    """The numbers of the classes to train and of those to leave out, which are given by name or else by number."""
-    numbers = {str(number): number for number in range(len(classes))}
-    numbers |= {name: number for number, name in enumerate(classes)}
-    if unknown := [name for name in unseen if name not in numbers]:
-        shown = ", ".join(classes[:10]) + (
-            f", … ({len(classes)} in all)" if len(classes) > 10 else ""
-        )
+        left_out.add(name)
+    classes = [name for name in train.classes if name not in left_out]
+    if len(classes) < 2:
         raise DatasetError(
-            f"--unseen must be names or numbers of classes, got {unknown[0]}; the classes are {shown}"
+            f"--unseen must leave at least two classes, got {len(classes)} of {len(train.classes)}"
         )
-    left_out = sorted({numbers[name] for name in unseen})
-    seen = [number for number in range(len(classes)) if number not in left_out]
-    if len(seen) < 2:
-        raise DatasetError(
-            f"--unseen must leave at least two classes, got {len(left_out)} of {len(classes)}"
-        )
-    return seen, left_out
+    return classes
 
 
-def _remove_empty(download: Path, created: list[Path]) -> None:
-    """Removes the empty directories of a failed download."""
-    for path in (download / "raw", download, *created):
-        with contextlib.suppress(OSError):
-            path.rmdir()
+def describe(
+    parts: dict[str, Dataset], names: Sequence[str], opened: dict[str, Dataset | None]
+) -> list[str]:
+    """How many images of which classes each part has, and what was left out at the opening."""
+    lines = []
+    for key, part in parts.items():
+        counts = Counter(names[label] for label in part.targets.tolist())
+        each = some([f"{name} {count:,}" for name, count in counts.items()])
+        lines.append(f"{key}: {len(part):,} images of {len(counts):,} classes: {each}")
+    rest = {key: getattr(split, "left_out", "") for key, split in opened.items()}
+    return lines + [f"{key}{left_out}" for key, left_out in rest.items() if left_out]
+
+
+def check_save_dir(root: str | Path, save_dir: str | Path) -> None:
+    """Raises DatasetError if the files of a run would become images of the data."""
+    target = Path(save_dir).resolve()
+    for split in (Path(root, "train").resolve(), Path(root, "test").resolve()):
+        if split.is_dir() and split in (target, target / split.name, *target.parents):
+            raise DatasetError(
+                f"--save-dir must not write into the images of --data-root, got {save_dir}"
+            )

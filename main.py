@@ -7,15 +7,24 @@ python main.py --evaluate log/checkpoint.pt   test metrics of a trained network
 
 Where λ, both losses and both optimizers meet, one update at a time: engine/step.py.
 """
+# ruff: noqa: E402  (what Ctrl-C does comes before the imports, which take seconds)
 
 import os
 import signal
 import sys
 
+
+def end_at_once(*_) -> None:
+    """Ctrl-C while modules and data are loaded: no library's handler may swallow it."""
+    if os.environ.get("RANK", "0") == "0":
+        os.write(2, b"main.py: interrupted\n")
+    os._exit(130)
+
+
 if __name__ == "__main__":
-    # Without a traceback, also while the imports take their seconds.
-    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+    signal.signal(signal.SIGINT, end_at_once)
     sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # PYTHONSAFEPATH leaves it out
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # threads that wait leave busy cores to others
 
 import argparse
 import contextlib
@@ -25,7 +34,6 @@ import math
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -39,11 +47,11 @@ import plots
 import recipes
 import utils
 from engine import epoch
-from engine.device import choose_device, make_deterministic, multiplies_bfloat16
 from engine.ranks import Interrupted, Ranks, StopRequest
 from engine.state import State, from_checkpoint, new_row, to_checkpoint
 from engine.step import Step
 from tools import evaluate
+from tools.run_files import NoFiles, RunFiles, is_moved
 
 
 @dataclass
@@ -52,6 +60,8 @@ class Experiment:
 
     args: argparse.Namespace
     log: utils.Log
+    files: RunFiles | NoFiles
+    pictures: plots.Plotter | None
     ranks: Ranks
     stop: StopRequest
     data: datasets.Data
@@ -62,6 +72,11 @@ class Experiment:
     steps: int  # of the whole run
     epochs: int
 
+    def is_tested(self, number: int) -> bool:
+        """Whether a test follows an epoch: the last one, and others."""
+        every = recipes.epochs_per_test(self.args, self.data)
+        return number == self.epochs or (every > 0 and number % every == 0)
+
     def is_complete(self, state: State) -> bool:
         """Whether all epochs are done and, with validation images, the best one is tested."""
         return state.epoch >= self.epochs and (state.best_tested or not self.data.val)
@@ -69,143 +84,108 @@ class Experiment:
     def checkpoint(self, state: State) -> dict:
         return to_checkpoint(state, self.modules) | dict(data=self.data.facts())
 
-    def watched(self, batches: Iterable, what: str, total: int) -> Iterable:
+    def watch(self, batches: Iterable, what: str, total: int) -> Iterable:
         """The batches, with a progress bar; Interrupted if a signal asks to stop."""
-        shown = self.ranks.rank == 0
-        return utils.progress_bar(self.stop.watch(batches), what, total, shown=shown)
+        return utils.progress_bar(self.stop.watch(batches), what, total, shown=not self.log.quiet)
 
 
 def main(args: argparse.Namespace, saved: dict | None = None) -> None:
     """`saved`: the checkpoint to resume or evaluate."""
     start = time.monotonic()
     if args.pairs:
-        return evaluate.test_pairs(args, saved)
-    run = build(args, saved)
-    state = State(run.step.center_loss.centers.detach(), torch.get_rng_state())
-    if saved:
+        return evaluate.test_pairs(args)
+    with utils.reading(args.resume or args.evaluate):
+        run = build(args, saved)
         state = restore(run, saved)
-        start -= state.elapsed
+    start -= state.elapsed
     if args.evaluate:
         test(run, run.model, state.centers, state.epoch, "test")
-        return
-    if run.is_complete(state) and not (args.plot or evaluate.is_moved(args)):
-        run.log(f"The run of {args.resume} is finished after {state.epoch} epochs")
-        return
+        return run.files.write_rest()
+    if run.is_complete(state) and not (args.plot or is_moved(args)):
+        return run.log(f"The run of {args.resume} is finished after {state.epoch} epochs")
 
-    first = run.ranks.rank == 0
-    files = utils.RunFiles(args, state, run.log, start) if first else utils.NoFiles()
-    pictures = plots.Plotter(run.log) if first and args.plot else None
-    on = "val" if run.data.val else "test"
-    with files, pictures or contextlib.nullcontext(), run.stop:
+    with (
+        run.files.opened(state, start) as files,
+        run.pictures or contextlib.nullcontext(),
+        run.stop,
+    ):
         files.save(run.checkpoint(state))  # a run killed in its first epoch can be resumed, too
         with contextlib.suppress(Interrupted):
             while state.epoch < run.epochs:
-                number = state.epoch + 1
-                run.log(f"==> Epoch {number}/{run.epochs}")
-                splits, centers = train(run, number)
-                if is_tested(run, number):
-                    splits |= test(run, run.model, centers, number, on)
-                best = "val" in splits and state.is_best(splits["val"])
-                state.add_epoch(new_row(number, run.scheduler.get_last_lr()[0], splits), centers)
-                if best:
-                    files.save(run.checkpoint(state), "best.pt")
-                files.save(run.checkpoint(state))
-                files.save_epoch(state.history[-1], splits, centers)
-                if pictures:
-                    plots.plot_epoch(pictures, files.directory, number, splits, centers, run.data)
+                train_and_test(run, state)
             if not run.is_complete(state):
                 state.add_best(test_best(run))
                 files.save(run.checkpoint(state))
         undrawn = []
-        if pictures and state.history:
-            undrawn = plots.plot_run(pictures, files.directory, state.history, run.stop.is_urgent)
-        if not run.is_complete(state) or (undrawn and run.stop.is_urgent()):
-            raise utils.Stopped(run.stop.requested(), state.epoch, args.save_dir)
-        seconds = round(time.monotonic() - start)
-        run.log(f"Finished. Total elapsed time (h:m:s): {timedelta(seconds=seconds)}")
+        if run.pictures and state.history:
+            undrawn = plots.plot_run(run.pictures, files.directory, state.history, run.stop.urgent)
+        number = run.stop.requested()
+        if not run.is_complete(state) or (undrawn and run.stop.urgent()):
+            raise utils.Stopped(number, state.epoch, args.save_dir)
+        run.log(f"Finished. Total elapsed time (h:m:s): {utils.passed(start)}")
         files.finish(undrawn)
+
+
+def train_and_test(run: Experiment, state: State) -> None:
+    """An epoch: train, test, record, save, plot."""
+    start = time.monotonic()
+    number = state.epoch + 1
+    run.log(f"==> Epoch {number}/{run.epochs}")
+    splits, centers = train(run, number)
+    if run.is_tested(number):
+        splits |= test(run, run.model, centers, number, "val" if run.data.val else "test")
+    is_best = "val" in splits and state.is_best(splits["val"])
+    rate = run.scheduler.get_last_lr()[0]
+    state.add_epoch(new_row(number, rate, splits, validates=bool(run.data.val)), centers)
+    run.log(f"Epoch {number} took {time.monotonic() - start:.1f} s")
+    run.files.save_epoch(state.history[-1], splits, centers)
+    if run.pictures:
+        plots.plot_epoch(run.pictures, run.files.directory, number, splits, centers, run.data)
+    if is_best:
+        run.files.save(run.checkpoint(state), "best.pt")
+    run.files.save(run.checkpoint(state))  # last: an epoch that is killed before is done again
 
 
 def build(args: argparse.Namespace, saved: dict | None) -> Experiment:
     """Everything that a run needs, in order: device, data, network, losses, optimizers."""
     ranks = Ranks.of_environment()
-    log = utils.Log(quiet=ranks.rank > 0)
-    device = choose_device(args.gpu, args.use_cpu)
-    log("Currently using CPU" if device.type == "cpu" else f"Currently using GPU: {args.gpu}")
-    if args.deterministic:
-        make_deterministic()
-    if args.amp and not multiplies_bfloat16(device.index):
-        log("--amp is slow here: the hardware does not multiply bfloat16; --no-amp is faster")
-
+    first = ranks.rank == 0
+    log = utils.Log(quiet=not first)
+    files = RunFiles(args, log) if first else NoFiles()
+    pictures = plots.Plotter(log) if first and args.plot and not args.evaluate else None
+    device = recipes.prepare_device(args, log)
     log(f"Creating dataset: {args.dataset}")
     with ranks.first_alone():
-        data = datasets.create(
-            args.dataset,
-            args.data_root,
-            args.batch_size,
-            args.workers,
-            device,
-            image_size=args.image_size,
-            scaling=models.pretrained_scaling(args.model) if args.pretrained else args.scaling,
-            unseen=args.unseen,
-            augment=args.augment,
-            erase=args.erase,
-            val_share=args.val_share,
-            seed=args.seed,
-            trained=saved["data"] if args.evaluate else None,
-            ranks=ranks,
-        )
-    for line in data.lines():
-        log(line)
+        data = recipes.create_data(args, device, ranks, saved)
+    log(*data.lines())
 
     log(f"Creating model: {args.model}")
     torch.manual_seed(args.seed)
     shape = (len(data.classes), data.in_channels, data.image_size, args.feat_dim)
     model = models.create(args.model, *shape, args.init, pretrained=args.pretrained and not saved)
     center_loss = recipes.create_center_loss(len(data.classes), model.classifier.in_features, args)
-    models.INITS[args.init](center_loss.centers)
     model.to(device, memory_format=torch.channels_last)  # faster, in float32 as well
     center_loss.to(device)
-    net = ranks.parallel(model)
-    if args.compile and not args.evaluate:
-        net = models.Compiled(net, len(ranks.share(torch.empty(args.batch_size))))
-
     optimizers = recipes.create_optimizers(model, center_loss, args)
-    step = recipes.create_step(net, center_loss, optimizers, args, ranks, log)
+    step = recipes.create_step(model, center_loss, optimizers, args, ranks, log)
     per_epoch = len(data.train or data.test or data.unknown)  # to evaluate, nothing is trained
     steps = args.max_iter or args.max_epoch * per_epoch
     scheduler = recipes.create_scheduler(optimizers, args, per_epoch, steps, log)
     modules = dict(model=model, center_loss=center_loss, scheduler=scheduler, **optimizers)
     if data.train and data.train.augment:
         modules["augment"] = data.train.augment
-    stop = StopRequest(ranks)
-    epochs = math.ceil(steps / per_epoch)
-    return Experiment(args, log, ranks, stop, data, model, step, scheduler, modules, steps, epochs)
+    writes = (args, log, files, pictures, ranks, StopRequest(ranks))
+    trains = (data, model, step, scheduler, modules, steps, math.ceil(steps / per_epoch))
+    return Experiment(*writes, *trains)
 
 
-def restore(run: Experiment, saved: dict) -> State:
-    """The state of a checkpoint, whose modules are loaded, too."""
+def restore(run: Experiment, saved: dict | None) -> State:
+    """The state at the start, or that of a checkpoint, whose modules are loaded, too."""
+    if not saved:
+        return State(run.step.center_loss.centers.detach(), torch.get_rng_state())
     path = run.args.resume or run.args.evaluate
     utils.check_data(path, saved["data"], run.data.facts(), to_train=bool(run.args.resume))
-    try:
-        return from_checkpoint(saved, run.modules, run.step.device)
-    except ValueError as error:
-        raise utils.RunError(f"{path} cannot be loaded: {error}") from error
-
-
-def is_tested(run: Experiment, number: int) -> bool:
-    """Whether a test follows an epoch: the last, and every --eval-freq-th or, without it, tenth.
-
-    Without it every epoch is tested if that chooses the best one, or if --plot makes films and a
-    test takes less than a tenth of an epoch. Images are counted, those of the training three times,
-    rather than seconds, so that a resumed run tests after the same epochs.
-    """
-    every = run.args.eval_freq
-    if every is None:
-        images = run.data.test_images * (2 if run.args.mirror else 1)
-        cheap = images < 3 * run.data.train.rows.size / 10
-        every = 1 if run.data.val or (run.args.plot and cheap) else 10
-    return number == run.epochs or (every > 0 and number % every == 0)
+    return from_checkpoint(saved, run.modules, run.step.device)
 
 
 def train(run: Experiment, number: int) -> tuple[dict[str, dict], Tensor]:
@@ -213,23 +193,17 @@ def train(run: Experiment, number: int) -> tuple[dict[str, dict], Tensor]:
     args = run.args
     per_epoch = len(run.data.train)
     steps = min(per_epoch, run.steps - (number - 1) * per_epoch)
-    batches = run.watched(itertools.islice(run.data.train, steps), f"epoch {number}", steps)
+    batches = run.watch(itertools.islice(run.data.train, steps), f"epoch {number}", steps)
 
     def report(progress: epoch.Progress) -> None:
         if progress.batches % args.print_freq == 0:
-            xent, center = progress.losses()[1]
-            cli.check_finite({"cross entropy": xent, "center loss": center}, number, args)
             run.log(progress.line(per_epoch))
+            utils.check_finite(progress.means(), number, args)
 
     keep = args.plot or args.save_features or args.weight_cent == 0
     trained = epoch.train_epoch(run.step, batches, run.scheduler, keep, report)
-    values = {"cross entropy": trained["xent"], "center loss": trained["center"]}
-    values["network's weights"] = epoch.state_sum(run.model)
-    values["centers"] = epoch.state_sum(run.step.center_loss)
-    cli.check_finite(values, number, args)
-    advice = cli.chance_advice(trained["accuracy"], number, len(run.data.classes), per_epoch)
-    if advice:
-        run.log(advice)
+    utils.check_finite(trained | epoch.state_sums(run.step), number, args)
+    run.log(*cli.advice(trained["accuracy"], number, len(run.data.classes), per_epoch))
     return dict(train=trained), epoch.current_centers(run.step, trained)
 
 
@@ -248,22 +222,22 @@ def test(
     for name in ("test", "unknown") if on == "test" else ("val",):
         batches = getattr(run.data, name)
         if batches:
-            watched = run.watched(batches, name, len(batches))
-            splits[name] = epoch.predict(model, watched, args.amp, run.ranks)
+            batches = run.watch(batches, name, len(batches))
+            splits[name] = epoch.predict(model, batches, args.amp, run.ranks)
     if on in splits:
         splits[on] |= epoch.measure(splits[on], centers)
-        for line in epoch.lines(splits[on]):
-            run.log(line)
+        run.log(*epoch.lines(splits[on]))
         if not args.evaluate:
-            names = ("xent", "intra_distance")
-            cli.check_finite({f"test's {name}": splits[on][name] for name in names}, number, args)
-    if on == "test" and (args.verify or args.evaluate) and run.ranks.rank == 0:
-        evaluate.report(args, run.data, splits, centers, number, run.log)
+            utils.check_finite(splits[on], number, args)
+    reports = args.verify or args.evaluate or "test" not in splits
+    if on == "test" and reports and run.ranks.rank == 0:
+        evaluate.report(args, run.data, splits, centers, number, run.files)
     return splits
 
 
 def test_best(run: Experiment) -> dict[str, dict]:
     """Tests the network of best.pt, the best epoch by validation."""
+    run.ranks.wait()  # for rank 0, which writes it
     saved = utils.load_checkpoint(Path(run.args.save_dir, "best.pt"))
     model = copy.deepcopy(run.model)
     model.load_state_dict(saved["model"])

@@ -1,43 +1,46 @@
 """Networks: images (B, C, H, W) to features (B, D) and logits (B, num_classes).
 
-MODELS maps a name to its constructor(num_classes, in_channels, image_size, feat_dim), where
-image_size is (H, W). Each ends in an embedding of feat_dim dimensions, small enough to plot at 2,
-and a linear classifier on it. Any other name is one of torchvision's classification networks.
+MODELS maps a name to its constructor(num_classes, in_channels, image_size (H, W), feat_dim). Each
+ends in an embedding and a linear classifier. Other names are torchvision's classification networks.
 """
 
-import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from functools import partial, reduce
 
 import torch
 from torch import Tensor, nn
 
-from engine.backbone import Backbone, ModelError, Size, pretrained_scaling, shown
-from engine.prelu import PReLU
+from engine.backbone import Backbone, ModelError, Size, output_size
+from engine.backbone import pretrained_scaling as pretrained_scaling
+from engine.images import height_and_width, one_line
+from engine.layers import GlobalMax, PReLU, Residual, SmallConv2d
 
-__all__ = ["INITS", "MODELS", "Compiled", "Mirrored", "ModelError", "create", "pretrained_scaling"]
+# Their order is that of state dicts and of the random numbers that they draw.
+Layers = list[nn.Module]
 
-# Layers: their order is that of state dicts and of the random numbers that they draw.
 
-
-def conv_bn(inputs: int, outputs: int, kernel: int = 5) -> list[nn.Module]:
-    """Convolution that keeps the size, BatchNorm, ReLU."""
+def conv_bn(inputs: int, outputs: int, kernel: int = 5) -> Layers:
     convolution = nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2, bias=False)
     return [convolution, nn.BatchNorm2d(outputs), nn.ReLU()]
 
 
-def conv_pool_bn(inputs: int, outputs: int, kernel: int, padding: int) -> list[nn.Module]:
+def conv_pool_bn(inputs: int, outputs: int, kernel: int, padding: int) -> Layers:
     """The pool comes first, so that BatchNorm and ReLU have a quarter of the pixels."""
     convolution = nn.Conv2d(inputs, outputs, kernel, padding=padding, bias=False)
     return [convolution, nn.MaxPool2d(2), nn.BatchNorm2d(outputs), nn.ReLU()]
 
 
-def lenetpp(in_channels: int, per_channel: bool, last_pool: int) -> list[nn.Module]:
-    """LeNet++ (Wen et al., Table 1). `per_channel`: a PReLU slope for each channel, not layer."""
+def one_slope(channels: int) -> PReLU:
+    """One for all channels; PReLU(channels) has one for each."""
+    return PReLU()
 
-    def layer(inputs: int, outputs: int) -> list[nn.Module]:
-        slopes = outputs if per_channel else 1
-        return [nn.Conv2d(inputs, outputs, 5, padding=2), PReLU(slopes)]
+
+def lenetpp(in_channels: int, activation: Callable, last_pool: int = 2) -> Layers:
+    """LeNet++ (Wen et al., Table 1)."""
+
+    def layer(inputs: int, outputs: int) -> Layers:
+        return [nn.Conv2d(inputs, outputs, 5, padding=2), activation(outputs)]
 
     return [
         *layer(in_channels, 32),
@@ -52,8 +55,8 @@ def lenetpp(in_channels: int, per_channel: bool, last_pool: int) -> list[nn.Modu
     ]
 
 
-def shallow(in_channels: int) -> list[nn.Module]:
-    """Of zahn2024-v1.2."""
+def shallow(in_channels: int) -> Layers:
+    """zahn2024-v1.2's."""
     return [
         *conv_bn(in_channels, 32),
         *conv_bn(32, 64),
@@ -67,8 +70,8 @@ def shallow(in_channels: int) -> list[nn.Module]:
     ]
 
 
-def deep(in_channels: int) -> list[nn.Module]:
-    """Of zahn2024-v1.0 and -v1.1."""
+def deep(in_channels: int) -> Layers:
+    """zahn2024-v1.0's and -v1.1's."""
     return [
         *shallow(in_channels),
         *conv_bn(512, 256),
@@ -78,7 +81,7 @@ def deep(in_channels: int) -> list[nn.Module]:
     ]
 
 
-def fast(in_channels: int) -> list[nn.Module]:
+def fast(in_channels: int) -> Layers:
     return [
         *conv_pool_bn(in_channels, 16, kernel=5, padding=0),
         *conv_pool_bn(16, 32, kernel=5, padding=0),
@@ -87,7 +90,7 @@ def fast(in_channels: int) -> list[nn.Module]:
     ]
 
 
-def colour(in_channels: int) -> list[nn.Module]:
+def colour(in_channels: int) -> Layers:
     """As in Jordan, arXiv:2404.00498: the first layer takes patches of 2x2 pixels apart."""
     layers = [
         nn.Conv2d(in_channels, 24, 2, bias=False),
@@ -99,134 +102,130 @@ def colour(in_channels: int) -> list[nn.Module]:
         *conv_bn(256, 256, kernel=3),
         *conv_pool_bn(256, 256, kernel=3, padding=1),
         *conv_bn(256, 256, kernel=3),
-        nn.AdaptiveMaxPool2d(1),
+        GlobalMax(),
     ]
-    convolutions = [layer for layer in layers if isinstance(layer, nn.Conv2d)]
-    begin_as_patches(convolutions[0].weight)
-    for convolution in convolutions[1:]:  # as the identity of the channels of its input
-        nn.init.dirac_(convolution.weight[: convolution.in_channels])
+    begin_as_patches(layers[0].weight)
+    for layer in layers[1:]:
+        if isinstance(layer, nn.Conv2d):  # begins as the identity of its input
+            nn.init.dirac_(layer.weight[: layer.in_channels])
     return layers
 
 
 def begin_as_patches(weight: Tensor) -> None:
-    """Filters (N, C, H, W) as the C·H·W vectors of the discrete cosine transform, then negated.
+    """Filters (N, C, H, W) become the basis of the discrete cosine transform, then its negative."""
 
-    Of 2x2 pixels these are the mean and the edges, of RGB the brightness and the opponent colours.
-    """
-
-    def basis(size: int) -> Tensor:  # orthonormal, a vector a row
+    def basis(size: int) -> Tensor:  # a vector a row
         index = torch.arange(size)
         vectors = torch.cos(math.pi / size * index.unsqueeze(1) * (index + 0.5))
         return vectors / vectors.norm(dim=1, keepdim=True)
 
-    patches = functools.reduce(torch.kron, map(basis, weight.shape[1:]))
+    patches = reduce(torch.kron, map(basis, weight.shape[1:]))
     patches = patches.view(-1, *weight.shape[1:])
     filters = torch.cat([patches, -patches])[: len(weight)]
     with torch.no_grad():
         weight[: len(filters)] = filters
 
 
-def output_shape(layers: Sequence[nn.Module], image_size: Size) -> tuple[int, int, int]:
-    """Channels, height and width after the layers. ModelError if the images are too small."""
-    channels, size = 0, image_size
-    for layer in layers:
-        if isinstance(layer, nn.Conv2d):
-            channels = layer.out_channels
-            growth = 1 + 2 * layer.padding[0] - layer.kernel_size[0]
-            size = size[0] + growth, size[1] + growth
-        elif isinstance(layer, nn.MaxPool2d):
-            size = tuple((side - layer.kernel_size) // layer.stride + 1 for side in size)
-        elif isinstance(layer, nn.AdaptiveMaxPool2d):
-            size = 1, 1
-        # A BatchNorm of one pixel could not train on a batch of one image.
-        smallest = 2 if isinstance(layer, nn.BatchNorm2d) else 1
-        if min(size) < 1 or size[0] * size[1] < smallest:
-            raise ModelError(f"images of {shown(image_size)} pixels are too small for this network")
-    return channels, *size
-
-
 class ConvNet(nn.Module):
     """Convolutions, an embedding and a linear classifier on it.
 
-    Args:
-        layers: the convolutions, for images of `image_size` (H, W).
-        activation: of the embedding; None: none.
-        classifier_bias: without it the class centers spread on a circle, else on rays to one side.
-
-    Raises ModelError if the images are too small for the layers, or feat_dim is 0.
+    `layers` creates the convolutions for so many channels, `activation` that of the embedding.
+    Without `classifier_bias` class centers spread on a circle, else on rays to one side.
+    ModelError if the images are too small for the layers, or feat_dim is 0.
     """
 
     def __init__(
         self,
-        layers: Sequence[nn.Module],
         num_classes: int,
+        in_channels: int,
         image_size: Size,
         feat_dim: int,
-        activation: nn.Module | None = None,
+        *,
+        layers: Callable[[int], Layers],
+        activation: Callable[[int], nn.Module] | None = None,
         classifier_bias: bool = True,
     ):
         super().__init__()
         if not feat_dim:
             raise ModelError("--feat-dim must be at least 1 for a network of models.py, got 0")
-        self.body = nn.Sequential(*layers)
-        width = math.prod(output_shape(layers, image_size))
-        self.embedding = nn.Linear(width, feat_dim)
+        self.body = nn.Sequential(*layers(in_channels))
+        self.embedding = nn.Linear(output_size(self.body, in_channels, image_size), feat_dim)
         if activation:
-            self.embedding = nn.Sequential(self.embedding, activation)
+            self.embedding = nn.Sequential(self.embedding, activation(feat_dim))
         self.classifier = nn.Linear(feat_dim, num_classes, bias=classifier_bias)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         inputs = self.body(images).flatten(1).to(images.dtype)
-        # Without autocast, as bfloat16 would round the features to a visible grid.
+        # bfloat16 would round the features to a visible grid.
         with torch.autocast(images.device.type, enabled=False):
             features = self.embedding(inputs)
             return features, self.classifier(features)
 
 
-def cnn(num_classes: int, in_channels: int, image_size: Size, feat_dim: int) -> ConvNet:
-    """LeNet++ as in zhou2018."""
-    layers = lenetpp(in_channels, per_channel=False, last_pool=2)
-    return ConvNet(layers, num_classes, image_size, feat_dim, PReLU())
-
-
-def cnn_wen2016(num_classes: int, in_channels: int, image_size: Size, feat_dim: int) -> ConvNet:
-    """LeNet++ as in the authors' Caffe files."""
-    layers = lenetpp(in_channels, per_channel=True, last_pool=3)
-    activation = PReLU(feat_dim) if feat_dim else None
-    return ConvNet(layers, num_classes, image_size, feat_dim, activation, classifier_bias=False)
-
-
-def of_layers(create_layers: Callable[[int], list[nn.Module]]) -> Callable[..., ConvNet]:
-    """The constructor of a network whose embedding has no activation."""
-
-    def construct(num_classes: int, in_channels: int, image_size: Size, feat_dim: int) -> ConvNet:
-        return ConvNet(create_layers(in_channels), num_classes, image_size, feat_dim)
-
-    return construct
-
-
-def resnet18_small(num_classes: int, in_channels: int, image_size: Size, feat_dim: int) -> Backbone:
-    """resnet18 for small images: a first convolution of 3x3 without stride and without a pool."""
-    model = Backbone("resnet18", num_classes, in_channels, image_size, feat_dim)
+def resnet18_small(*shape) -> Backbone:
+    """The first convolution is of 3x3, without stride and pool."""
+    model = Backbone("resnet18", *shape)
     model.body.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
     nn.init.kaiming_normal_(model.body.conv1.weight, mode="fan_out", nonlinearity="relu")
     model.body.maxpool = nn.Identity()
     return model
 
 
+def faces(in_channels: int) -> Layers:
+    """wen2016's, as in the authors' Caffe files."""
+
+    def layer(inputs: int, outputs: int) -> Layers:
+        return [nn.Conv2d(inputs, outputs, 3), PReLU(outputs)]
+
+    return [
+        *layer(in_channels, 32),
+        *layer(32, 64),
+        nn.MaxPool2d(2),
+        Residual(64),
+        *layer(64, 128),
+        nn.MaxPool2d(2),
+        Residual(128),
+        Residual(128),
+        *layer(128, 256),
+        nn.MaxPool2d(2),
+        Residual(256),
+        Residual(256),
+        Residual(256),
+        Residual(256),
+        Residual(256),
+        *layer(256, 512),
+        nn.MaxPool2d(2),
+        Residual(512),
+        Residual(512),
+        Residual(512),
+    ]
+
+
+def face_resnet(*shape) -> ConvNet:
+    """For 112 x 96 pixels and feat_dim 512 in wen2016; it begins as there."""
+    model = ConvNet(*shape, layers=faces)
+    initialise(model, "xavier")
+    return model
+
+
 MODELS: dict[str, Callable[..., nn.Module]] = {
-    "cnn": cnn,
-    "cnn-wen2016": cnn_wen2016,
-    "bn-deep": of_layers(deep),
-    "bn-shallow": of_layers(shallow),
-    "bn-fast": of_layers(fast),
-    "bn-images": of_layers(colour),
+    "cnn": partial(ConvNet, layers=partial(lenetpp, activation=one_slope), activation=one_slope),
+    "cnn-wen2016": partial(
+        ConvNet,
+        layers=partial(lenetpp, activation=PReLU, last_pool=3),
+        activation=PReLU,
+        classifier_bias=False,
+    ),
+    "bn-deep": partial(ConvNet, layers=deep),
+    "bn-shallow": partial(ConvNet, layers=shallow),
+    "bn-fast": partial(ConvNet, layers=fast),
+    "bn-images": partial(ConvNet, layers=colour),
     "resnet18-small": resnet18_small,
+    "face-resnet": face_resnet,
 }
 
 
 def is_known(name: str) -> bool:
-    """Whether `name` is in MODELS or names a classification network of torchvision."""
     if name in MODELS:  # torchvision takes seconds to load
         return True
     import torchvision
@@ -235,43 +234,49 @@ def is_known(name: str) -> bool:
 
 
 class Mirrored(nn.Module):
-    """The mean features and logits of images and of their mirror images.
+    """Features of images and of their mirror images: their "mean" (B, D), or "concat" (B, 2 D).
 
-    Wen et al. (ECCV 2016, section 4.1) test faces so, with the two features side by side. As the
-    classifiers here are linear, the mean logits are those of the mean features.
+    Wen et al. (ECCV 2016, section 4.1) test faces by the latter. Logits are the mean of both.
     """
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, mode: str = "mean"):
         super().__init__()
+        if mode not in MIRRORS:
+            raise ModelError(f"mirror must be one of {', '.join(MIRRORS)}, got {mode}")
         self.model = model
+        self.mode = mode
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         features, logits = self.model(images)
         mirrored_features, mirrored_logits = self.model(images.flip(3))
-        return (features + mirrored_features) / 2, (logits + mirrored_logits) / 2
+        logits = (logits + mirrored_logits) / 2
+        if self.mode == "concat":
+            return torch.cat([features, mirrored_features], 1), logits
+        return (features + mirrored_features) / 2, logits
+
+    def centers(self, centers: Tensor) -> Tensor:
+        """Class centers (C, D) among these features."""
+        return torch.cat([centers, centers], 1) if self.mode == "concat" else centers
+
+
+MIRRORS = ("mean", "concat")
 
 
 class Compiled(nn.Module):
-    """`net`, compiled for batches of one size; others, such as an epoch's last, run uncompiled."""
+    """Compiled for batches of one size; an epoch's last, smaller one runs uncompiled."""
 
     def __init__(self, net: nn.Module, batch_size: int):
         super().__init__()
         try:  # here, rather than within the first step
             torch.compile(torch.neg)(next(net.parameters()).detach())
         except Exception as error:  # of torch's compiler, Triton's or the system's
-            reason = str(error).strip().partition("\n")[0] or type(error).__name__
-            raise ModelError(f"--compile needs a C++ compiler that works: {reason}") from error
+            raise ModelError(f"--compile needs a C++ compiler: {one_line(error)}") from error
         self.net = net
         self.batch_size = batch_size
         self.compiled = torch.compile(net, dynamic=False)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         return self.compiled(images) if len(images) == self.batch_size else self.net(images)
-
-
-def keep_(parameter: Tensor) -> Tensor:
-    """The network's own initialisation, as a rule PyTorch's; its layers have drawn it already."""
-    return parameter
 
 
 def xavier_(parameter: Tensor) -> Tensor:
@@ -282,7 +287,14 @@ def xavier_(parameter: Tensor) -> Tensor:
     return nn.init.uniform_(parameter, -bound, bound)
 
 
-INITS = {"default": keep_, "xavier": xavier_}
+INITS = {"default": nn.Identity(), "xavier": xavier_}  # "default": as the layers have drawn it
+
+
+def initialise(model: nn.Module, init: str) -> None:
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d | nn.Linear) and not isinstance(module, SmallConv2d):
+            for parameter in module.parameters():
+                INITS[init](parameter)
 
 
 def create(
@@ -294,18 +306,15 @@ def create(
     init: str = "default",
     pretrained: bool = False,
 ) -> nn.Module:
-    """Builds MODELS[name], or torchvision's network of that name; initialises it by INITS[init].
+    """MODELS[name], or torchvision's network of that name, initialised by INITS[init].
 
-    `image_size` is (H, W), or one number for squares. Raises ModelError if the network cannot be
-    built for such images, or its pretrained weights cannot be read or downloaded.
+    `image_size` is (H, W), or one number for squares. ModelError if it cannot take such images, or
+    the pretrained weights cannot be read or downloaded.
     """
-    size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
+    size = height_and_width(image_size)
     if name in MODELS and not pretrained:
         model = MODELS[name](num_classes, in_channels, size, feat_dim)
     else:
         model = Backbone(name, num_classes, in_channels, size, feat_dim, pretrained)
-    for module in model.modules():
-        if isinstance(module, nn.Conv2d | nn.Linear):
-            for parameter in module.parameters():
-                INITS[init](parameter)
+    initialise(model, init)
     return model

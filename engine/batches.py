@@ -42,10 +42,10 @@ class Augment:
     device, over ranks, and after a resume.
 
     Args:
-        shift: move it by up to an eighth of its side in either direction, mirrored at the border.
+        shift: move it by up to an eighth of its shorter side, mirrored at the border.
         flip: mirror it, or not.
-        erase: side of a grey square as a share of the image's, rounded to an odd number of pixels.
-            Its center is anywhere in the image, so that a part of it may be outside (DeVries and
+        erase: side of a grey square as a share of the shorter side, rounded to an odd number of
+            pixels. Its center is anywhere in the image, so that a part may be outside (DeVries and
             Taylor's cutout, arXiv:1708.04552).
     """
 
@@ -72,28 +72,34 @@ class Augment:
 
     def __call__(self, images: torch.Tensor, size: int) -> torch.Tensor:
         """`images`: this rank's share of a batch of `size`."""
-        side = images.shape[-1]
+        height, width = images.shape[2:]
         device = images.device
-        draws = self.ranks.share(self._draw(size, side)).to(device, non_blocking=True)
+        draws = self.ranks.share(self._draw(size, height, width)).to(device, non_blocking=True)
         down, right, flipped, *center = draws.unsqueeze(1).unbind(2)  # (B, 1) each
-        along = torch.arange(side, device=device)
-        rows = _mirrored(along + down, side)  # (B, side)
-        columns = _mirrored(along + right, side)
+        along_height = torch.arange(height, device=device)
+        along_width = torch.arange(width, device=device)
+        rows = _mirrored(along_height + down, height)  # (B, H)
+        columns = _mirrored(along_width + right, width)  # (B, W)
         columns = torch.where(flipped.bool(), columns.flip(1), columns)
         index = torch.arange(len(images), device=device).view(-1, 1, 1)
         changed = images[index, :, rows.unsqueeze(2), columns.unsqueeze(1)].permute(0, 3, 1, 2)
         if self.erase:
-            high, wide = ((along - middle).abs() < self.erase * side / 2 for middle in center)
+            reach = self.erase * min(height, width) / 2
+            high = (along_height - center[0]).abs() < reach
+            wide = (along_width - center[1]).abs() < reach
             changed.masked_fill_((high.unsqueeze(2) & wide.unsqueeze(1)).unsqueeze(1), 128)
         return changed
 
-    def _draw(self, size: int, side: int) -> torch.Tensor:
+    def _draw(self, size: int, height: int, width: int) -> torch.Tensor:
         """Shift down, shift right, flip and, if asked for, the square's center of each image."""
-        reach = self.shift * (side // 8)
+        reach = self.shift * (min(height, width) // 8)
         shifts = torch.randint(-reach, reach + 1, (size, 2), generator=self.generator)
         flips = torch.randint(1 + self.flip, (size, 1), generator=self.generator)
-        erased = torch.randint(side, (size, 2 if self.erase else 0), generator=self.generator)
-        return torch.cat([shifts, flips, erased], dim=1)
+        longer = max(height, width)
+        centers = torch.randint(longer, (size, 2 if self.erase else 0), generator=self.generator)
+        if self.erase:
+            centers = centers * torch.tensor([height, width]) // longer
+        return torch.cat([shifts, flips, centers], dim=1)
 
 
 def _mirrored(positions: torch.Tensor, side: int) -> torch.Tensor:
@@ -165,7 +171,7 @@ class Batches:
             yield Batch(self.normalise(images), labels, size)
 
     def thumbnails(self, rows: Sequence[int], largest: int = 32) -> np.ndarray:
-        """The images of these rows, uint8 (N, C, H, W), made smaller where a side is above `largest`."""
+        """The images of these rows, uint8 (N, C, H, W), smaller where a side is above `largest`."""
         kept = []
         for some in torch.as_tensor(rows).split(256):
             images = self.source.images(some)

@@ -4,6 +4,7 @@ step = captured(step, 128)      # called as before; on one GPU a graph, elsewher
 """
 
 import contextlib
+import gc
 import math
 from collections.abc import Callable, Iterator
 
@@ -14,7 +15,7 @@ from engine.step import Output, Step
 
 
 class CudaGraph:
-    """A graph of a function of tensors: run the function, record it, replay it on new values."""
+    """A function of tensors: run it, record it, replay it on new values."""
 
     def __init__(self, device: torch.device):
         self.graph = torch.cuda.CUDAGraph()
@@ -31,14 +32,27 @@ class CudaGraph:
 
     def record(self, function: Callable, *tensors: Tensor) -> None:
         """Computes nothing yet; raises an error if the function cannot be captured."""
+        gc.collect()  # an older graph that is freed meanwhile would end the capture
         capture = torch.cuda.graph(
             self.graph,
             stream=self.stream,
             capture_error_mode="thread_local",  # loaders' threads may allocate in the meantime
         )
-        # The outer context leaves the stream, and its device, after a failure too.
-        with torch.cuda.stream(self.stream), capture:
-            self.output = function(*tensors)
+        try:
+            # The outer context leaves the stream, and its device, after a failure too.
+            with torch.cuda.stream(self.stream), capture:
+                self.output = function(*tensors)
+        except BaseException:
+            self._free_generator()
+            raise
+
+    def _free_generator(self) -> None:
+        """A new state for the generator: a capture that CUDA has ended holds the old one."""
+        device = self.stream.device
+        generator = torch.cuda.default_generators[device.index]
+        fresh = torch.Generator(device)
+        fresh.set_state(generator.get_state())
+        generator.graphsafe_set_state(fresh.graphsafe_get_state())
 
     def replay(self) -> Output:
         self.graph.replay()
@@ -62,22 +76,13 @@ class CapturedStep(Step):
         notice: Callable[[str], object],
         new_graph: Callable[[torch.device], CudaGraph] = CudaGraph,
     ):
-        super().__init__(
-            step.net,
-            step.center_loss,
-            step.optimizers,
-            weight=step.weight,
-            lr_ratio=step.lr_ratio,
-            label_smoothing=step.label_smoothing,
-            amp=step.amp,
-            ranks=step.ranks,
-        )
+        super().__init__(**vars(step))
         self.batch_size = batch_size
         self.notice = notice
         self.new_graph = new_graph
         self.given_up = False
-        # A graph keeps numbers as they were when it was captured, so learning rates are in tensors,
-        # which are filled when the rates change.
+        # A graph keeps numbers as they were, so learning rates are in tensors, filled when they
+        # change.
         self.rates = [torch.full((), math.nan, device=self.device) for _ in self.groups()]
         self.filled = [math.nan] * len(self.rates)
         self._start_anew()
@@ -100,7 +105,8 @@ class CapturedStep(Step):
         if len(images) != self.batch_size:
             with self._rates_in_tensors():
                 output = step(images, labels, size)
-            self._free_memory()
+            if self.batch is not None and self.device.type == "cuda":
+                torch.cuda.empty_cache()  # the graph keeps the memory of its own
             return output
         if self.eager:
             self.eager -= 1
@@ -130,11 +136,6 @@ class CapturedStep(Step):
         self.graph = None
         self.batch = None
         self.notice(f"The training goes on without a CUDA graph: {reason}")
-
-    def _free_memory(self) -> None:
-        """What a batch outside the graph took, since the graph keeps the memory of its own."""
-        if self.batch is not None and self.device.type == "cuda":
-            torch.cuda.empty_cache()
 
     def _fill_rates(self) -> None:
         for index, group in enumerate(self.groups()):

@@ -3,7 +3,6 @@
 import contextlib
 import os
 import threading
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -33,11 +32,8 @@ def multiplies_bfloat16(gpu: int | None) -> bool:
     allowed = os.environ.get("ONEDNN_MAX_CPU_ISA", "ALL").upper()
     if not any(name in allowed for name in ("ALL", "DEFAULT", "BF16", "FP16", "AMX", "AVX10")):
         return False
-    if hasattr(torch.cpu, "get_capabilities"):
-        found = {name for name, value in torch.cpu.get_capabilities().items() if value}
-    else:
-        cpuinfo = Path("/proc/cpuinfo")
-        found = set(cpuinfo.read_text().split()) if cpuinfo.exists() else set()
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # of torch 2.6 and later
+    found = {name for name, value in capabilities.items() if value}
     return bool(found & {"avx512_bf16", "amx_bf16"})
 
 

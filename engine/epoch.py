@@ -13,13 +13,13 @@ from engine.step import Output, Step
 
 
 class Progress:
-    """The sums of a pass so far; those over the images stay on the device until they are read."""
+    """The sums of a pass so far, which stay on the device until they are read."""
 
     def __init__(self, device: torch.device, ranks: Ranks):
         self.ranks = ranks
         self.batches = 0
         self.images = 0  # of all ranks
-        # This rank's, as in Output.means: over the images, and of the latest batch.
+        # This rank's part, as in Output.means.
         self.sums = torch.zeros(3, dtype=torch.float64, device=device)
         self.latest = self.sums
 
@@ -29,24 +29,20 @@ class Progress:
         self.latest = output.means
         self.sums += output.means * size
 
-    def losses(self) -> tuple[list[float], list[float]]:
-        """Cross-entropy and λ · center loss: of the latest batch, and their means over the pass."""
-        latest, sums = self.ranks.total(torch.stack([self.latest, self.sums])).tolist()
-        return latest[:2], [each / self.images for each in sums[:2]]
-
-    def line(self, per_epoch: int) -> str:
-        """The losses for the log: of the latest batch and, in brackets, of the pass so far."""
-        (xent, center), (mean_xent, mean_center) = self.losses()
-        return (
-            f"Batch {self.batches}/{per_epoch}\t "
-            f"Loss {xent + center:.6f} ({mean_xent + mean_center:.6f}) "
-            f"XentLoss {xent:.6f} ({mean_xent:.6f}) CenterLoss {center:.6f} ({mean_center:.6f})"
-        )
-
     def means(self) -> dict[str, float]:
         """The mean losses and the accuracy (%). Waits for the device."""
         xent, center, correct = (self.ranks.total(self.sums) / self.images).tolist()
         return dict(loss=xent + center, xent=xent, center=center, accuracy=100 * correct)
+
+    def line(self, per_epoch: int) -> str:
+        """The losses for the log: of the latest batch and, in brackets, of the pass so far."""
+        xent, center, _ = self.ranks.total(self.latest).tolist()
+        means = self.means()
+        return (
+            f"Batch {self.batches}/{per_epoch}\t Loss {xent + center:.6f} ({means['loss']:.6f}) "
+            f"XentLoss {xent:.6f} ({means['xent']:.6f}) "
+            f"CenterLoss {center:.6f} ({means['center']:.6f})"
+        )
 
 
 def train_epoch(
@@ -58,9 +54,8 @@ def train_epoch(
 ) -> dict:
     """One pass over the batches: images, labels and the size of the batch over all ranks.
 
-    The scheduler takes a step after each of the optimizers', and `report` is called after it.
-    Returns mean losses and accuracy (%) and, with `keep`, features (N, D), labels and predictions
-    (N,) of all ranks, which are those of the moment at which an image was trained.
+    `report` is called after each step. Returns mean losses and accuracy (%) and, with `keep`,
+    features (N, D), labels and predictions (N,) of all ranks, as of the moment of training.
     """
     step.net.train()
     progress = Progress(step.device, step.ranks)
@@ -86,7 +81,6 @@ def current_centers(step: Step, trained: dict) -> Tensor:
     centers = step.center_loss.centers.detach()
     if not step.weight:
         centers = class_means(trained["features"], trained["labels"], len(centers))
-    step.ranks.check_equal("centers", centers)
     return centers
 
 
@@ -134,6 +128,10 @@ def lines(tested: dict) -> list[str]:
     ]
 
 
-def state_sum(module: nn.Module) -> float:
-    """The sum of a module's state: finite where all of it is. Waits for the device."""
-    return sum(tensor.double().sum() for tensor in module.state_dict().values()).item()
+def state_sums(step: Step) -> dict[str, float]:
+    """The sums of weights and centers: finite where all of them are. Waits for the device."""
+    states = {"network's weights": step.net, "centers": step.center_loss}
+    sums = {}
+    for name, module in states.items():
+        sums[name] = sum(each.double().sum() for each in module.state_dict().values()).item()
+    return sums

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from engine import metrics
+from engine.images import some
 
 TESTED = ("xent", "accuracy", "nearest_center_accuracy", "intra_distance", "inter_distance")
-AT_MOST = 5  # names in a line, and lines of single classes
 
 
 def measure(
@@ -20,40 +20,33 @@ def measure(
 ) -> tuple[dict, dict[str, list[float]]]:
     """Verification, retrieval and detection of unknown classes, of the splits "test" and "unknown".
 
-    Each of them may be missing. Labels of "unknown" go on from len(classes). `confusion`: count the
-    test images by class and prediction, too.
-
-    Returns the contents of evaluation.json, in % but for "auc" and "auroc", and ROC curves: the
-    true positive rates at metrics.FARS.
+    Each of them may be missing. Labels of "unknown" go on from len(classes).
+    Returns the contents of evaluation.json, in % but for "auc" and "auroc", and ROC curves: true
+    positive rates at metrics.FARS.
     """
     tested = splits.get("test")
     unknown = splits.get("unknown")
     measured = dict(classes=list(classes))
     curves = {}
 
-    def compare(into: dict, features: Tensor, labels: Tensor, what: str = "") -> None:
-        into["images"] = len(labels)
-        compared = metrics.compare_all(features, labels)
-        into["verification"] = compared.verification
-        into["retrieval"] = compared.retrieval
-        for name, curve in compared.curves.items():
-            if what:
-                curves[f"{what} classes, {metrics.COMPARISONS[name].name}"] = curve
+    def compare(split: dict, what: str = "") -> dict:
+        found, tprs = metrics.compare_all(split["features"], split["labels"])
+        for name in tprs if what else ():
+            curves[f"{what} classes, {metrics.COMPARISONS[name]}"] = tprs[name]
+        return found | dict(images=len(split["labels"]))
 
     if tested:
-        measured.update((name, tested[name]) for name in TESTED if name in tested)
-        compare(measured, tested["features"], tested["labels"], "trained")
+        measured.update((name, tested[name]) for name in TESTED)
+        measured.update(compare(tested, "trained"))
     if unknown:
-        measured["unknown"] = dict(classes=list(unseen))
-        compare(measured["unknown"], unknown["features"], unknown["labels"], "unknown")
+        measured["unknown"] = dict(classes=list(unseen), **compare(unknown, "unknown"))
     if tested and unknown:
         measured["unknown"].update(metrics.open_set(tested, unknown, centers))
-        measured["all"] = {}
-        both = [torch.cat([tested[name], unknown[name]]) for name in ("features", "labels")]
-        compare(measured["all"], *both)
+        both = {name: torch.cat([tested[name], unknown[name]]) for name in ("features", "labels")}
+        measured["all"] = compare(both)
     if tested and confusion:
-        counts = metrics.confusion(tested["labels"], tested["predictions"], len(classes))
-        measured["confusion"] = counts
+        found = (tested["labels"], tested["predictions"])
+        measured["confusion"] = metrics.confusion(*found, len(classes))
     return measured, curves
 
 
@@ -61,7 +54,7 @@ def lines(measured: dict) -> list[str]:
     """What the log says of it, the most important last."""
     said = []
     if "confusion" in measured:
-        said += confusion_lines(measured["confusion"], measured["classes"])
+        said.append(worst_line(measured["confusion"], measured["classes"]))
     if "verification" in measured:
         said.append(compared_line("Trained classes", measured))
     if unknown := measured.get("unknown"):
@@ -75,12 +68,6 @@ def lines(measured: dict) -> list[str]:
     return said
 
 
-def some(names: Sequence[str]) -> str:
-    """The first names, and how many more there are."""
-    more = f" and {len(names) - AT_MOST} more" if len(names) > AT_MOST else ""
-    return ", ".join(names[:AT_MOST]) + more
-
-
 def compared_line(what: str, measured: dict) -> str:
     verification = measured["verification"]
     images = f"{verification['images']:,} images"
@@ -90,34 +77,27 @@ def compared_line(what: str, measured: dict) -> str:
     if "missing" in verification:
         return f"{over}: not measured, since {verification['missing']}"
 
-    def values(metric: str, source: str = "verification") -> str:
+    def values(source: str, metric: str) -> str:
         return " / ".join(f"{measured[source][name][metric]:.2f}" for name in metrics.COMPARISONS)
 
-    by = " / ".join(comparison.name for comparison in metrics.COMPARISONS.values())
     return (
-        f"{over} by {by}: EER (%): {values('eer')}\t "
-        f"TPR (%) at FAR 0.01: {values('tpr_at_far_1e-2')}\t "
-        f"Recall@1 (%): {values('recall_at_1', 'retrieval')}\t "
-        f"mAP (%): {values('mean_average_precision', 'retrieval')}"
+        f"{over} by {' / '.join(metrics.COMPARISONS.values())}: "
+        f"EER (%): {values('verification', 'eer')}\t "
+        f"TPR (%) at FAR 0.01: {values('verification', 'tpr_at_far_1e-2')}\t "
+        f"Recall@1 (%): {values('retrieval', 'recall_at_1')}\t "
+        f"mAP (%): {values('retrieval', 'mean_average_precision')}"
     )
 
 
-def confusion_lines(counts: Sequence[Sequence[int]], classes: Sequence[str]) -> list[str]:
-    """The accuracy (%) and the three most frequent mistakes of the least accurate classes."""
-    tested = [label for label, row in enumerate(counts) if any(row)]
-    accuracy = {label: 100 * counts[label][label] / sum(counts[label]) for label in tested}
-    worst = sorted(tested, key=accuracy.get)[:AT_MOST]
-    width = max([len("true class"), *(len(classes[label]) for label in worst)])
-    said = [f"{'true class':{width}}  accuracy %  most frequent mistakes"]
-    for label in worst:
-        mistakes = [(number, other) for other, number in enumerate(counts[label]) if number]
-        mistakes = sorted((-number, other) for number, other in mistakes if other != label)
-        shown = [f"{classes[other]} {-number}" for number, other in mistakes[:3]]
-        if rest := -sum(number for number, _ in mistakes[3:]):
-            shown.append(f"others {rest}")
-        line = f"{classes[label]:{width}}  {accuracy[label]:10.2f}  {', '.join(shown)}"
-        said.append(line.rstrip())
-    if len(tested) > AT_MOST:
-        rest = len(tested) - AT_MOST
-        said.append(f"… and {rest} more accurate classes: evaluation.json has all")
-    return said
+def worst_line(counts: Sequence[Sequence[int]], classes: Sequence[str]) -> str:
+    """The least accurate classes, with what they are taken for most often."""
+    accuracies = []
+    for label, row in enumerate(counts):
+        if any(row):
+            mistaken = max((number, other) for other, number in enumerate(row) if other != label)
+            accuracies.append((100 * row[label] / sum(row), label, mistaken))
+    said = []
+    for accuracy, label, (number, other) in sorted(accuracies)[:5]:
+        taken = f", {number} taken for {classes[other]}" if number else ""
+        said.append(f"{classes[label]} {accuracy:.2f}{taken}")
+    return f"Least accurate of {len(accuracies)} classes (%): {'; '.join(said)}"

@@ -2,64 +2,97 @@
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm.contrib.concurrent import thread_map
+
+ENDINGS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+MODES = {1: "L", 3: "RGB"}  # Pillow's, by channels
+MOST_PIXELS = 500_000_000  # in one file; an RGB image of these takes 1.5 GB while it is read
 
 
 class DatasetError(Exception):
     """The data cannot be used as given; the message is one line for the user."""
 
 
-MODES = {1: "L", 3: "RGB"}  # Pillow's, by channels
+def one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
 
 
-def square(image_size: int) -> Callable:
-    """From a PIL image to uint8 (C, image_size, image_size): resized by its shorter side and cropped to the middle."""
-    from torchvision.transforms import CenterCrop, Compose, PILToTensor, Resize
+def some(names: Sequence[str]) -> str:
+    """The names, at most five of them, and how many more there are."""
+    more = f" and {len(names) - 5:,} more" if len(names) > 5 else ""
+    return ", ".join(names[:5]) + more
 
-    return Compose([Resize(image_size), CenterCrop(image_size), PILToTensor()])
+
+def height_and_width(image_size: int | Sequence[int]) -> tuple[int, int]:
+    """One number is a square's."""
+    if isinstance(image_size, int):
+        return image_size, image_size
+    height, width = image_size
+    return height, width
+
+
+def in_threads(function: Callable, items: Sequence, what: str) -> list:
+    """The function's results, with a progress bar on a terminal where they take over a second."""
+    return thread_map(function, items, desc=what, leave=False, delay=1, disable=None)
+
+
+# ---------------------------------------------------------------------------------------- reading
 
 
 class ReadImage:
-    """An image file as PIL image of `mode`, "L" or "RGB": what an image viewer shows of it.
+    """Reads an image file as a viewer shows it, in `mode`, "L" or "RGB": uint8 (C, H, W).
 
-    Turned as its EXIF orientation says, transparency blended on white, of an animation the first frame, CMYK and other
-    colour models converted by Pillow, without colour profiles. More than 8 bits a channel are refused where Pillow
-    would clip them (grey; of 16-bit colours it takes the upper 8 bits).
+    Turned as its EXIF orientation says, transparency blended on white, of an animation the first
+    frame, other colour models converted by Pillow, without colour profiles. Then resized to cover
+    `image_size`, an int or (H, W), and the middle cut out. Grey of more than 8 bits is refused,
+    since Pillow would clip it; of 16-bit colours it takes the upper 8 bits.
     Raises DatasetError, with the path, where the file cannot be decoded or is refused.
     """
 
-    def __init__(self, mode: str):
+    def __init__(self, mode: str, image_size: int | Sequence[int]):
         self.mode = mode
+        self.image_size = height_and_width(image_size)
 
-    def __call__(self, path: str):
+    def __call__(self, path: str | Path) -> torch.Tensor:
         from PIL import Image, ImageOps
 
+        height, width = self.image_size
         with _opened(path) as image:
             image.load()
-            with contextlib.suppress(
-                Exception
-            ):  # whatever broken EXIF data raise; viewers ignore these too
+            with contextlib.suppress(Exception):  # broken EXIF data, which viewers ignore too
                 ImageOps.exif_transpose(image, in_place=True)
-            if image.mode.upper().endswith("A") or "transparency" in image.info:
+            if image.has_transparency_data:
                 image = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-            return image.convert(self.mode)
+            image = image.convert(self.mode)
+            # Computes no more than is cut out, however thin the image is.
+            image = ImageOps.fit(image, (width, height), Image.Resampling.BILINEAR)
+        pixels = torch.from_numpy(np.array(image).reshape(height, width, -1))
+        return pixels.permute(2, 0, 1).contiguous()
 
 
 @contextlib.contextmanager
-def _opened(path: str):
-    """The image, opened; DatasetError if it or what is done with it in the context fails."""
+def _opened(path: str | Path) -> Iterator:
+    """The image; DatasetError if opening it or what is done with it in the context fails."""
     from PIL import Image
 
+    Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit refuses panoramas, without a remedy
     try:
         with Image.open(path) as image:
-            if image.mode.startswith(
-                ("I", "F")
-            ):  # a conversion would clip all but the darkest pixels to white
+            if image.mode.startswith(("I", "F")):
                 raise DatasetError(
                     f"images must have at most 8 bits a channel, got mode {image.mode} in {path}"
+                )
+            if image.width * image.height > MOST_PIXELS:
+                raise DatasetError(
+                    f"images must have at most {MOST_PIXELS // 10**6} million pixels, got "
+                    f"{image.width} x {image.height} in {path}"
                 )
             yield image
     except (DatasetError, MemoryError):
@@ -68,40 +101,47 @@ def _opened(path: str):
         raise DatasetError(f"cannot read the image {path}: {one_line(error)}") from error
 
 
-def scan_folder(root: Path) -> str:
-    """Opens each image's header, which refuses what ReadImage does: "L" where all are grey, else "RGB"."""
-
-    def is_grey(path: str) -> bool:
-        with _opened(path) as image:
-            return image.mode in ("1", "L")
-
-    paths = [path for split in ("train", "test") for path in _image_paths(root / split)]
-    with ThreadPoolExecutor() as pool:
-        return "L" if all(list(pool.map(is_grey, paths))) else "RGB"
+def is_grey(path: str) -> bool:
+    """Whether an image is stored as grey. Reads its header, and refuses what ReadImage refuses."""
+    with _opened(path) as image:
+        return image.mode in ("1", "L")
 
 
-def _image_paths(split: Path) -> Iterator[str]:
-    """The images below the class directories of a split, as ImageFolder finds them: through symbolic links.
+# ---------------------------------------------------------------------------------------- finding
 
-    Raises DatasetError if links form a circle, in which ImageFolder would find the same images again and again.
+
+HIDDEN = (".", "@eaDir", "__MACOSX")  # how names begin that systems and editors leave behind
+
+
+def find_images(split: Path, levels: int = 1) -> tuple[dict[str, list[str]], Counter]:
+    """The paths below each class directory of a split, all in order, and how many of what else.
+
+    Hidden names are neither classes nor images. Symbolic links are followed. With two `levels` a
+    class is a directory within a directory, named "outer/inner".
+    Raises DatasetError if links form a circle.
     """
-    from torchvision.datasets.folder import IMG_EXTENSIONS
-
-    if not split.is_dir():
-        raise DatasetError(
-            f"--data-root must hold train/<class>/* and test/<class>/*, but {split} is missing"
-        )
-    for each in (each for each in split.iterdir() if each.is_dir()):
-        for base, _, files in os.walk(each, followlinks=True):
-            above = Path(base).absolute().parents
-            if os.path.islink(base) and any(os.path.samefile(base, parent) for parent in above):
-                raise DatasetError(
-                    f"symbolic links below {split} must not form a circle: {base} links to one above it"
-                )
-            yield from (
-                os.path.join(base, file) for file in files if file.lower().endswith(IMG_EXTENSIONS)
+    classes = {}
+    left_out = Counter()
+    for base, _, files in os.walk(split, followlinks=True):
+        if any(os.path.samefile(base, above) for above in Path(os.path.abspath(base)).parents):
+            raise DatasetError(
+                f"symbolic links must not form a circle: {base} links to a directory above it"
             )
+        parts = Path(base).relative_to(split).parts
+        if any(part.startswith(HIDDEN) for part in parts):
+            left_out["hidden"] += len(files)
+        elif len(parts) >= levels:
+            paths = classes.setdefault("/".join(parts[:levels]), [])
+            paths += [os.path.join(base, file) for file in files if _is_image(file, left_out)]
+    return {name: sorted(paths) for name, paths in sorted(classes.items())}, left_out
 
 
-def one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+def _is_image(file: str, left_out: Counter) -> bool:
+    ending = os.path.splitext(file)[1].lower()
+    if file.startswith(HIDDEN):
+        left_out["hidden"] += 1
+    elif ending not in ENDINGS:
+        left_out[f"files {ending}" if ending else "files without ending"] += 1
+    else:
+        return True
+    return False

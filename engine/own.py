@@ -10,15 +10,17 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 NAMES = {path.stem for path in ROOT.glob("*.py")}
 NAMES |= {path.parent.name for path in ROOT.glob("*/__init__.py")}
-ASIDE = f"{ROOT}/"  # begins the names in sys.modules of own modules that would hide others
+ASIDE = f"{ROOT}/"  # begins the names in sys.modules of own ones that would hide others
 
 
 @contextlib.contextmanager
 def own_modules() -> Iterator[None]:
-    """In this context `import datasets` is this repository's; afterwards, names mean what they did.
+    """In this context `import datasets` is this repository's; afterwards, what it was before.
 
-    Hugging Face's datasets, or a user's utils, may be imported already or come first on sys.path:
-    then the own module serves those that have imported it in this context, and no one else.
+    A module that a user imports begins with these lines, where `root` is the repository's Path:
+
+        own = runpy.run_path(str(root / "engine" / "own.py"))
+        with own["own_modules"]():  # and here its imports from the repository
     """
     imported = NAMES & sys.modules.keys()
     foreign = {name for name in imported if not _is_own(name, sys.modules[name].__spec__)}

@@ -3,13 +3,16 @@
 import contextlib
 import os
 import signal
-import threading
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import nn
+
+
+class RanksError(Exception):
+    """The environment is not as torchrun sets it: one line for the user."""
 
 
 class Interrupted(Exception):
@@ -19,8 +22,8 @@ class Interrupted(Exception):
 class StopRequest:
     """In its context the first SIGINT or SIGTERM only sets `signal`, read between batches.
 
-    Between two batches of a single process it interrupts at once, since waiting for the next one
-    may take for ever; a second SIGINT always does. In a thread no signal arrives.
+    A single process that waits for a batch is interrupted at once, since that may take for ever; a
+    second SIGINT always interrupts. In a thread no signal arrives.
     """
 
     def __init__(self, ranks: "Ranks"):
@@ -30,8 +33,8 @@ class StopRequest:
         self.handlers = {}
 
     def __enter__(self) -> "StopRequest":
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
+        for number in (signal.SIGINT, signal.SIGTERM):
+            with contextlib.suppress(ValueError, OSError):  # in a thread, or not of this system
                 self.handlers[number] = signal.signal(number, self._note)
         return self
 
@@ -43,8 +46,8 @@ class StopRequest:
         """The signal that has reached any rank; 0: none."""
         return self.ranks.largest(self.signal)
 
-    def is_urgent(self) -> bool:
-        """A cluster's SIGTERM is followed by SIGKILL: there is no time to draw what is missing."""
+    def urgent(self) -> bool:
+        """Whether there is no time to draw: a cluster's SIGTERM is followed by SIGKILL."""
         return self.signal == signal.SIGTERM
 
     def watch(self, batches: Iterable) -> Iterator:
@@ -71,7 +74,7 @@ class StopRequest:
 
 
 class Ranks(NamedTuple):
-    """This process among those that torchrun started; without torchrun it is the only one."""
+    """This process among those of torchrun; without torchrun it is the only one."""
 
     rank: int = 0
     size: int = 1
@@ -79,21 +82,18 @@ class Ranks(NamedTuple):
 
     @classmethod
     def of_environment(cls) -> "Ranks":
-        """ValueError, with its name, where a variable of torchrun's is missing or wrong."""
+        """RanksError, with its name, where a variable of torchrun's is missing or wrong."""
         names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-        if not all(name in os.environ for name in names):
+        numbers = [os.environ.get(name, "") for name in names]
+        if not any(name in os.environ for name in names):
             return cls()
-        for name in names:
-            value = os.environ[name]
-            if not value.isdecimal():
-                raise ValueError(f"{name} must be a number, as torchrun sets it, got {value}")
-        rank, size, local = (int(os.environ[name]) for name in names)
+        for name, number in zip(names, numbers, strict=True):
+            if not number.isdecimal():
+                _refuse(name, f"a number, got {number or 'nothing'}")
+        rank, size, local = map(int, numbers)
         for name in ("MASTER_ADDR", "MASTER_PORT"):
             if size > 1 and not os.environ.get(name):
-                raise ValueError(
-                    f"{name} must be set where WORLD_SIZE is {size}: start the ranks by torchrun, "
-                    "or unset RANK, WORLD_SIZE and LOCAL_RANK"
-                )
+                _refuse(name, f"set where WORLD_SIZE is {size}")
         return cls(rank, size, local)
 
     @contextlib.contextmanager
@@ -107,14 +107,19 @@ class Ranks(NamedTuple):
             if self.size > 1:
                 dist.destroy_process_group()
 
+    def wait(self) -> None:
+        """Until all ranks are here."""
+        if self.size > 1:
+            dist.barrier()
+
     @contextlib.contextmanager
     def first_alone(self) -> Iterator[None]:
         """Lets rank 0 through before the others: for downloads."""
-        if self.size > 1 and self.rank > 0:
-            dist.barrier()
+        if self.rank > 0:
+            self.wait()
         yield
-        if self.size > 1 and self.rank == 0:
-            dist.barrier()
+        if self.rank == 0:
+            self.wait()
 
     def share(self, batch: torch.Tensor) -> torch.Tensor:
         """This rank's rows of a batch: every row goes to exactly one rank."""
@@ -143,12 +148,6 @@ class Ranks(NamedTuple):
         dist.all_gather_object(parts, rows.cpu())
         return torch.cat(parts).to(rows.device)
 
-    def check_equal(self, name: str, values: torch.Tensor) -> None:
-        """Raises RuntimeError if the ranks' values differ, as far as their sums show."""
-        sums = torch.stack([values.double().sum(), values.double().square().sum()]).cpu()
-        if len(self.gather(sums.unsqueeze(0)).unique(dim=0)) > 1:
-            raise RuntimeError(f"the ranks' {name} are no longer the same")
-
     def parallel(self, model: nn.Module) -> nn.Module:
         """The model with averaged gradients and BatchNorm over the batch of all ranks."""
         if self.size == 1:
@@ -162,16 +161,10 @@ class Ranks(NamedTuple):
         return nn.parallel.DistributedDataParallel(model)
 
 
-class SumOverRanks(torch.autograd.Function):
-    """The sum over all ranks, through which gradients go back to all of them."""
-
-    @staticmethod
-    def forward(context, values: torch.Tensor) -> torch.Tensor:
-        values = values.clone()
-        dist.all_reduce(values)
-        return values
-
-    backward = forward
+def _refuse(name: str, rule: str):
+    raise RanksError(
+        f"{name} must be {rule}: start the ranks by torchrun, or unset RANK, WORLD_SIZE, LOCAL_RANK"
+    )
 
 
 class BatchNormOverRanks(nn.BatchNorm2d):
@@ -180,15 +173,17 @@ class BatchNormOverRanks(nn.BatchNorm2d):
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         if not self.training:
             return super().forward(images)
+        from torch.distributed.nn.functional import all_reduce  # gradients go through it
+
         dtype = images.dtype
         images = images.to(torch.promote_types(dtype, torch.float32))
         over = (0, 2, 3)
         pixels = images.new_tensor([images.numel() / images.shape[1]])
-        total = SumOverRanks.apply(torch.cat([images.sum(over), pixels]))
+        total = all_reduce(torch.cat([images.sum(over), pixels]))
         mean = total[:-1] / total[-1]
         count = total[-1].item()
         centered = images - mean.view(1, -1, 1, 1)
-        variance = SumOverRanks.apply(centered.square().sum(over)) / count
+        variance = all_reduce(centered.square().sum(over)) / count
         with torch.no_grad():
             self.num_batches_tracked += 1
             self.running_mean.lerp_(mean, self.momentum)

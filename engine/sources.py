@@ -1,6 +1,5 @@
 """Where the images of a batch come from: the device's memory, or processes that read them."""
 
-import atexit
 import contextlib
 import math
 import multiprocessing
@@ -11,18 +10,18 @@ import sys
 import threading
 import weakref
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from multiprocessing import forkserver, resource_tracker
 from pathlib import Path
 from types import ModuleType
 
 import torch
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import DataLoader, Dataset, TensorDataset, default_convert
 
-from engine.images import DatasetError, one_line
+from engine.images import DatasetError, in_threads, one_line
 
 Shape = tuple[int, int, int]  # (C, H, W)
-Pairs = Iterator[tuple[torch.Tensor, torch.Tensor]]  # images, uint8 (B, C, H, W), and labels (B,)
+Loaded = Iterator[tuple[torch.Tensor, torch.Tensor]]  # images, uint8 (B, C, H, W), and labels (B,)
+SERVED = sys.platform == "linux"  # a fork of a process that has loaded macOS's frameworks may crash
 
 
 class WorkerError(RuntimeError):
@@ -33,14 +32,32 @@ class OnDevice:
     """A split that is kept on the device as uint8."""
 
     def __init__(self, split: Dataset, shape: Shape, device: str | torch.device):
-        self.everything = _load_all(split, shape).to(device)
-        self.labels = torch.as_tensor(split.targets, dtype=torch.int64).to(device)
+        if isinstance(split, TensorDataset):
+            images = split.tensors[0]
+        else:
+            images = _read(split, range(len(split)), shape)
+        self.everything = images.to(device)
+        self.labels = split.targets.to(device)
 
-    def batches(self, rows: Sequence[torch.Tensor]) -> Pairs:
+    def batches(self, rows: Sequence[torch.Tensor]) -> Loaded:
         return ((self.everything[some], self.labels[some]) for some in rows)
 
     def images(self, rows: torch.Tensor) -> torch.Tensor:
         return self.everything[rows]
+
+
+def _read(split: Dataset, rows: Sequence[int], shape: Shape) -> torch.Tensor:
+    """These images of a split, uint8 (N, C, H, W), each read to its place."""
+    images = torch.empty(len(rows), *shape, dtype=torch.uint8)
+
+    def read(place: int) -> None:
+        images[place] = split[rows[place]][0]
+
+    in_threads(read, range(len(rows)), "Reading images")
+    return images
+
+
+# ---------------------------------------------------------------------------------------- workers
 
 
 class FromWorkers:
@@ -65,76 +82,50 @@ class FromWorkers:
                     f"TMPDIR may help, now {multiprocessing.util.get_temp_dir()}"
                 ) from error
 
-    def batches(self, rows: Sequence[torch.Tensor]) -> Pairs:
+    def batches(self, rows: Sequence[torch.Tensor]) -> Loaded:
         """One pass. Raises DatasetError for an image that cannot be read, WorkerError."""
-        if self.loader is None:
-            self.loader = self._loader(rows)
         try:
-            with _without_main():  # the first pass starts the workers
-                batches = iter(self.loader)
-                RUNNING.add(batches)
-            for batch in batches:
+            for batch in self._iterate(rows):
                 if isinstance(batch, str):
                     raise DatasetError(batch)
                 yield batch
         except (EOFError, OSError, RuntimeError) as error:
             raise WorkerError(
-                f"a worker of -j {self.workers} has died ({one_line(error)}); fewer need less memory"
+                f"a worker of -j {self.workers} died ({one_line(error)}); fewer need less memory"
             ) from error
 
     def images(self, rows: torch.Tensor) -> torch.Tensor:
         return _read(self.split, rows.tolist(), self.shape)
 
-    def _loader(self, rows: Sequence[torch.Tensor]) -> DataLoader:
-        return DataLoader(
-            Items(self.split),
+    def _iterate(self, rows: Sequence[torch.Tensor]) -> Iterator:
+        """Starts the workers for the first pass, without the running script, which takes long."""
+        if self.loader is not None:
+            return iter(self.loader)
+        self.loader = DataLoader(
+            WholeBatches(self.split, self.shape),
             batch_sampler=Lists(rows),
             num_workers=self.workers,
             persistent_workers=True,
             pin_memory=self.pin,
-            collate_fn=Collate(self.shape),
+            collate_fn=default_convert,
             worker_init_fn=_start_worker,
             multiprocessing_context="forkserver" if SERVED else "spawn",
             generator=torch.Generator(),  # so that the loader draws nothing from the training's
         )
-
-
-def _load_all(split: Dataset, shape: Shape) -> torch.Tensor:
-    """All images of a split, uint8 (N, C, H, W)."""
-    if not hasattr(split, "data"):
-        return _read(split, range(len(split)), shape)
-    images = torch.as_tensor(split.data)  # torchvision's: (N, H, W), (N, H, W, C) or (N, C, H, W)
-    if images.ndim == 4 and images.shape[1:] != shape:
-        images = images.permute(0, 3, 1, 2).contiguous()
-    return images.view(-1, *shape)
-
-
-def _read(split: Dataset, rows: Sequence[int], shape: Shape) -> torch.Tensor:
-    """These images of a split, uint8 (N, C, H, W), read by threads into one array."""
-    images = torch.empty(len(rows), *shape, dtype=torch.uint8)
-
-    def read(place: int) -> None:
-        images[place] = split[rows[place]][0]
-
-    pool = ThreadPoolExecutor()
-    try:
-        for _ in pool.map(read, range(len(rows))):
-            pass
-    finally:  # without the rest, where one cannot be read
-        pool.shutdown(cancel_futures=True)
-    return images
-
-
-# ---------------------------------------------------------------------------------------- workers
-
-SERVED = sys.platform == "linux"  # a fork of a process that has loaded macOS's frameworks may crash
-RUNNING = weakref.WeakSet()  # iterators of loaders
+        script = sys.modules["__main__"]
+        sys.modules["__main__"] = ModuleType("__main__")
+        try:
+            batches = iter(self.loader)
+        finally:
+            sys.modules["__main__"] = script
+        weakref.finalize(self.loader, _end_workers, batches)
+        return batches
 
 
 class Lists:
-    """Row numbers as lists: a worker could get tensors only through shared memory.
+    """Row numbers as lists, since tensors would go to a worker through shared memory.
 
-    An iterator draws nothing before its first batch: of the first pass, a DataLoader makes two.
+    An iterator draws nothing before its first batch: for its first pass a DataLoader makes two.
     """
 
     def __init__(self, rows: Sequence[torch.Tensor]):
@@ -145,56 +136,40 @@ class Lists:
             yield some.tolist()
 
 
-class Items(Dataset):
-    """The items of a split, for a worker; in place of one that cannot be read, the line that says so."""
+class WholeBatches(Dataset):
+    """A split of which a worker reads a batch at once: into shared memory, or a line of error."""
 
-    def __init__(self, split: Dataset):
+    def __init__(self, split: Dataset, shape: Shape):
         self.split = split
-
-    def __len__(self) -> int:
-        return len(self.split)
-
-    def __getitem__(self, row: int):
-        try:
-            return self.split[row]
-        except DatasetError as error:
-            return str(error)
-
-    def __reduce__(self):  # plainly, since tensors would else go through shared memory
-        return _unpickled, (pickle.dumps(self.split),)
-
-
-def _unpickled(split: bytes) -> Items:
-    return Items(pickle.loads(split))
-
-
-class Collate:
-    """Joins items to a batch in shared memory; it is empty for some ranks."""
-
-    def __init__(self, shape: Shape):
         self.shape = shape
 
-    def __call__(self, items: list) -> list[torch.Tensor] | str:
-        for item in items:
-            if isinstance(item, str):
-                return item
-        if not items:
-            return [torch.empty(0, *self.shape, dtype=torch.uint8), torch.empty(0, dtype=int)]
+    def __getitems__(self, rows: list[int]) -> list[torch.Tensor] | str:
+        images = torch.empty(len(rows), *self.shape, dtype=torch.uint8)
         try:
-            return [part.share_memory_() for part in default_collate(items)]
+            for place, row in enumerate(rows):
+                images[place] = self.split[row][0]
+            return [images.share_memory_(), self.split.targets[rows].share_memory_()]
+        except DatasetError as error:
+            return str(error)
         except RuntimeError as error:
             return (
-                "the workers of -j need more shared memory (/dev/shm): a smaller -j or --batch-size "
-                "needs less, docker run --shm-size=2g or --ipc=host gives more, -j 0 needs none "
-                f"({one_line(error)})"
+                "the workers of -j need more shared memory (/dev/shm): a smaller -j or "
+                "--batch-size needs less, docker run --shm-size=2g or --ipc=host gives more, -j 0 "
+                f"needs none ({one_line(error)})"
             )
+
+    def __reduce__(self):  # plainly, since tensors would else go through shared memory
+        return _unpickled, (pickle.dumps((self.split, self.shape)),)
+
+
+def _unpickled(data: bytes) -> WholeBatches:
+    return WholeBatches(*pickle.loads(data))
 
 
 def _start_worker(worker: int) -> None:
-    """A worker ignores signals, which are for the main process, and dies with that.
+    """Ignores signals to all processes of a run, which are for the main one, and dies with that.
 
-    Ctrl-C and a cluster's SIGTERM reach all processes of a run, whose current batch may take long.
-    torch watches for the death of the main process too, but only every five seconds.
+    torch's own watch is of the worker's parent, here the server, which lives as long as a worker.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -206,8 +181,15 @@ def _die_with_main() -> None:
     os._exit(1)
 
 
+def _end_workers(batches: Iterator) -> None:
+    """At the latest before Python ends them by SIGTERM, which they ignore, and waits for ever."""
+    batches._shutdown_workers()
+    for worker in batches._workers:
+        worker.kill()
+
+
 def _start_server() -> None:
-    """Starts the process that workers are forked from, with signals blocked, also in the workers."""
+    """Starts the process that workers are forked from; signals are blocked in it and in them."""
     multiprocessing.set_forkserver_preload(["torch.utils.data", "PIL.Image"])
     resource_tracker.ensure_running()  # the server's start would start it, and unblock the signals
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
@@ -217,44 +199,38 @@ def _start_server() -> None:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
-@contextlib.contextmanager
-def _without_main() -> Iterator[None]:
-    """A process that starts in its context does not import the running script, which takes long."""
-    script = sys.modules["__main__"]
-    sys.modules["__main__"] = ModuleType("__main__")
-    try:
-        yield
-    finally:
-        sys.modules["__main__"] = script
-
-
-@atexit.register
-def _end_workers() -> None:
-    """Ends the workers, before Python does so by SIGTERM and waits for ever."""
-    for batches in RUNNING:
-        batches._shutdown_workers()
-        for worker in batches._workers:
-            worker.kill()
-
-
 # ----------------------------------------------------------------------------------------- memory
 
 
 def check_memory(needed: int, device: torch.device) -> None:
-    """Raises DatasetError if `needed` bytes are not free on the device."""
-    free = _free_memory(device)
-    if needed > free:
-        raise DatasetError(
-            f"the data set takes {needed / 2**30:.1f} GiB on the device {device}, which has "
-            f"{free / 2**30:.1f} free; -j 4 reads it from disk with 4 workers instead"
-        )
+    """Raises DatasetError if so many bytes are not free, for the reading and on the device."""
+    for where in (torch.device("cpu"), device):
+        free = _free_memory(where)
+        if needed > free:
+            raise DatasetError(
+                f"the data set takes {needed / 2**30:.1f} GiB on the device {where}, which has "
+                f"{free / 2**30:.1f} free; -j 4 reads it from disk with 4 workers instead"
+            )
 
 
-def _free_memory(device: torch.device) -> float:
-    """In bytes; infinite if the system does not tell."""
+def _free_memory(device: torch.device, groups: Path = Path("/sys/fs/cgroup")) -> float:
+    """In bytes, within a container's limit; infinite if the system does not tell."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
+    free = [math.inf]
     with contextlib.suppress(OSError, KeyError):
-        facts = dict(line.split()[:2] for line in Path("/proc/meminfo").read_text().splitlines())
-        return 1024 * int(facts["MemAvailable:"])
-    return math.inf
+        free.append(1024 * _numbers(Path("/proc/meminfo"))["MemAvailable:"])
+    version_1 = groups / "memory"
+    for limit, used in (
+        (groups / "memory.max", groups / "memory.current"),
+        (version_1 / "memory.limit_in_bytes", version_1 / "memory.usage_in_bytes"),
+    ):
+        with contextlib.suppress(OSError, ValueError, KeyError):  # no such file, or no limit
+            cache = _numbers(used.with_name("memory.stat"))["inactive_file"]
+            free.append(int(limit.read_text()) - int(used.read_text()) + cache)
+    return min(free)
+
+
+def _numbers(path: Path) -> dict[str, int]:
+    """The lines of a file of names and numbers."""
+    return {words[0]: int(words[1]) for words in map(str.split, path.read_text().splitlines())}

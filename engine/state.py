@@ -6,25 +6,7 @@ from dataclasses import asdict, dataclass, fields
 import torch
 from torch import Tensor
 
-# The columns of metrics.csv after epoch and lr_model: the split and the metric of each.
-TRAIN_COLUMNS = {
-    "train_loss": ("train", "loss"),
-    "train_xent": ("train", "xent"),
-    "train_center": ("train", "center"),
-    "train_accuracy": ("train", "accuracy"),
-}
-VAL_COLUMNS = {
-    "val_xent": ("val", "xent"),
-    "val_accuracy": ("val", "accuracy"),
-    "val_nearest_center_accuracy": ("val", "nearest_center_accuracy"),
-}
-TEST_COLUMNS = {
-    "test_xent": ("test", "xent"),
-    "test_accuracy": ("test", "accuracy"),
-    "nearest_center_accuracy": ("test", "nearest_center_accuracy"),
-    "intra_distance": ("test", "intra_distance"),
-    "inter_distance": ("test", "inter_distance"),
-}
+TESTED = ("xent", "accuracy", "nearest_center_accuracy", "intra_distance", "inter_distance")
 
 
 @dataclass
@@ -43,11 +25,12 @@ class State:
         self.epoch = row["epoch"]
         self.history = (*self.history, row)
         self.centers = centers
+        self.best_tested = False
         self.rng = torch.get_rng_state()
 
     def add_best(self, splits: dict[str, dict]) -> None:
         """Adds the test of the epoch that was best by validation to the last row."""
-        self.history = (*self.history[:-1], self.history[-1] | columns(splits, TEST_COLUMNS))
+        self.history = (*self.history[:-1], self.history[-1] | test_columns(splits))
         self.best_tested = True
 
     def is_best(self, validated: dict) -> bool:
@@ -57,16 +40,21 @@ class State:
         return (validated["accuracy"], -validated["xent"]) > max(earlier, default=(-1.0, 0.0))
 
 
-def new_row(epoch: int, rate: float, splits: dict[str, dict]) -> dict:
+def new_row(epoch: int, rate: float, splits: dict[str, dict], validates: bool = False) -> dict:
     """The epoch's row of metrics.csv: None for what was not measured."""
-    names = TRAIN_COLUMNS | TEST_COLUMNS
-    if "val" in splits:
-        names = TRAIN_COLUMNS | VAL_COLUMNS | TEST_COLUMNS
-    return dict(epoch=epoch, lr_model=rate) | columns(splits, names)
+    row = dict(epoch=epoch, lr_model=rate)
+    for name in ("loss", "xent", "center", "accuracy"):
+        row[f"train_{name}"] = splits.get("train", {}).get(name)
+    for name in TESTED[:3] if validates else ():
+        row[f"val_{name}"] = splits.get("val", {}).get(name)
+    return row | test_columns(splits)
 
 
-def columns(splits: dict[str, dict], names: dict[str, tuple[str, str]]) -> dict:
-    return {column: splits.get(split, {}).get(metric) for column, (split, metric) in names.items()}
+def test_columns(splits: dict[str, dict]) -> dict:
+    """The metrics of the test; those of features alone are not called test_."""
+    tested = splits.get("test", {})
+    names = ("test_xent", "test_accuracy", *TESTED[2:])
+    return dict(zip(names, map(tested.get, TESTED), strict=True))
 
 
 def to_checkpoint(state: State, modules: Mapping) -> dict:
@@ -86,7 +74,9 @@ def from_checkpoint(checkpoint: Mapping, modules: Mapping, device: torch.device)
         state.history = tuple(state.history)
         state.centers = state.centers.to(device)
         if [row["epoch"] for row in state.history] != list(range(1, state.epoch + 1)):
-            raise ValueError("its history is not that of its epochs")
+            raise ValueError("a row an epoch")
+        if len({tuple(row) for row in state.history}) > 1:
+            raise ValueError("rows with the same columns")
         for name, module in modules.items():
             module.load_state_dict(checkpoint[name])
         torch.set_rng_state(state.rng)

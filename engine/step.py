@@ -1,6 +1,7 @@
 """One update of network and centers: the place to change how they are trained."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -20,43 +21,22 @@ class Output(NamedTuple):
     means: Tensor  # (3,), this rank's part of cross-entropy, λ · center loss and share correct
 
 
+@dataclass(eq=False)
 class Step:
     """One update with cross-entropy + λ · center loss.
 
     Here λ, both losses and both optimizers meet: a loss term of your own is a line in `__call__`.
     Nothing in it waits for the device.
-
-    Args:
-        net: images (B, C, H, W) to features (B, D) and logits (B, C); may be compiled or parallel.
-        center_loss: its centers are in one of the optimizers.
-        optimizers: by name; all of them take a step.
-        weight: λ. At 0 there is no center loss, and the centers stay where they are.
-        lr_ratio: the centers' learning rate over the optimizer's, if network and centers share one.
-        label_smoothing: share of the cross-entropy's target that is spread over all classes.
-        amp: run the network under bfloat16 autocast.
-        ranks: the processes that share each batch.
     """
 
-    def __init__(
-        self,
-        net: nn.Module,
-        center_loss: CenterLoss,
-        optimizers: Mapping[str, Optimizer],
-        *,
-        weight: float,
-        lr_ratio: float = 1.0,
-        label_smoothing: float = 0.0,
-        amp: bool = False,
-        ranks: Ranks = Ranks(),  # noqa: B008  (immutable)
-    ):
-        self.net = net
-        self.center_loss = center_loss
-        self.optimizers = optimizers
-        self.weight = weight
-        self.lr_ratio = lr_ratio
-        self.label_smoothing = label_smoothing
-        self.amp = amp
-        self.ranks = ranks
+    net: nn.Module  # images (B, C, H, W) to features (B, D) and logits (B, C)
+    center_loss: CenterLoss
+    optimizers: Mapping[str, Optimizer]  # of network and centers; all of them take a step
+    weight: float  # λ; at 0 there is no center loss, and the centers stay where they are
+    lr_ratio: float = 1.0  # the centers' learning rate over the optimizer's, if they share one
+    label_smoothing: float = 0.0  # share of the target that is spread over all classes
+    amp: bool = False  # run the network under bfloat16 autocast
+    ranks: Ranks = Ranks()  # the processes that share each batch
 
     @property
     def device(self) -> torch.device:

@@ -12,47 +12,39 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-
 import utils
 from plots.charts import draw_confusion, draw_curves
 from plots.plotter import Plotter
 from plots.points import draw_panels, draw_tsne
 from plots.report import write_page
 from plots.run import plot_run
-from plots.saved import Run, check_comparable, names_of, read_arrays, read_run
+from plots.saved import Run, check_comparable, read_run
 
 # A drawing is a tuple: the path, the function that draws it, and its further arguments.
 
 
 def figures(run: Run, epochs: Sequence[int] | None, format: str) -> list[tuple]:
     """The figures for print of a run: points of the epochs, by default the last; the charts."""
+    from sklearn.metrics import confusion_matrix
+
     directory = run.directory / "figures"
-    drawings = []
+    drawings = [(directory / f"curves.{format}", draw_curves, run.history, format)]
     for split, files in run.files.items():
         chosen = epochs or [max(files)]
         if split != "train":  # not each epoch is tested
             chosen = [number for number in chosen if number in files]
-        if not chosen:
-            continue
-        panels = [(f"epoch {number}", run.epoch(split, number)) for number in chosen]
-        path = directory / f"{split}_epoch_{'_'.join(map(str, chosen))}.{format}"
-        drawings.append((path, draw_panels, panels, min(len(panels), 3), format))
-    drawings.append((directory / f"curves.{format}", draw_curves, run.history, format))
-    counts = confusion(run)
-    if counts.any():  # some of the tested images are of trained classes
-        path = directory / f"confusion.{format}"
-        drawings.append((path, draw_confusion, counts, run.classes, "", format))
-    return drawings
-
-
-def confusion(run: Run) -> np.ndarray:
-    """The counts (true class, predicted class) of the last tested epoch, of known classes."""
+        if chosen:
+            title = "epoch {}" if len(chosen) > 1 else ""
+            panels = [(title.format(number), run.epoch(split, number)) for number in chosen]
+            path = directory / f"{split}_epoch_{'_'.join(map(str, chosen))}.{format}"
+            drawings.append((path, draw_panels, panels, min(len(panels), 3), format))
     last = run.last()
-    count = len(run.classes)
-    known = last["labels"] < count
-    pairs = last["labels"][known] * count + last["predictions"][known]
-    return np.bincount(pairs, minlength=count**2).reshape(count, count)
+    known = range(len(last["classes"]))
+    if last["labels"].min() in known:  # not all are of unknown classes
+        confusion = confusion_matrix(last["labels"], last["predictions"], labels=known)
+        path = directory / f"confusion.{format}"
+        drawings.append((path, draw_confusion, confusion, last["classes"], "", format))
+    return drawings
 
 
 def tsne(run: Run, format: str) -> tuple:
@@ -61,22 +53,20 @@ def tsne(run: Run, format: str) -> tuple:
         raise utils.RunError(
             f"--projection tsne needs features of more than two dimensions, got {run.directory}"
         )
-    epoch = int(read_arrays(source, ["epoch"])["epoch"])
-    path = run.directory / "figures" / f"{run.tested}_tsne_epoch_{epoch}.{format}"
-    return path, draw_tsne, source, format
+    name = f"{run.tested}_tsne_epoch_{run.last_epoch()}.{format}"
+    return run.directory / "figures" / name, draw_tsne, source, format
 
 
 def compared(
     runs: Sequence[Run], epochs: Sequence[int] | None, format: str, same_axes: bool
 ) -> list[tuple]:
-    """The page and the figure of several runs: a column each, a row an epoch, or the last ones."""
+    """The page and the figure of several runs: a column each, a row an epoch."""
     check_comparable(runs)
-    names = names_of(runs)
     panels = []
-    for number in epochs or [None]:
-        for run, name in zip(runs, names, strict=True):
-            label = f"{name}, epoch {number}" if number else name
-            panels.append((label, run.epoch(run.tested, number) if number else run.last()))
+    for number in epochs or [0]:
+        for run in runs:
+            epoch = number or run.last_epoch()
+            panels.append((f"{run.name}, epoch {epoch}", run.epoch(run.tested, epoch)))
     directory = runs[0].directory
     path = directory / "figures" / f"compare.{format}"
     page = (directory / "compare.html", write_page, [run.directory for run in runs])
@@ -84,12 +74,8 @@ def compared(
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="plots",
-        description=__doc__,
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    options = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
+    parser = argparse.ArgumentParser(prog="plots", description=__doc__, **options)
     parser.error = lambda message: parser.exit(2, f"plots: error: {message}\n")
     add = parser.add_argument
     add("directories", nargs="+", type=Path, metavar="DIR", help="--save-dir of a run with --plot")
@@ -106,49 +92,34 @@ def build_parser() -> argparse.ArgumentParser:
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = build_parser()
     args = parser.parse_args(argv)
-    if args.epochs and not (args.format or args.compare):
-        parser.error("--epochs goes with --format or --compare")
     if args.projection == "tsne" and (args.compare or args.epochs):
-        parser.error(
-            "--projection tsne shows the last tested epoch: it goes without --compare and --epochs"
-        )
-    if args.same_axes and not args.compare:
-        parser.error("--same-axes goes with --compare")
+        parser.error("--projection tsne goes without --compare and --epochs")
     if args.compare and len(args.directories) < 2:
         parser.error(f"--compare needs two runs or more, got {args.directories[0]} alone")
     return args
 
 
-def drawings_of(args: argparse.Namespace, runs: Sequence[Run]) -> list[tuple]:
-    """What the flags ask for beyond the pictures of each run."""
-    format = args.format or "png"
-    if args.compare:
-        return compared(runs, args.epochs, format, args.same_axes)
-    if args.projection == "tsne":
-        return [tsne(run, format) for run in runs]
-    if args.format:
-        return [drawing for run in runs for drawing in figures(run, args.epochs, format)]
-    return []
-
-
 def draw(args: argparse.Namespace, plotter: Plotter) -> list[str]:
     """Draws what the flags ask for, and prints where it is; returns the errors."""
     runs = [read_run(directory) for directory in args.directories]
-    drawings = drawings_of(args, runs)
-    if not drawings:
-        errors = []
+    format = args.format or "png"
+    drawings = []
+    errors = []
+    if args.compare:
+        drawings = compared(runs, args.epochs, format, args.same_axes)
+    elif args.projection == "tsne":
+        drawings = [tsne(run, format) for run in runs]
+    elif args.format or args.epochs:
+        drawings = [drawing for run in runs for drawing in figures(run, args.epochs, format)]
+    else:
         for run in runs:
             errors += plot_run(plotter, run.directory, run.history)
-            if not errors:
-                print(f"Pictures in {run.directory}, page {run.directory / 'report.html'}")
-        return errors
-    for path, function, *arguments in drawings:
+            print(f"Pictures in {run.directory}, page {run.directory / 'report.html'}")
+    for path, *drawing in drawings:
         path.parent.mkdir(exist_ok=True)
-        plotter(path, function, *arguments)
-    errors = plotter.finish()
-    for path, *_ in drawings:
+        plotter(path, *drawing)
         print(path)
-    return errors
+    return errors + plotter.finish()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -157,7 +128,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         with Plotter(lambda line: print(f"plots: {line}", file=sys.stderr)) as plotter:
             return 1 if draw(args, plotter) else 0
     except KeyboardInterrupt:
-        print("plots: interrupted", file=sys.stderr)
         return 130
     except (utils.RunError, OSError) as error:
         print(f"plots: error: {error}", file=sys.stderr)

@@ -1,144 +1,111 @@
 """Colours, names and figures, common to all pictures."""
 
+import os
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 
 COLUMN = 3.15  # inches, 8 cm: the width of a paper's column
 
 # Petroff's ten colours, which red-green blind readers can tell apart: at least 17 CIELAB units.
-COLORS = (
-    "#3f90da",
-    "#ffa90e",
-    "#bd1f01",
-    "#94a4a2",
-    "#832db6",
-    "#a96b59",
-    "#e76300",
-    "#b9ac70",
-    "#717581",
-    "#92dadd",
-)
+COLORS = "#3f90da #ffa90e #bd1f01 #94a4a2 #832db6 #a96b59 #e76300 #b9ac70 #717581 #92dadd".split()
 
+# Of Linux, Windows and macOS, for letters that matplotlib's own font lacks.
+FONTS = ("Noto Sans CJK JP", "Microsoft YaHei", "Malgun Gothic", "Arial Unicode MS")
 PRINT_STYLE = {
     "font.size": 7,
-    "axes.labelsize": 7,
-    "axes.titlesize": 7,
-    "xtick.labelsize": 6.5,
-    "ytick.labelsize": 6.5,
+    "axes.titlesize": "medium",
     "legend.fontsize": 6.5,
-    "axes.linewidth": 0.6,
-    "xtick.major.width": 0.6,
-    "ytick.major.width": 0.6,
-    "grid.linewidth": 0.4,
     "lines.linewidth": 1.0,
     "pdf.fonttype": 42,
-    "svg.hashsalt": "center-loss",
+    "savefig.dpi": 600,
+    "savefig.bbox": "tight",
+    "savefig.pad_inches": 0.01,
 }
-
-
-def rgb(colors: Sequence[str]) -> np.ndarray:
-    """Colours "#rrggbb" as numbers from 0 to 1, (N, 3)."""
-    return np.array([[int(color[i : i + 2], 16) for i in (1, 3, 5)] for color in colors]) / 255
 
 
 def palette(count: int) -> list[str]:
     """A colour for each class: the ten of COLORS, then darker and lighter shades of them."""
-    base = rgb(COLORS)
-    shades = -(-count // len(base))
+    from matplotlib.colors import to_hex, to_rgb
+
+    ten = np.array([to_rgb(color) for color in COLORS])
+    shades = -(-count // len(COLORS))
     colors = []
-    for label in range(count):
-        color = base[label % len(base)]
-        shade = label // len(base)
-        if shade % 2:  # darker and lighter in turn, ever further from the colour itself
-            color = color * (1 - 0.7 * (shade + 1) / (shades + 1))
-        else:
-            color = 1 - (1 - color) * (1 - 0.7 * shade / (shades + 1))
-        colors.append("#" + "".join(f"{round(255 * part):02x}" for part in color))
-    return colors
+    for shade in range(shades):  # darker and lighter in turn, ever further from the ten
+        kept = 1 - 0.7 * (shade + shade % 2) / (shades + 1)
+        target = 1 - shade % 2
+        colors += [to_hex(color) for color in target + kept * (ten - target)]
+    return colors[:count]
 
 
 class Looks:
-    """How the classes of an epoch look; first the trained ones, `known`, then the others, `unseen`.
+    """Names and colours of an epoch's classes: the trained ones, `known`, then others, `unseen`.
 
-    Unknown classes are hollow. They get colours of their own, or where no point is of a known class
-    the best ones anew.
+    Where no point is of a known class, the unknown ones have the best colours anew.
     """
 
     def __init__(self, shown: dict):
-        self.known = [str(name) for name in shown["classes"]]
-        self.unseen = [str(name) for name in shown["unseen"]]
+        self.known = printable(shown["classes"])
+        self.unseen = printable(shown["unseen"])
+        self.names = self.known + self.unseen
         count = len(self.known)
         self.has_known = bool((shown["labels"] < count).any())
-        self.colors = palette(count + len(self.unseen))
+        self.colors = palette(len(self.names))
         if not self.has_known:
-            self.colors = palette(count) + palette(len(self.unseen))
-        self.marks = marks(self.known)
-        self.cross = "black" if self.has_known else "0.6"  # at a center
+            self.colors[count:] = palette(len(self.unseen))
+        # The text at each center: the names if all are short, else numbers.
+        is_short = max(map(len, self.known)) <= 3
+        self.marks = self.known if is_short else [str(label) for label in range(count)]
 
-    def short(self, width: int) -> list[str]:
-        return shorten(self.known + self.unseen, width)
+    def styles(self) -> list[dict]:
+        """How the points of each class are drawn; those of unknown ones are hollow."""
+        known = {"marker": "o", "linestyle": "", "markeredgewidth": 0}
+        unknown = known | {"markerfacecolor": "none", "markeredgewidth": 0.6}
+        kinds = [known] * len(self.known) + [unknown] * len(self.unseen)
+        return [kind | {"color": color} for kind, color in zip(kinds, self.colors, strict=True)]
+
+    def cross(self, size: float) -> dict:
+        """How centers are drawn: thin, so that they hide no cluster."""
+        color = "black" if self.has_known else "0.6"
+        looks = {"marker": "+", "linestyle": "", "markersize": 1.2 * size, "color": color}
+        return looks | {"markeredgewidth": size / 6, "path_effects": edge(size / 2)}
 
 
-def hollow(color: str) -> dict:
-    """How points of an unknown class are drawn."""
-    return {"color": color, "markerfacecolor": "none", "markeredgewidth": 0.6}
+def edge(width: float) -> list:
+    """A white edge, in points, around what is to be seen on points of all colours."""
+    from matplotlib.patheffects import withStroke
+
+    return [withStroke(linewidth=width, foreground="white")]
 
 
-def marks(classes: Sequence[str]) -> list[str]:
-    """The text at each center: the names of the classes if all are short, else their numbers."""
-    if max(map(len, classes)) <= 3:
-        return list(classes)
-    return [str(label) for label in range(len(classes))]
+def printable(names: Sequence[str]) -> list[str]:
+    r"""The names, where bytes that are not UTF-8 become \xe9."""
+    return [os.fsencode(str(name)).decode(errors="backslashreplace") for name in names]
 
 
 def shorten(names: Sequence[str], width: int) -> list[str]:
-    """Cuts the names to `width` characters, near the middle, so that different ones stay so.
-
-    If no cut does that, all get as many more characters as it takes.
-    """
-    for room in range(width, max(map(len, names), default=0)):
-        for tail in sorted(range(room), key=lambda tail: abs(tail - room // 2)):
-            short = [cut(name, room, tail) for name in names]
-            if len(set(short)) == len(set(names)):
-                return short
-    return list(names)
+    """Cuts the middle out of names of more than `width` characters, unless that makes two alike."""
+    half = width // 2
+    short = [
+        name if len(name) <= width else f"{name[:half]}…{name[1 + half - width :]}"
+        for name in names
+    ]
+    return short if len(set(short)) == len(set(names)) else list(names)
 
 
-def cut(name: str, room: int, tail: int) -> str:
-    """A name in at most `room` characters, of which the last `tail` are those of its end."""
-    if len(name) <= room:
-        return name
-    return name[: room - 1 - tail] + "…" + name[len(name) - tail :]
-
-
-def new_figure(width: float, height: float, rows: int = 1, columns: int = 1, **options):
-    """A figure, in inches, and its axes (rows, columns); without pyplot and its global state."""
+def new_figure(width: float, height: float, rows: int = 1, columns: int = 1, format: str = ""):
+    """A figure, in inches, and its axes (rows, columns); in the style of print for a `format`."""
+    import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.font_manager import get_font_names
 
-    layout = options.pop("layout", "constrained")
-    figure = Figure(figsize=(width, height), dpi=150, layout=layout)
+    matplotlib.rcdefaults()
+    matplotlib.rcParams.update(PRINT_STYLE if format else {})
+    installed = set(get_font_names())
+    fonts = [font for font in FONTS if font in installed]
+    matplotlib.rcParams["font.family"] = ["DejaVu Sans", *fonts]
+    matplotlib.rcParams["text.parse_math"] = False  # a class may be called a$x_$b
+    figure = Figure(figsize=(width, height), dpi=150, layout="compressed")
     FigureCanvasAgg(figure)
-    return figure, figure.subplots(rows, columns, squeeze=False, **options)
-
-
-def style(format: str):
-    """The context of a figure: that of print for a `format`, matplotlib's own without."""
-    from matplotlib import rc_context
-
-    return rc_context(PRINT_STYLE if format else {})
-
-
-def save(figure, part: Path, format: str = "") -> None:
-    """Saves a figure as PNG or, for print, in `format`, cropped, at 600 dpi.
-
-    The same data give the same file.
-    """
-    if not format:
-        figure.savefig(part, format="png")
-        return
-    metadata = {"pdf": {"CreationDate": None}, "svg": {"Date": None}}.get(format)
-    options = {"dpi": 600, "bbox_inches": "tight", "pad_inches": 0.01}
-    figure.savefig(part, format=format, metadata=metadata, **options)
+    return figure, figure.subplots(rows, columns, squeeze=False)

@@ -1,15 +1,13 @@
 """Drawing in background processes."""
 
-import contextlib
 import os
 import signal
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
 from multiprocessing import active_children, get_context, parent_process
 from pathlib import Path
 from types import ModuleType
@@ -17,35 +15,19 @@ from types import ModuleType
 import utils
 
 
-@dataclass
-class Task:
-    """A picture that is being drawn, and what to draw it again from."""
-
-    future: Future
-    draw: Callable
-    arguments: tuple
-    tries: int = 1
-
-    def error(self) -> str:
-        """Why it could not be drawn; empty if it could. Waits for the end."""
-        error = self.future.exception()
-        if isinstance(error, BrokenProcessPool):
-            return "the drawing process could not start or was killed"
-        return one_line(error) if error else ""
-
-
 class Plotter:
     """Draws in background processes while the training goes on; `finish` waits for them.
 
-    What could not be drawn or saved is tried again by `retry`, and said once. An interrupt in its
-    context ends the processes, and so does `finish` if asked to stop.
+    What could not be written is said once and tried again by `retry`. An interrupt in its context
+    ends the processes, and so does `finish` if asked to stop.
     """
 
     def __init__(self, log: Callable[[str], None] = print):
         self.log = log
         self.pool: ProcessPoolExecutor | None = None
         self.drawers = set()
-        self.tasks: dict[Path, Task] = {}
+        self.drawings: dict[Path, tuple] = {}  # of each picture, its function and arguments
+        self.futures: dict[Path, Future] = {}
         self.unsaved: dict[Path, dict] = {}
         self.has_complained = False
 
@@ -60,134 +42,79 @@ class Plotter:
 
     def __call__(self, path: Path, draw: Callable, *arguments) -> None:
         """Lets draw(part, *arguments) write `path`."""
-        self.tasks[path] = Task(self._submit(path, draw, *arguments), draw, arguments)
-
-    def _submit(self, *drawing) -> Future:
+        self.drawings[path] = (draw, *arguments)
         if self.pool is None:
             workers = max(1, min(4, (os.cpu_count() or 1) // 2))
             self.pool = ProcessPoolExecutor(workers, get_context("spawn"), _start_drawing)
         before = set(active_children())
+        script = sys.modules["__main__"]
+        sys.modules["__main__"] = ModuleType("")  # else processes import the script, and so torch
         try:
-            with _without_main():
-                future = self.pool.submit(draw_to, *drawing)
+            self.futures[path] = self.pool.submit(draw_to, path, draw, *arguments)
         except (BrokenProcessPool, OSError) as error:  # no process can start: training goes on
-            future = Future()
-            future.set_exception(error)
+            self.futures[path] = Future()
+            self.futures[path].set_exception(error)
+        finally:
+            sys.modules["__main__"] = script
         self.drawers |= set(active_children()) - before
-        return future
 
     def save(self, path: Path, arrays: dict) -> bool:
-        """Writes arrays, and their directory where it is missing; returns whether that worked."""
+        """Writes arrays, in a directory that may be missing; returns whether that worked."""
+        self.unsaved[path] = arrays
         try:
             path.parent.mkdir(exist_ok=True)
             utils.save_arrays(path, arrays)
         except (OSError, utils.RunError) as error:
-            self.unsaved[path] = arrays
-            self._complain(one_line(error))
+            self._complain(error)
             return False
-        self.unsaved.pop(path, None)
+        del self.unsaved[path]
         return True
 
-    def retry(self, last: bool = False) -> None:
-        """Tries again what could not be written: each picture once, and a `last` time."""
+    def retry(self) -> None:
+        """Tries again what could not be written."""
         for path, arrays in list(self.unsaved.items()):
             self.save(path, arrays)
-        for path, task in self.tasks.items():
-            if task.tries < 2 + last and task.future.done() and task.error():
-                self._complain(about(path, task.error()))
-                task.future = self._submit(path, task.draw, *task.arguments)
-                task.tries += 1
+        for path, drawing in self.drawings.items():
+            error = self.futures[path].done() and self.futures[path].exception()
+            if error:
+                self._complain(error)
+                self(path, *drawing)
 
-    def _complain(self, error: str) -> None:
+    def _complain(self, error: BaseException) -> None:
         if not self.has_complained:
-            self.log(f"A picture is tried again after the next epoch: {error}")
+            self.log(f"A picture could not be written and is tried again later: {error}")
         self.has_complained = True
 
     def finish(self, stop: Callable[[], bool] = lambda: False) -> list[str]:
-        """Waits until all is drawn or `stop` returns True; returns the errors of what is missing.
-
-        Logs a line on what has failed, and one on what a stop has left undrawn.
-        """
-        pending = {task.future for task in self.tasks.values()}
+        """Waits until all is drawn or `stop` returns True; returns, and logs, what is missing."""
+        pending = set(self.futures.values())
         while pending and not stop():
             pending = wait(pending, timeout=0.1).not_done
         if pending:
             self._kill()
-        failed = [about(path, "could not be written") for path in self.unsaved]
-        stopped = []
-        notes = set()
-        for path, task in self.tasks.items():
-            if task.future in pending:
-                stopped.append(path)
-            elif task.error():
-                failed.append(about(path, task.error()))
-            else:
-                notes.update(task.future.result())
-        for note in sorted(notes):
-            self.log(note)
-        if failed:
-            others = f" ({len(failed) - 1} more)" if len(failed) > 1 else ""
-            self.log(f"A picture could not be drawn: {failed[0]}{others}")
-        undrawn = [path.name for path in stopped if not path.exists()]
-        if undrawn:
-            others = f" and {len(undrawn) - 5} more" if len(undrawn) > 5 else ""
-            self.log(f"Not drawn before the stop: {', '.join(undrawn[:5])}{others}")
-        self.tasks = {}
-        return failed + [about(path, "stopped") for path in stopped]
+        errors = [f"{path}: could not be written" for path in self.unsaved]
+        for path, future in self.futures.items():
+            error = "stopped" if future in pending else future.exception()
+            if error:
+                errors.append(f"{path}: {' '.join(str(error).split())}")
+        if errors:
+            self.log(f"Pictures that could not be drawn: {len(errors)}, the first {errors[0]}")
+        self.drawings = {}
+        self.futures = {}
+        return errors
 
     def _kill(self) -> None:
         for drawer in self.drawers:
             drawer.kill()
             drawer.join()
-            for path in self.tasks:
+            for path in self.drawings:
                 utils.part_of(path, drawer.pid).unlink(missing_ok=True)
 
 
-def one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())
-
-
-def about(path: Path, error: str) -> str:
-    """An error with the path that it is about."""
-    return error if str(path) in error else f"{path}: {error}"
-
-
-@contextlib.contextmanager
-def _without_main() -> Iterator[None]:
-    """A process spawned in its context does not import the running script, and so not torch."""
-    script = sys.modules["__main__"]
-    sys.modules["__main__"] = ModuleType("__main__")
-    try:
-        yield
-    finally:
-        sys.modules["__main__"] = script
-
-
-def draw_to(path: Path, draw: Callable, *arguments) -> set[str]:
-    """Lets draw(part, *arguments) write `path`; returns its warnings."""
-    with warnings.catch_warnings(record=True) as caught, _without_backend():
-        warnings.simplefilter("ignore")
-        warnings.simplefilter("always", UserWarning)
-        warnings.simplefilter("ignore", DeprecationWarning)  # pyparsing's are both
-        utils.replace_file(path, lambda part: draw(part, *arguments))
-    return {str(warning.message) for warning in caught}
-
-
-@contextlib.contextmanager
-def _without_backend() -> Iterator[None]:
-    """Hides MPLBACKEND, which in a notebook names a package that this Python may lack.
-
-    Pictures are drawn by Agg whatever it is; where matplotlib has been loaded, it still takes it.
-    """
-    backend = os.environ.pop("MPLBACKEND", None)
-    try:
-        yield
-    finally:
-        if backend is not None:
-            os.environ["MPLBACKEND"] = backend
-            if "matplotlib" in sys.modules:
-                with contextlib.suppress(ValueError):
-                    sys.modules["matplotlib"].rcParams["backend"] = backend
+def draw_to(path: Path, draw: Callable, *arguments) -> None:
+    """Lets draw(part, *arguments) write `path`."""
+    os.environ["MPLBACKEND"] = "agg"  # a notebook's may be of a package that this Python lacks
+    utils.replace_file(path, lambda part: draw(part, *arguments))
 
 
 def _start_drawing() -> None:
@@ -195,6 +122,7 @@ def _start_drawing() -> None:
 
     The process watches for the end of a killed run itself, since nothing else would end it.
     """
+    warnings.simplefilter("ignore")
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     if hasattr(os, "nice"):

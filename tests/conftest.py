@@ -1,4 +1,5 @@
 """Tiny image folders, and main.py run in this process as from the command line."""
+# ruff: noqa: E402  (some of the environment is read when torch is loaded)
 
 import os
 import shutil
@@ -6,17 +7,13 @@ import sys
 import tempfile
 from pathlib import Path
 
-# The cache of compiled code does not tell apart the instruction sets that ATEN_CPU_CAPABILITY chooses.
+# The cache of compiled code does not tell apart the instruction sets that ATEN_CPU_CAPABILITY has.
+capability = os.environ.get("ATEN_CPU_CAPABILITY", "default")
 os.environ.setdefault(
     "TORCHINDUCTOR_CACHE_DIR",
-    os.path.join(
-        tempfile.gettempdir(),
-        "center-loss-compiled-" + os.environ.get("ATEN_CPU_CAPABILITY", "default"),
-    ),
+    os.path.join(tempfile.gettempdir(), f"center-loss-compiled-{capability}"),
 )
-if (
-    "PYTEST_XDIST_WORKER" in os.environ
-):  # one of several test processes, a core each; read when torch is loaded
+if "PYTEST_XDIST_WORKER" in os.environ:  # a core each; read when torch is loaded
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
@@ -27,28 +24,25 @@ from PIL import Image
 import cli
 import main
 
-torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL = (
-    1.0  # seconds that torch waits for workers once one has raised
-)
+PYTHON = sys.executable
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+# 24 images of 8x8 pixels in batches of 10: three steps an epoch.
+FLAGS = "--dataset folder --image-size 8 --batch-size 10 --max-epoch 2 --print-freq 1".split()
+FLAGS += "--eval-freq 1 --use-cpu".split()
 
 
 def pytest_collection_modifyitems(items):
     """Marked tests are skipped, with the reason, where they cannot run."""
-    no_mnist = pytest.mark.skip(reason=f"real MNIST is not in {SHARED_DATA}")
-    no_gpu = pytest.mark.skip(reason="there is no GPU")
-    no_browser = pytest.mark.skip(
-        reason="there is no Chromium: apt-get install chromium chromium-driver"
-    )
+    has_browser = all(map(shutil.which, ("chromium", "chromedriver")))
+    needed = {
+        "mnist": ((SHARED_DATA / "MNIST").is_dir(), f"real MNIST is not in {SHARED_DATA}"),
+        "gpu": (torch.cuda.is_available(), "there is no GPU"),
+        "browser": (has_browser, "there is no Chromium: apt-get install chromium chromium-driver"),
+    }
     for item in items:
-        if item.get_closest_marker("mnist") and not (SHARED_DATA / "MNIST").is_dir():
-            item.add_marker(no_mnist)
-        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
-            item.add_marker(no_gpu)
-        if item.get_closest_marker("browser") and not all(
-            map(shutil.which, ("chromium", "chromedriver"))
-        ):
-            item.add_marker(no_browser)
+        for name, (there, reason) in needed.items():
+            if item.get_closest_marker(name) and not there:
+                item.add_marker(pytest.mark.skip(reason=reason))
 
 
 def program(argv: list) -> int:
@@ -75,44 +69,46 @@ def make_folder(
     return root
 
 
+def files(directory="log") -> dict[Path, bytes]:
+    """The files of a directory, with their contents."""
+    return {path: path.read_bytes() for path in Path(directory).rglob("*") if path.is_file()}
+
+
+def checkpoint(directory="log") -> dict:
+    return torch.load(Path(directory, "checkpoint.pt"), weights_only=True)
+
+
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory) -> Path:
     """24 training and 12 test images of 8x8 pixels, grey, in three classes."""
     return make_folder(tmp_path_factory.mktemp("images") / "folder")
 
 
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory, folder) -> Path:
+    """The directory of a finished run of two epochs; to be copied, not changed."""
+    directory = tmp_path_factory.mktemp("finished") / "log"
+    flags = ["--data-root", folder, "--lr-model", "0.05", "--save-dir", directory]
+    assert program([*FLAGS, *flags]) == 0
+    return directory
+
+
 @pytest.fixture
 def run(folder, tmp_path, capsys, monkeypatch):
-    """run(*flags) trains on the tiny folder within tmp_path; gives exit status, standard output and error."""
+    """run(*flags) trains on the tiny folder within tmp_path.
+
+    Gives the exit status, standard output and error. base=False: without FLAGS.
+    """
     monkeypatch.chdir(tmp_path)
 
     def call(*flags, base=True):
-        common = [
-            "--dataset",
-            "folder",
-            "--data-root",
-            str(folder),
-            "--image-size",
-            "8",
-            "--batch-size",
-            "10",
-            "--max-epoch",
-            "2",
-            "--print-freq",
-            "1",
-            "--eval-freq",
-            "1",
-            "--use-cpu",
-        ]
-        return program([*(common if base else []), *flags]), *capsys.readouterr()
+        common = [*FLAGS, "--data-root", folder] if base else []
+        return program([*common, *flags]), *capsys.readouterr()
 
     return call
 
 
 @pytest.fixture
-def copy_of(tmp_path):
-    """copy_of(directory): a copy that a test may change."""
-    return lambda directory: Path(shutil.copytree(directory, tmp_path / "copy"))
-
-
-PYTHON = sys.executable
+def log(finished, run):
+    """A copy of the finished run as log/, in the directory where `run` works."""
+    return Path(shutil.copytree(finished, "log"))

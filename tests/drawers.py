@@ -1,10 +1,9 @@
-"""What the tests let a plotter's background processes draw; imports nothing heavy, as plots itself."""
+"""What the tests let a plotter's background processes draw; imports nothing heavy."""
 
 import os
 import signal
 import sys
 import time
-import warnings
 from pathlib import Path
 
 
@@ -33,8 +32,3 @@ def name_modules(part: Path) -> None:
 def hang(part: Path, *arguments) -> None:
     part.touch()
     time.sleep(60)
-
-
-def warn(part: Path) -> None:
-    part.touch()
-    warnings.warn("pale ink", stacklevel=1)

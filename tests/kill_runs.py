@@ -1,11 +1,10 @@
-"""Ends runs by a signal at random moments, resumes them, and compares each with one that was never stopped.
+"""Ends runs by a signal at random moments, resumes them, and compares each with one never stopped.
 
 python tests/kill_runs.py --kills 100
 python tests/kill_runs.py --kills 100 --signal TERM --only plots
 
-A third of the SIGKILLs come shortly after a SIGTERM, so that they also hit the checkpoint in the middle of an epoch.
-A run that gets a SIGTERM alone must end by itself; the longest time that one took is told.
-The processes are forked from this one, which has imported torch: that saves seconds a kill, and they are as real.
+A run that gets a SIGTERM must end by itself; the longest time that one took is told. The processes
+are forked from this one, which has imported torch: that saves seconds a kill, and they are as real.
 """
 
 import argparse
@@ -26,37 +25,20 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from tests.conftest import make_folder, program
 
-# What each run is, on 24 images of 8x8 pixels in batches of 10.
+COMMON = "--dataset folder --image-size 8 --batch-size 10 --print-freq 1 --eval-freq 5 --use-cpu"
+# What each run is, on 24 images of 8x8 pixels.
 SETTINGS = {
-    "zhou2018 -j 0": ["--max-epoch", 60],
-    "wen2016 -j 2, features": [
-        "--recipe",
-        "wen2016",
-        "--image-size",
-        16,
-        "--max-iter",
-        61,
-        "--milestones",
-        20,
-        40,
-        "-j",
-        2,
-        "--save-features",
-    ],
-    "zahn2024-v1.2": ["--recipe", "zahn2024-v1.2", "--max-epoch", 8, "--stepsize", 2],
-    "adamw onecycle, bfloat16": [
-        "--optimizer",
-        "adamw",
-        "--schedule",
-        "onecycle",
-        "--amp",
-        "--max-epoch",
-        40,
-    ],
-    "euclidean, plots": ["--distance", "euclidean", "--plot", "--eval-freq", 2, "--max-epoch", 10],
-    "softmax only, plots": ["--weight-cent", 0, "--plot", "--eval-freq", 4, "--max-epoch", 10],
+    "zhou2018 -j 0": "--max-epoch 60",
+    "wen2016 -j 2, features": "--recipe wen2016 --image-size 16 --max-iter 61 --milestones 20 40 "
+    "-j 2 --save-features",
+    "zahn2024-v1.2": "--recipe zahn2024-v1.2 --max-epoch 8 --stepsize 2",
+    "adamw onecycle, bfloat16": "--optimizer adamw --schedule onecycle --amp --max-epoch 40",
+    "validation": "--val-share 0.2 --max-epoch 40",
+    "euclidean, plots": "--distance euclidean --plot --eval-freq 2 --max-epoch 10",
+    "softmax only, plots": "--weight-cent 0 --plot --eval-freq 4 --max-epoch 10",
 }
 FREE = {"elapsed", "log_bytes", "args.resume", "args.save_dir", "args.workers"}
+SAID = ("Batch", "Accuracy", "Nearest", "Best")  # lines of the log that are compared
 
 
 def differences(run: Path, other: Path) -> list[str]:
@@ -69,9 +51,7 @@ def differences(run: Path, other: Path) -> list[str]:
         if isinstance(one, dict) and isinstance(two, dict) and one.keys() == two.keys():
             for key in one:
                 compare(f"{name}.{key}".strip("."), one[key], two[key])
-        elif (
-            isinstance(one, list | tuple) and isinstance(two, list | tuple) and len(one) == len(two)
-        ):
+        elif isinstance(one, list) and isinstance(two, list) and len(one) == len(two):
             for index, pair in enumerate(zip(one, two, strict=True)):
                 compare(f"{name}[{index}]", *pair)
         elif isinstance(one, torch.Tensor) and isinstance(two, torch.Tensor):
@@ -84,22 +64,17 @@ def differences(run: Path, other: Path) -> list[str]:
     for name in ("metrics.csv", "log_folder.txt"):
         texts = [(each / name).read_text().splitlines() for each in (run, other)]
         if name.startswith("log"):
-            texts = [
-                [line for line in lines if line.startswith(("Batch", "Accuracy", "Nearest"))]
-                for lines in texts
-            ]
+            texts = [[line for line in lines if line.startswith(SAID)] for lines in texts]
         if texts[0] != texts[1]:
             found.append(name)
     names = [
-        sorted(str(path.relative_to(each)) for path in each.rglob("*")) for each in (run, other)
+        {path.relative_to(each).as_posix() for path in each.rglob("*")} for each in (run, other)
     ]
-    found += sorted(set(names[0]) ^ set(names[1]))
-    for name in set(names[0]) & set(names[1]):
-        if (
-            name.endswith((".npz", ".png", ".gif"))
-            and (run / name).read_bytes() != (other / name).read_bytes()
-        ):
-            found.append(name)
+    found += sorted(names[0] ^ names[1])
+    for name in sorted(names[0] & names[1]):
+        if name.endswith((".npz", ".png", ".gif")):
+            if (run / name).read_bytes() != (other / name).read_bytes():
+                found.append(name)
     with open(run / "metrics.csv") as file:
         epochs = [int(row["epoch"]) for row in csv.DictReader(file)]
     if epochs != list(range(1, len(epochs) + 1)):
@@ -134,129 +109,99 @@ def finish(child: int) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
+def check(status: int, allowed: tuple, output: Path) -> None:
+    if status not in allowed:
+        sys.exit(f"{output}: exit status {status}: {output.read_text()[-2000:]}")
+
+
 def phase(output: Path) -> str:
     """Where a run is, by the last line that it has printed."""
     lines = output.read_text().splitlines() if output.exists() else []
-    words = {
-        "==> Epoch": "training",
-        "Batch": "training",
-        "==> Test": "test",
-        "Nearest": "checkpoint or drawing",
-        "Finished": "end",
-        "The run": "drawing",
-    }
-    return next((words[word] for word in words if lines and lines[-1].startswith(word)), "start")
+    last = lines[-1] if lines else ""
+    if last.startswith(("==> Epoch", "Batch")):
+        return "training"
+    if last.startswith(("==> Test", "==> Val", "Accuracy", "Nearest")):
+        return "test"
+    if last.startswith("Epoch"):
+        return "checkpoint or drawing"
+    return "end" if last.startswith("Finished") else "start"
 
 
-def end(
-    child: int, output: Path, gentle: bool, moments: dict[str, int], waits: list[float]
-) -> None:
-    """Ends a run by SIGTERM alone if `gentle`, else by SIGKILL."""
+def end(child: int, output: Path, number: int, moments: dict, waits: list) -> None:
+    """Ends a run by the signal."""
     moments[phase(output)] = moments.get(phase(output), 0) + 1
-    if gentle or random.random() < 1 / 3:
-        os.kill(child, signal.SIGTERM)
-    if not gentle:
-        time.sleep(random.uniform(0, 0.05))
-        os.kill(child, signal.SIGKILL)
-    began, status = time.monotonic(), finish(child)
+    os.kill(child, number)
+    began = time.monotonic()
+    status = finish(child)
     waits.append(time.monotonic() - began)
-    if gentle and status not in (
-        143,
-        -signal.SIGTERM,
-        0,
-    ):  # at the start it is not noted yet, at the end no longer
-        sys.exit(f"exit status {status} after a SIGTERM: {output.read_text()[-2000:]}")
+    # At the start a SIGTERM is not noted yet, at the end no longer.
+    check(status, (143, -number, 0), output)
 
 
-def kill_and_resume(
-    flags: list, directory: Path, kills: int, longest: float, gentle: bool, **notes
-) -> tuple[int, int]:
-    """Ends a run up to `kills` times, most of them while it trains, at most `longest` seconds after it has begun to.
+def kill_and_resume(flags, directory: Path, kills: int, longest: float, *ending) -> tuple[int, int]:
+    """Ends a run up to `kills` times, most of them while it trains, at random within `longest` s.
 
-    Gives the kills, and how many of them came before there was anything to resume. At the end the run is whole.
+    Gives the kills, and how many of them came before there was anything to resume. At the end the
+    run is whole.
     """
     done = early = 0
     output = directory.with_suffix(".out")
     while True:
         there = (directory / "checkpoint.pt").exists()
         output.unlink(missing_ok=True)
-        child = start([*flags, "--save-dir", directory, *(["--resume"] if there else [])], output)
+        child = start([*flags, "--save-dir", directory, *["--resume"] * there], output)
         if done < kills:
             if random.random() < 0.8:
-                while not (output.exists() and b"==> Epoch" in output.read_bytes()) and is_alive(
-                    child
+                while is_alive(child) and b"==> Epoch" not in (
+                    output.read_bytes() if output.exists() else b""
                 ):
                     time.sleep(0.01)
             time.sleep(random.uniform(0, longest))
             if is_alive(child):
-                end(child, output, gentle, **notes)
-                done, early = done + 1, early + (not there)
+                end(child, output, *ending)
+                done += 1
+                early += not there
                 continue
-        if status := finish(child):
-            sys.exit(f"{directory}: exit status {status}: {output.read_text()[-2000:]}")
+        check(finish(child), (0,), output)
         return done, early
 
 
-def run(kills: int, seed: int, gentle: bool, only: str) -> int:
+def run(kills: int, seed: int, number: int, only: str) -> int:
     random.seed(seed)
     failures = total = early = runs = 0
-    moments, waits = {}, []
+    moments = {}
+    waits = []
     settings = {name: own for name, own in SETTINGS.items() if only in name}
+    share = max(-(-kills // len(settings)), 4)
     with tempfile.TemporaryDirectory() as scratch:
         folder = make_folder(Path(scratch, "images"), test=60)
-        common = [
-            "--dataset",
-            "folder",
-            "--data-root",
-            folder,
-            "--image-size",
-            8,
-            "--batch-size",
-            10,
-            "--print-freq",
-            1,
-            "--eval-freq",
-            5,
-            "--use-cpu",
-        ]
-        share = max(-(-kills // len(settings)), 5)
-        for name, own in settings.items():
-            if total == kills:
+        for index, (name, own) in enumerate(settings.items()):
+            flags = [*COMMON.split(), "--data-root", folder, *own.split()]
+            whole = Path(scratch, f"whole{index}")
+            wanted = min(share, kills - total)
+            if not wanted:
                 break
-            flags, whole = [*common, *own], Path(scratch, "whole")
             began = time.monotonic()
-            if status := finish(start([*flags, "--save-dir", whole], whole.with_suffix(".out"))):
-                sys.exit(
-                    f"{name}: exit status {status}: {whole.with_suffix('.out').read_text()[-2000:]}"
-                )
-            seconds, wanted = time.monotonic() - began, min(share, kills - total)
+            child = start([*flags, "--save-dir", whole], whole.with_suffix(".out"))
+            check(finish(child), (0,), whole.with_suffix(".out"))
+            longest = max((time.monotonic() - began) / 3, 0.5)
             while wanted > 0:
                 runs += 1
                 killed = Path(scratch, f"killed{runs}")
-                done, before = kill_and_resume(
-                    flags,
-                    killed,
-                    wanted,
-                    max(seconds / 3, 0.5),
-                    gentle,
-                    moments=moments,
-                    waits=waits,
-                )
+                ending = (number, moments, waits)
+                done, before = kill_and_resume(flags, killed, wanted, longest, *ending)
                 found = differences(whole, killed)
                 failures += bool(found)
-                wanted, total, early = wanted - done, total + done, early + before
-                print(
-                    f"{name}: {done} kills, {'; '.join(found) or 'the same to the bit'}", flush=True
-                )
-            for path in (whole, whole.with_suffix(".out")):
-                path.rename(path.with_name(f"{path.name}.{name}"))
+                wanted -= done
+                total += done
+                early += before
+                told = "; ".join(found) or "the same to the bit"
+                print(f"{name}: {done} kills, {told}", flush=True)
     print(
-        f"{total} kills ({early} before the first checkpoint) of {runs} runs: {failures} runs differ from those that "
-        "were never stopped"
+        f"{total} kills ({early} before the first checkpoint) of {runs} runs: {failures} runs "
+        "differ from those that were never stopped"
     )
-    print(
-        f"they came during {moments}; the longest that one took to end: {max(waits, default=0):.2f} s"
-    )
+    print(f"they came during {moments}; the longest took {max(waits, default=0):.2f} s to end")
     return int(failures > 0)
 
 
@@ -269,4 +214,5 @@ if __name__ == "__main__":
     parser.add_argument("--only", default="", help="settings that have this in their names")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     arguments = parser.parse_args()
-    sys.exit(run(arguments.kills, arguments.seed, arguments.signal == "TERM", arguments.only))
+    chosen = signal.Signals[f"SIG{arguments.signal}"]
+    sys.exit(run(arguments.kills, arguments.seed, chosen, arguments.only))

@@ -7,10 +7,16 @@ from engine.step import Output, Step
 
 
 class StandIn:
-    """As training.CudaGraph: a replay calls the function on the recorded tensors, with the numbers of the recording."""
+    """As CudaGraph: a replay calls the function on the recorded tensors.
 
-    def __init__(self, optimizers):
-        self.optimizers, self.output, self.replays = optimizers, None, 0
+    With the numbers and the optimizers' tensors of the recording, which a graph keeps; what is in
+    tensors, as learning rates are, is that of now.
+    """
+
+    def __init__(self, step: Step):
+        self.optimizers = step.optimizers
+        self.output = None
+        self.replays = 0
 
     def groups(self) -> list[dict]:
         return [group for optimizer in self.optimizers.values() for group in optimizer.param_groups]
@@ -19,28 +25,35 @@ class StandIn:
         return function(*tensors)
 
     def record(self, function, *tensors: Tensor) -> None:
-        self.function, self.tensors = function, tensors
+        self.function = function
+        self.tensors = tensors
         self.numbers = [dict(group) for group in self.groups()]
+        self.states = [dict(optimizer.state) for optimizer in self.optimizers.values()]
 
     def replay(self) -> Output:
         self.replays += 1
-        now = [dict(group) for group in self.groups()]
-        for group, recorded in zip(self.groups(), self.numbers, strict=True):
-            group.update(recorded)
+        numbers = [dict(group) for group in self.groups()]
+        states = [dict(optimizer.state) for optimizer in self.optimizers.values()]
+        self._use(self.numbers, self.states)
         output = self.function(*self.tensors)
-        for group, numbers in zip(self.groups(), now, strict=True):
-            group.update(numbers)
+        self._use(numbers, states)
         self.output = self.output or output
         for static, value in zip(self.output, output, strict=True):
             static.copy_(value)
         return self.output
 
+    def _use(self, numbers: list[dict], states: list[dict]) -> None:
+        for group, values in zip(self.groups(), numbers, strict=True):
+            group.update(values)
+        for optimizer, state in zip(self.optimizers.values(), states, strict=True):
+            optimizer.state.update(state)
+
 
 def captured(
     step: Step, batch_size: int, notice=print, kind=CapturedStep, graph=StandIn
 ) -> CapturedStep:
-    """As training.captured on a GPU, whose optimizers are fused."""
+    """As engine.cuda_graph.captured on a GPU, whose optimizers are fused."""
     for optimizer in step.optimizers.values():
         for group in optimizer.param_groups:
             group["fused"] = True
-    return kind(step, batch_size, notice, graph(step.optimizers))
+    return kind(step, batch_size, notice, lambda device: graph(step))

@@ -1,4 +1,4 @@
-"""One obvious place for each addition: a test adds one there, and nowhere else, and trains with it."""
+"""One obvious place for each addition: a test adds one there, and trains with it."""
 
 import numpy as np
 import pytest
@@ -40,14 +40,15 @@ def test_a_data_set_is_an_entry_of_specs_even_with_split_in_place_of_train(
     )
     assert status == 0 and "Batch 2/2" in out
     assert torch.load("log/checkpoint.pt", weights_only=True)["data"] == dict(
-        classes=list("0123456789"), unseen=[], images=20, in_channels=3, image_size=32
+        classes=list("0123456789"), unseen=[], images=20, in_channels=3, image_size=[32, 32]
     )
 
 
 class Linear(nn.Module):
     def __init__(self, num_classes, in_channels, image_size, feat_dim):
         super().__init__()
-        self.embedding = nn.Linear(in_channels * image_size**2, feat_dim)
+        height, width = image_size
+        self.embedding = nn.Linear(in_channels * height * width, feat_dim)
         self.classifier = nn.Linear(feat_dim, num_classes)
 
     def forward(self, images):
@@ -101,8 +102,8 @@ def test_a_flag_is_a_line_that_says_whether_a_resumed_run_may_change_it(run, mon
     def build_parser(description=""):
         parser = original(description)
         add = parser.group("mine")
-        add("--note", default="", free=True, help="free to change")
-        add("--power", type=int, default=2, help="part of the training")
+        add("--note", str, "", "free to change", free=True)
+        add("--power", int, 2, "part of the training")
         return parser
 
     assert run("--max-epoch", "1", "--save-dir", "older")[0] == 0
@@ -125,8 +126,8 @@ def test_a_flag_is_a_line_that_says_whether_a_resumed_run_may_change_it(run, mon
 def test_a_schedule_is_an_entry_that_says_whether_the_runs_length_is_part_of_it(
     fixed_length, run, monkeypatch
 ):
-    def linear(optimizer, args, epoch, run):
-        return lr_scheduler.LinearLR(optimizer, 1.0, 0.1, run)
+    def linear(optimizer, args, per_epoch, steps):
+        return lr_scheduler.LinearLR(optimizer, 1.0, 0.1, steps)
 
     monkeypatch.setitem(recipes.SCHEDULES, "linear", recipes.Schedule(linear, fixed_length))
     flags = ["--schedule", "linear", "--lr-model", "0.1"]

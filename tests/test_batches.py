@@ -119,7 +119,7 @@ def test_augmentation_goes_by_its_seed_alone_is_resumed_and_the_same_over_ranks(
     "scaling, low, high", [("symmetric", -127.5 / 128, 127.5 / 128), ("unit", 0.0, 1.0)]
 )
 def test_scalings_map_0_and_255_to_their_formula(scaling, low, high):
-    normalise = datasets.Normalise(*datasets.SCALINGS[scaling](datasets.SPECS["mnist"]))
+    normalise = datasets.Normalise(*datasets.SCALINGS[scaling])
     pixels = torch.tensor([0, 255], dtype=torch.uint8).view(2, 1, 1, 1)
     assert normalise(pixels).flatten().tolist() == pytest.approx([low, high], abs=1e-6)
 
@@ -133,3 +133,17 @@ def test_augmented_batches_are_the_same_for_every_number_of_workers(folder):
         loaded.append(torch.cat([images for images, _ in batches(train)]))
         assert not torch.equal(loaded[-1], plain)
     assert torch.equal(*loaded)
+
+
+def test_images_that_are_no_squares_are_shifted_mirrored_and_erased_within_their_sides():
+    """Pixels that tell their place: 16 rows of 10, and 10 columns."""
+    rows = torch.arange(16).view(16, 1).expand(16, 10)
+    columns = torch.arange(10).expand(16, 10)
+    images = torch.stack([rows, columns]).to(torch.uint8).expand(300, 2, 16, 10)
+    changed = Augment(1, shift=True, flip=True)(images, 300)
+    down = changed[:, 0, 5, 0].int() - 5
+    assert set(down.tolist()) == {-1, 0, 1}  # an eighth of the shorter side
+    steps = changed[:, 1, 0, 5].int() - changed[:, 1, 0, 4].int()
+    assert set(steps.tolist()) == {-1, 1}
+    erased = Augment(1, erase=0.5)(torch.zeros_like(images), 300)[:, 0] == 128
+    assert erased.any(0).all() and erased.sum((1, 2)).max() == 25

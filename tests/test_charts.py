@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from plots.charts import draw_confusion, draw_curves
+from plots.charts import draw_confusion, draw_curves, draw_roc
 from plots.looks import shorten
 from tests.epochs import inside, record_figures
 
@@ -57,6 +57,7 @@ def test_curves_leave_out_what_was_not_measured_and_show_error_rates(drawn, tmp_
         assert not axes.get_legend().get_window_extent().overlaps(axes.get_window_extent())
 
 
+@pytest.mark.filterwarnings("ignore:Data has no positive values")
 def test_curves_without_any_error_are_drawn(tmp_path):
     row = dict(
         epoch=1,
@@ -82,3 +83,19 @@ def test_confusion_matrix(classes, drawn, tmp_path):
     )
     _, ((axes,),) = drawn[0]
     assert len(axes.texts) == (3 if classes == 3 else 0) and axes.get_title() == "test"
+
+
+def test_roc_curves_have_a_colour_for_the_images_and_a_line_for_the_distance(drawn, tmp_path):
+    fars = [1e-3, 1e-2, 1e-1, 1.0]
+    names = [f"{images}, {distance}" for images in ("known", "pairs") for distance in ("L2", "cos")]
+    curves = {name: [0.1 * place, 0.5, 0.8, 1.0] for place, name in enumerate(names)}
+    draw_roc(tmp_path / "roc.png", fars, curves | {"alone": fars})
+    axes = drawn[0][1][0, 0]
+    lines = axes.lines[:4]
+    assert [line.get_label() for line in lines] == names
+    assert [line.get_ydata().tolist() for line in lines] == list(curves.values())
+    looks = [(line.get_color(), line.get_linestyle()) for line in lines]
+    assert looks[0][0] == looks[1][0] != looks[2][0] == looks[3][0]
+    assert looks[0][1] == looks[2][1] != looks[1][1] == looks[3][1]
+    texts = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert texts == [*names, "alone", "chance"]

@@ -1,16 +1,17 @@
-"""Flags have the names and defaults that are promised, a mistake is one line, and what ends a run has its status."""
+"""Flags have the names and defaults that are promised; a mistake is one line and status 2."""
 
 import argparse
-import contextlib
-import json
+import io
 import os
+import signal
+import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
-import torch
-from conftest import PYTHON
+from conftest import PYTHON, program
 
 import cli
 import main
@@ -25,7 +26,6 @@ MAIN = Path(main.__file__)
         (cli.number(int, 1), ["1", "12"], ["0", "-3", "1.5", "x", "", "nan", "1e3"]),
         (cli.number(int, 0, 10), ["0", "10"], ["11", "-1"]),
         (cli.number(float, 0), ["0", "1e-3", "200"], ["-1e-9", "nan", "inf", "-inf", "x"]),
-        (cli.number(float, 0, above=True), ["1e-9"], ["0", "-1", "0.0"]),
         (cli.number(float, 1e-9, or_zero=True), ["0", "0.0", "1e-9", "2"], ["1e-10", "-1", "nan"]),
         (cli.number(float, 0, 1), ["0", "0.9", "1"], ["1.1", "-0.1"]),
     ],
@@ -104,179 +104,223 @@ def test_digits_are_not_mirrored_in_the_test():
 
 def test_a_recipe_leaves_bfloat16_to_the_hardware_and_a_run_keeps_it(run, monkeypatch):
     for fast in (True, False):
-        monkeypatch.setattr(device, "multiplies_bfloat16", lambda gpu, fast=fast: fast)
-        given = [
-            cli.parse_args(["--recipe", "fast", *flags]).amp
-            for flags in ([], ["--amp"], ["--no-amp"])
-        ]
+        monkeypatch.setattr(cli, "multiplies_bfloat16", lambda gpu, fast=fast: fast)
+        flags = ([], ["--amp"], ["--no-amp"])
+        given = [cli.parse_args(["--recipe", "fast", *each]).amp for each in flags]
         assert given == [fast, True, False] and cli.parse_args([]).amp is False
     assert "--no-amp is faster" not in run("--recipe", "fast", "--model", "cnn")[1]
-    monkeypatch.setattr(device, "multiplies_bfloat16", lambda gpu: True)
-    assert (
-        cli.parse_args(["--resume"]).amp is False
-        and json.loads(Path("log/args.json").read_text())["amp"] is False
-    )
-    monkeypatch.setattr(device, "multiplies_bfloat16", lambda gpu: False)
+    monkeypatch.setattr(cli, "multiplies_bfloat16", lambda gpu: True)
+    assert cli.parse_args(["--resume"]).amp is False
+    monkeypatch.setattr(recipes, "multiplies_bfloat16", lambda gpu: False)
     assert run("--amp", "--max-iter", "1")[1].count("--no-amp is faster") == 1
 
 
-def test_a_terminal_without_greek_gets_the_help():
-    ascii_alone = os.environ | {"PYTHONIOENCODING": "ascii"}
-    done = subprocess.run([PYTHON, main.__file__, "-h"], capture_output=True, env=ascii_alone)
-    assert (
-        done.returncode == 0 and b"weight of the center loss" in done.stdout and done.stderr == b""
-    )
-    assert b"epochs (default: 100)" in done.stdout
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
+def test_a_console_without_greek_gets_help_and_lines(encoding, run, monkeypatch):
+    for name in ("stdout", "stderr"):
+        stream = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+        monkeypatch.setattr(sys, name, stream)
+    assert program(["-h"]) == 0
+    assert program(["--weight-cent", "λ"]) == 2
+    sys.stdout.flush()
+    sys.stderr.flush()
+    shown = sys.stdout.buffer.getvalue()
+    assert b"weight of the center loss" in shown and b"(default: 100)" in shown
+    assert sys.stderr.buffer.getvalue().endswith(b"got ?\n")
 
 
-BAD_FLAGS = [
-    ["--batch-size", "0"],
-    ["--batch-size", "1.5"],
-    ["--lr-model", "0"],
-    ["--lr-model", "nan"],
-    ["--lr-cent", "-1"],
-    ["--weight-cent", "-0.1"],
-    ["--weight-cent", "inf"],
-    ["--max-epoch", "0"],
-    ["--max-iter", "-1"],
-    ["--stepsize", "-1"],
-    ["--gamma", "0"],
-    ["--eval-freq", "-1"],
-    ["--print-freq", "0"],
-    ["--workers", "-1"],
-    ["-j", "two"],
-    ["--seed", "-1"],
-    ["--momentum", "1.5"],
-    ["--momentum-cent", "-1"],
-    ["--weight-decay", "-1"],
-    ["--radius", "-1"],
-    ["--loss-scale", "0"],
-    ["--feat-dim", "0"],
-    ["--image-size", "7"],
-    ["--milestones", "0"],
-    ["--gpu", "0,1"],
-    ["--gpu", "-1"],
-    ["--gpu", "cuda"],
-    ["--dataset", "imagenet"],
-    ["--model", "vgg"],
-    ["--recipe", "none"],
-    ["--distance", "cosine"],
-    ["--schedule", "none"],
-    ["--center-update", "none"],
-    ["--optimizer", "lion"],
-    ["--init", "zeros"],
-    ["--scaling", "none"],
-    ["--unknown"],
-    ["--one-optimizer", "--optimizer", "adamw"],
-    ["--evaluate", "nowhere.pt"],
-    ["--resume", "nowhere.pt"],
-    ["--resume"],
-    ["--data-root", "nowhere"],
-    ["--save-dir", "/dev/null"],
-    ["--save-dir", "/dev/null/below"],
-    ["--model", "bn-deep"],
-    ["--data-root", "/dev/null"],
-    ["--batch-size", ""],
-    ["--max-epoch", "1e3"],
-    ["--lr-cent", "nan"],
-    ["--weight-decay", "inf"],
-    ["--gamma", "-0.5"],
-    ["--momentum", "nan"],
-    ["--loss-scale", "inf"],
-    ["--milestones"],
-    ["--milestones", "5", "x"],
-    ["--gpu", "0.5"],
-    ["--seed", "99999999999999999999"],
-    ["--image-size", "1025"],
-    ["--seed", "1.0"],
-    ["--lr-model"],
-    ["--evaluate"],
-    ["--evaluate", "."],
-    ["--resume", "."],
-    ["--plot=yes"],
-    ["--max-iter", "-5"],
-    ["7"],
-    ["--evaluate", ""],
-    ["--batch-size", "99999999999999999999"],
-    ["--feat-dim", "1000001"],
-    ["--gamma", "1e300"],
-    ["--val-share", "1.5"],
-    ["--val-share", "-0.1"],
-    ["--val-share", "0.99"],
-    ["--predict", "."],
-    ["--predict"],
-    ["--pretrained"],
-    ["--pretrained", "--model", "resnet18", "--init", "xavier"],
-    ["--model", "inception_v3"],
-    ["--model", "resnet18-small", "--pretrained"],
-    ["--model", "fasterrcnn_resnet50_fpn"],
-    ["--weight-cent", "1e-44"],
-    ["--lr-model", "1e-320"],
-    ["--one-optimizer", "--lr-model", "1e-20", "--weight-cent", "1e-20"],
-    ["--unseen"],
-    ["--unseen", ""],
-    ["--erase", "1.5"],
-    ["--label-smoothing", "-0.1"],
-]
+def test_a_run_in_a_thread_works_without_signals(run):
+    """As notebooks and servers start it."""
+    statuses = []
+    thread = threading.Thread(target=lambda: statuses.append(run("--max-epoch", "1")[0]))
+    thread.start()
+    thread.join()
+    assert statuses == [0]
+
+
+def test_a_system_without_sigterm_handlers_trains(run, monkeypatch):
+    original = signal.signal
+
+    def handle(number, handler):
+        if number == signal.SIGTERM:
+            raise ValueError("signal number out of range")
+        return original(number, handler)
+
+    monkeypatch.setattr(signal, "signal", handle)
+    assert run("--max-epoch", "1")[::2] == (0, "")
+
+
+def test_paths_begin_at_home_where_they_say_so(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    args = cli.parse_args(["--save-dir=~/runs/a", "--data-root=~/data"])
+    assert (args.save_dir, args.data_root) == (f"{tmp_path}/runs/a", f"{tmp_path}/data")
+
+
+PLACES = dict(RANK="0", WORLD_SIZE="2", LOCAL_RANK="0", MASTER_ADDR="localhost")
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [dict(RANK="x"), dict(RANK=""), dict(LOCAL_RANK=None), dict(MASTER_ADDR=None), dict()],
+)
+def test_an_environment_that_is_torchruns_by_half_is_one_line(changed, run, monkeypatch):
+    """The last lacks MASTER_PORT."""
+    for name, value in (PLACES | changed).items():
+        if value is not None:
+            monkeypatch.setenv(name, value)
+    status, out, err = run()
+    assert (status, out) == (2, "") and err.count("\n") == 1
+    name = next(iter(changed), "MASTER_PORT")
+    assert err.startswith(f"main.py: error: {name} must be ")
+
+
+def test_a_port_in_use_is_one_line(run, monkeypatch):
+    with socket.create_server(("localhost", 0)) as server:
+        port = str(server.getsockname()[1])
+        for name, value in (PLACES | dict(MASTER_PORT=port)).items():
+            monkeypatch.setenv(name, value)
+        status, _, err = run()
+    assert (status, err.count("\n")) == (1, 1) and port in err
+
+
+BAD_FLAGS = """
+--batch-size 0
+--batch-size 1.5
+--batch-size 99999999999999999999
+--lr-model 0
+--lr-model nan
+--lr-model 1e39
+--lr-model 1e-320
+--lr-model
+--lr-cent -1
+--lr-cent 1e39
+--weight-cent -0.1
+--weight-cent inf
+--weight-cent 1e-44
+--max-epoch 0
+--max-epoch 1e3
+--max-iter -1
+--stepsize -1
+--gamma 0
+--gamma 1e300
+--eval-freq -1
+--print-freq 0
+-j two
+--workers -1
+--seed -1
+--seed 99999999999999999999
+--momentum 1.5
+--momentum nan
+--momentum-cent -1
+--weight-decay -1
+--weight-decay 1e39
+--radius -1
+--radius 1e39
+--loss-scale 0
+--loss-scale inf
+--feat-dim 0
+--feat-dim 1000001
+--image-size 7
+--image-size 1025
+--image-size 8 8 8
+--milestones
+--milestones 0
+--milestones 5 x
+--gpu 0,1
+--gpu -1
+--gpu cuda
+--dataset imagenet
+--model vgg
+--model inception_v3
+--model fasterrcnn_resnet50_fpn
+--model bn-deep
+--recipe none
+--distance cosine
+--schedule none
+--center-update none
+--optimizer lion
+--init zeros
+--scaling none
+--unknown
+--plot=yes
+7
+--one-optimizer --optimizer adamw
+--one-optimizer --lr-model 1e-20 --weight-cent 1e-20
+--pretrained
+--pretrained --model resnet18 --init xavier
+--val-share 1.5
+--val-share 0.99
+--unseen
+--erase 1.5
+--label-smoothing -0.1
+--mirror left
+--mirror concat
+--pairs pairs.txt
+--evaluate nowhere.pt
+--evaluate .
+--evaluate=
+--resume nowhere.pt
+--resume
+--resume=
+--data-root nowhere
+--data-root /dev/null
+--data-root=
+--save-dir /dev/null/below
+--save-dir=
+""".split("\n")[1:-1]
 
 
 def test_every_flag_that_takes_a_value_has_a_wrong_one_in_the_table():
-    tried = {flags[0] for flags in BAD_FLAGS}
+    tried = {flags.split()[0].partition("=")[0] for flags in BAD_FLAGS}
     for action in cli.build_parser()._actions:
-        if action.nargs != 0 and not isinstance(action, argparse.BooleanOptionalAction):
+        if action.nargs != 0:
             assert tried & set(action.option_strings), action.option_strings
 
 
-@pytest.mark.parametrize("flags", BAD_FLAGS, ids=" ".join)
+@pytest.mark.parametrize("flags", [*BAD_FLAGS, f"--max-epoch 1{'0' * 400}"])
 def test_a_mistake_is_one_line_status_2_and_writes_nothing(flags, run):
-    status, _, err = run(*flags)
+    status, _, err = run(*flags.split())
     assert status == 2
     assert err.startswith("main.py: error: ") and err.count("\n") == 1
     assert os.listdir() == []
 
 
-def test_a_save_dir_that_may_not_be_written_is_one_line(run, monkeypatch):
-    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write anywhere
-    status, _, err = run("--save-dir", "deep/log")
-    assert status == 2 and err.startswith(
-        "main.py: error: --save-dir must be writable, got deep/log"
-    )
-    assert err.count("\n") == 1 and os.listdir() == []
+def test_tensorboard_without_its_package_is_refused_before_any_work(run, monkeypatch):
+    monkeypatch.setattr(cli.importlib.util, "find_spec", lambda name: None)
+    status, out, err = run("--tensorboard")
+    assert (status, out) == (2, "") and err.count("\n") == 1 and "pip install tensorboard" in err
+    assert os.listdir() == []
 
 
-@pytest.mark.parametrize("allocate", [lambda *_: torch.empty(10**15), lambda *_: bytearray(10**17)])
-def test_running_out_of_memory_is_told_in_a_line(allocate, run, monkeypatch):
-    monkeypatch.setattr(main, "Experiment", allocate)
-    status, _, err = run()
-    assert status == 1 and err.startswith("main.py: error: out of memory") and err.count("\n") == 1
+@pytest.mark.parametrize("target", ["/dev/full", "pipe"])
+def test_an_output_that_is_full_or_closed_is_one_line(target, run, monkeypatch):
+    if target == "pipe":
+        end, output = os.pipe()
+        os.close(end)
+        reason = "Broken pipe"
+    elif os.path.exists(target):
+        output = os.open(target, os.O_WRONLY)
+        reason = "No space left on device"
+    else:
+        pytest.skip("there is no /dev/full")
+    stream = io.TextIOWrapper(io.FileIO(output, "w"), write_through=True)
+    monkeypatch.setattr(sys, "stdout", stream)
+    status, _, err = run("--max-epoch", "1")
+    assert (status, err) == (1, f"main.py: error: cannot write to the standard output: {reason}\n")
 
 
-def test_a_run_whose_streams_are_closed_goes_on_and_its_log_tells(run, monkeypatch):
-    for name in ("stdin", "stdout", "stderr"):
-        monkeypatch.setattr(sys, name, None)
-    status = run("--max-epoch", "1")[0]
-    assert status == 0 and Path("log/log_folder.txt").read_text().splitlines()[-1].startswith(
-        "Finished."
-    )
-    assert run("--lr-model", "0")[0] == 2
-
-
-def test_no_file_takes_the_number_of_a_closed_stream(tmp_path):
-    """Else what C libraries print would stand in a checkpoint."""
-    if (child := os.fork()) == 0:
-        with contextlib.suppress(BaseException):
-            os.closerange(0, 3)
-            cli._open_closed_streams()
-            os._exit(os.open(tmp_path / "file", os.O_CREAT | os.O_WRONLY) > 2)
-        os._exit(0)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 1
+def test_advice_comes_once_where_the_training_accuracy_is_that_of_guessing():
+    said = [epoch for epoch in range(1, 9) if cli.advice(10.5, epoch, 10, 50)]
+    assert said == [4] and not cli.advice(15.0, 4, 10, 50)
 
 
 def test_help_mistakes_and_the_loss_alone_load_nothing_heavy_but_torch():
     code = """
 import contextlib, io, sys, torch
 torchs = set(sys.modules)
-def loaded(): return {name.partition(".")[0] for name in set(sys.modules) - torchs} - sys.stdlib_module_names
+def loaded():
+    names = {name.partition(".")[0] for name in set(sys.modules) - torchs}
+    return names - sys.stdlib_module_names
 from center_loss import CenterLoss
 print(*loaded())
 import main
@@ -291,5 +335,5 @@ print(*({"torch._dynamo", "torch._inductor", "torch.onnx"} & (set(sys.modules) -
     )
     loss, program, of_torch = (set(line.split()) for line in done.stdout.splitlines())
     assert loss == {"center_loss"} and not of_torch
-    own = {path.stem for path in MAIN.parent.glob("*.py")}
+    own = {path.stem for path in MAIN.parent.glob("*.py")} | {"engine", "plots", "tools"}
     assert program <= own | {"torch", "tqdm", "numpy"}

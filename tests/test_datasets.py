@@ -1,8 +1,10 @@
 """Data sets: the right pixels and classes, the same for every number of workers; refusals."""
 
 import hashlib
+import io
 import pickle
 import struct
+import zipfile
 
 import numpy as np
 import pytest
@@ -69,7 +71,7 @@ def test_workers_give_the_same_batches_to_the_bit(name, tmp_path, monkeypatch):
     memory, workers = (
         datasets.create(name, tmp_path, size, j, image_size=8, unseen=["1"]) for j in (0, 2)
     )
-    assert memory.classes == workers.classes and memory[3:] == workers[3:]
+    assert memory.classes == workers.classes and memory[4:] == workers[4:]
     assert memory.unseen and not set(memory.unseen) & set(memory.classes)
     for split in ("train", "test", "unknown"):
         pairs = list(
@@ -78,7 +80,7 @@ def test_workers_give_the_same_batches_to_the_bit(name, tmp_path, monkeypatch):
         assert len(pairs) == len(getattr(memory, split))
         for (images, labels), (images_j, labels_j) in pairs:
             assert torch.equal(images, images_j) and torch.equal(labels, labels_j)
-            assert images.shape[1:] == (memory.in_channels, memory.image_size, memory.image_size)
+            assert images.shape[1:] == (memory.in_channels, *memory.image_size)
             assert ((labels >= len(memory.classes)) == (split == "unknown")).all()
 
 
@@ -131,13 +133,10 @@ def test_digits_are_split_by_class_and_without_overlap():
 
 
 def test_folders_that_cannot_be_used_are_refused(tmp_path):
-    assert "train is missing" in refusal("folder", tmp_path, 4)
-    (tmp_path / "train").mkdir()
-    (tmp_path / "test").mkdir()
-    assert "directory of images for each class" in refusal("folder", tmp_path, 4)
+    assert "train must hold a directory of images" in refusal("folder", tmp_path, 4)
     for split in ("train", "test"):
-        (tmp_path / split / "ant").mkdir()
-    assert "ant" in refusal("folder", tmp_path, 4)  # no image
+        (tmp_path / split / "ant").mkdir(parents=True)
+    assert "there are no images" in refusal("folder", tmp_path, 4)
     for split in ("train", "test"):
         Image.new("L", (8, 8)).save(tmp_path / split / "ant" / "a.png")
     assert "at least two classes" in refusal("folder", tmp_path, 4)
@@ -145,20 +144,22 @@ def test_folders_that_cannot_be_used_are_refused(tmp_path):
     Image.new("L", (8, 8)).save(tmp_path / "train" / "bee" / "b.png")
     (tmp_path / "test" / "cow").mkdir()
     Image.new("L", (8, 8)).save(tmp_path / "test" / "cow" / "c.png")
-    assert "only train has bee and only test has cow" in refusal("folder", tmp_path, 4)
+    (tmp_path / "train" / "dog").mkdir()
+    (tmp_path / "train" / "dog" / "a.jfif").touch()
+    expected = "images of each, got none of dog (left out: 1 files .jfif"
+    assert expected in refusal("folder", tmp_path, 4)
     (tmp_path / "file").touch()
-    assert "got the file" in refusal("folder", tmp_path / "file", 4)
+    assert "no images" in refusal("folder", tmp_path / "file", 4)
 
 
 def no_network(*arguments, **options):
     raise OSError("Name or service not known")
 
 
-def test_broken_or_missing_files_are_refused_and_nothing_is_left(tmp_path, monkeypatch):
+def test_broken_or_missing_files_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr("urllib.request.urlopen", no_network)
     for name in ("mnist", "fashion-mnist", "cifar10", "cifar100"):
         assert "--dataset digits needs no download" in refusal(name, tmp_path / "new" / "data", 4)
-        assert not list(tmp_path.iterdir())
     raw = write_mnist(tmp_path) / "MNIST" / "raw"
     (raw / "train-images-idx3-ubyte").write_bytes(b"\0" * 100)
     assert "MNIST could be neither read" in refusal("mnist", tmp_path, 4)
@@ -170,7 +171,7 @@ def test_files_that_do_not_fit_together_are_refused(tmp_path):
     (raw / "t10k-labels-idx1-ubyte").write_bytes(struct.pack(">II", 0x801, 3) + bytes(3))
     assert "16, 28, 28), 3 labels" in refusal("mnist", tmp_path, 4)
     (raw / "t10k-labels-idx1-ubyte").write_bytes(struct.pack(">II", 0x801, 16) + bytes([77] * 16))
-    assert "labels from 77 to 77" in refusal("mnist", tmp_path, 4)
+    assert "labels up to 77" in refusal("mnist", tmp_path, 4)
 
 
 @pytest.mark.mnist
@@ -195,7 +196,11 @@ def test_real_mnist():
 
 
 def test_digits_are_not_mirrored():
-    assert {name for name, spec in datasets.SPECS.items() if not spec.flip} == {"mnist", "digits"}
+    assert {name for name, spec in datasets.SPECS.items() if not spec.flip} == {
+        "mnist",
+        "digits",
+        "omniglot",
+    }
 
 
 @pytest.mark.parametrize("name", ["digits", "folder", "mnist"])
@@ -225,7 +230,7 @@ def test_a_class_of_one_image_cannot_be_divided(tmp_path):
     data = datasets.create("folder", tmp_path, 9, image_size=8, val_share=0.01)
     assert (data.train.rows.size, data.val.rows.size) == (3, 3)
     (tmp_path / "train" / "bee" / "0.png").unlink()
-    assert "no training image of class bee, which has 1" in refusal(
+    assert "no training image of bee, which has 1" in refusal(
         "folder", tmp_path, 9, image_size=8, val_share=0.1
     )
 
@@ -243,34 +248,111 @@ def test_a_trained_networks_test_images_need_no_training_images(tmp_path):
         and data.classes == known["classes"]
     )
     assert data.test.paths[0] == str(tmp_path / "test" / "bee" / "0.png")
-    assert "but it has cow" in refusal(
-        "folder", tmp_path, 4, image_size=8, trained=known | dict(classes=["bee"])
-    )
-    assert "train is missing" in refusal("folder", tmp_path, 4, image_size=8)
-    assert "must hold test/<class>/*" in refusal(
-        "folder", tmp_path / "test", 4, image_size=8, trained=known
-    )
+    assert data.train is None and data.facts()["classes"] == known["classes"]
+    assert "train must hold" in refusal("folder", tmp_path, 4, image_size=8)
+    assert "test must hold" in refusal("folder", tmp_path / "test", 4, image_size=8, trained=known)
 
 
-def test_unseen_classes_keep_their_names_where_some_have_no_test_images(tmp_path):
-    make_folder(tmp_path, classes=("ant", "bee", "cow"))
-    known = datasets.create("folder", tmp_path, 99, image_size=8, unseen=["0"]).facts()
-    assert (known["classes"], known["unseen"]) == (["bee", "cow"], ["ant"])
+def labels_of(split) -> list[int]:
+    return torch.cat([labels for _, labels, _ in split]).tolist()
+
+
+def test_classes_that_only_the_test_has_are_unknown(tmp_path):
+    """Of ant, bee, cat, dog: ant is trained alone, dog tested alone, and cat left out by name."""
+    make_folder(tmp_path, classes=("ant", "bee", "cat", "dog"))
+    (tmp_path / "train" / "dog").rename(tmp_path / "dog")
+    (tmp_path / "test" / "ant").rename(tmp_path / "ant")
+    data = datasets.create("folder", tmp_path, 99, image_size=8)
+    assert (data.classes, data.unseen) == (["ant", "bee", "cat"], ["dog"])
+    assert labels_of(data.test) == [1] * 4 + [2] * 4 and labels_of(data.unknown) == [3] * 4
+    assert data.test_images == 12
+    for unseen in (["cat"], ["2"], ["cat", "dog"]):
+        data = datasets.create("folder", tmp_path, 99, image_size=8, unseen=unseen)
+        assert (data.classes, data.unseen) == (["ant", "bee"], ["cat", "dog"])
+        assert labels_of(data.unknown) == [2] * 4 + [3] * 4 and data.train.rows.size == 16
+    assert "got eel; the classes are ant, bee, cat" in refusal(
+        "folder", tmp_path, 9, unseen=["eel"]
+    )
+    assert "at least two classes, got 1 of 3" in refusal("folder", tmp_path, 9, unseen=["0", "1"])
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_people_who_are_all_new_are_tested_without_training_images(workers, tmp_path):
+    make_folder(tmp_path, classes=("ant", "bee", "cat", "dog"))
+    for name in ("ant", "bee"):
+        (tmp_path / "train" / name).rename(tmp_path / name)
+    for name in ("cat", "dog"):
+        (tmp_path / "test" / name).rename(tmp_path / f"test-{name}")
+    data = datasets.create("folder", tmp_path, 99, workers, image_size=8, val_share=0.25)
+    assert data.test is None and data.val.rows.size == 4 and data.unseen == ["ant", "bee"]
+    assert labels_of(data.unknown) == [2] * 4 + [3] * 4
     (tmp_path / "train").rename(tmp_path / "elsewhere")
-    (tmp_path / "test" / "bee").rename(tmp_path / "test-bee")
-    data = datasets.create("folder", tmp_path, 99, image_size=8, unseen=["0"], trained=known)
-    assert (
-        next(iter(data.test)).labels.tolist() == [1] * 4
-        and next(iter(data.unknown)).labels.tolist() == [2] * 4
-    )
-    (tmp_path / "test" / "ant").rename(tmp_path / "test-ant")
-    assert (
-        datasets.create("folder", tmp_path, 99, image_size=8, unseen=["0"], trained=known).unknown
-        is None
-    )
-    (tmp_path / "test" / "cow").rename(tmp_path / "test-cow")
-    (tmp_path / "test-ant").rename(tmp_path / "test" / "ant")
-    assert "got none" in refusal("folder", tmp_path, 99, image_size=8, trained=known)
+    known = dict(classes=["x", "ant"], in_channels=1)
+    data = datasets.create("folder", tmp_path, 99, workers, image_size=8, trained=known)
+    assert labels_of(data.test) == [1] * 4 and labels_of(data.unknown) == [2] * 4
+    known = dict(classes=["x", "y"], in_channels=1)
+    data = datasets.create("folder", tmp_path, 99, workers, image_size=8, trained=known)
+    assert data.test is None and data.unseen == ["ant", "bee"]
+    assert data.unknown.paths[4] == str(tmp_path / "test" / "bee" / "0.png")
+    for path in tmp_path.glob("test/*/[1-9].png"):
+        path.unlink()
+    assert "two images of another one" in refusal("folder", tmp_path, 9, trained=known)
+
+
+def test_it_is_said_what_was_read_and_what_was_left_out(tmp_path):
+    names = [f"class {number}" for number in range(7)]
+    make_folder(tmp_path, classes=names, train=3, test=2)
+    (tmp_path / "train" / "class 0" / "a.jfif").touch()
+    (tmp_path / "train" / "class 0" / "B.JFIF").touch()
+    (tmp_path / "train" / "class 0" / "README").touch()
+    for hidden in (".ipynb_checkpoints", "class 1/.ipynb_checkpoints", "class 1/@eaDir"):
+        (tmp_path / "train" / hidden).mkdir()
+        Image.new("RGB", (8, 8)).save(tmp_path / "train" / hidden / "0.png")
+    Image.new("RGB", (8, 8)).save(tmp_path / "train" / "class 2" / "._0.png")  # macOS's
+    (tmp_path / "test" / "new").mkdir()
+    (tmp_path / "test" / "class 6").rename(tmp_path / "test" / "other")
+    data = datasets.create("folder", tmp_path, 4, image_size=8)
+    assert data.in_channels == 1 and data.classes == names
+    assert data.lines() == [
+        "train: 21 images of 7 classes: class 0 3, class 1 3, class 2 3, class 3 3, class 4 3 and "
+        "2 more",
+        "test: 12 images of 6 classes: class 0 2, class 1 2, class 2 2, class 3 2, class 4 2 and "
+        "1 more",
+        "unknown: 2 images of 1 classes: other 2",
+        "train (left out: 4 hidden, 2 files .jfif, 1 files without ending)",
+        "test (left out: 1 empty class directories)",
+    ]
+
+
+def test_files_of_a_run_do_not_become_images(tmp_path):
+    root = make_folder(tmp_path / "data")
+    (tmp_path / "link").symlink_to(root / "train" / "ant")
+    for inside in (root / "train", root / "test" / "ant" / "log", tmp_path / "link", root):
+        with pytest.raises(datasets.DatasetError, match="--save-dir must not write into"):
+            datasets.check_save_dir(root, inside)
+    for outside in (root / "log", tmp_path, "log"):
+        datasets.check_save_dir(root, outside)
+
+
+def test_omniglots_test_has_other_characters(tmp_path, monkeypatch):
+    """Small archives of its form, with torchvision's MD5 sums set to theirs."""
+    source = torchvision.datasets.Omniglot
+    for name, alphabet in (("images_background", "Greek"), ("images_evaluation", "Tagalog")):
+        archive = tmp_path / source.folder / f"{name}.zip"
+        archive.parent.mkdir(exist_ok=True)
+        with zipfile.ZipFile(archive, "w") as file:
+            for path in (f"{character}/000{i}.png" for character in ("a1", "b2") for i in "123"):
+                picture = io.BytesIO()
+                Image.new("1", (105, 105), 1).save(picture, "png")
+                file.writestr(f"{name}/{alphabet}/{path}", picture.getvalue())
+        with zipfile.ZipFile(archive) as file:
+            file.extractall(archive.parent)
+        md5 = hashlib.md5(archive.read_bytes()).hexdigest()
+        monkeypatch.setitem(source.zips_md5, name, md5)
+    data = datasets.create("omniglot", tmp_path, 99, image_size=(8, 6))
+    assert (data.classes, data.unseen) == (["Greek/a1", "Greek/b2"], ["Tagalog/a1", "Tagalog/b2"])
+    assert data.test is None and labels_of(data.unknown) == [2] * 3 + [3] * 3
+    assert (data.in_channels, data.image_size) == (1, (8, 6))
 
 
 def test_a_pretrained_networks_scaling_is_averaged_for_grey_images():

@@ -5,6 +5,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import numpy as np
 import torch
 from conftest import PYTHON
 
@@ -27,12 +28,12 @@ def test_a_network_a_loss_term_and_a_data_set_are_added_as_the_page_says(tmp_pat
     before = "        loss = xent + center\n"
     text = step.read_text()
     assert text.count(before) == 1
-    # The term, a hundred thousand times as strong, so that it shows after two epochs.
-    term = snippets["engine/step.py"].replace("0.001", "100")
-    last = []
+    # The term, a thousand times as strong, so that it shows after four epochs.
+    term = snippets["engine/step.py"].replace("0.001", "1")
+    sizes = []
     for name, source in (("without", text), ("with", text.replace(before, before + term))):
         step.write_text(source)
-        flags = ["--model", "linear", "--dataset", "bars", "--max-epoch", "2", "--lr-model", "1e-4"]
+        flags = ["--model", "linear", "--dataset", "bars", "--max-epoch", "4", "--lr-model", "2e-4"]
         flags += ["--weight-cent", "0", "--use-cpu", "--save-features", "--save-dir", name]
         command = [PYTHON, "main.py", *flags]
         done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
@@ -40,5 +41,6 @@ def test_a_network_a_loss_term_and_a_data_set_are_added_as_the_page_says(tmp_pat
         saved = torch.load(tmp_path / name / "checkpoint.pt", weights_only=True)
         assert saved["data"]["classes"] == ["lying", "standing"]
         assert "embedding.weight" in saved["model"]
-        last.append(saved["model"]["embedding.weight"].norm())
-    assert last[1] < 0.9 * last[0]
+        features = np.load(tmp_path / name / "features" / "epoch_4.npz")["test_features"]
+        sizes.append(np.square(features).mean())
+    assert sizes[1] < 0.8 * sizes[0]

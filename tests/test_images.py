@@ -1,12 +1,17 @@
 """Image files: how they are found, what of them is read, and what is refused."""
 
+import time
+
 import numpy as np
 import pytest
+import torch
 from conftest import make_folder
 from data_files import refusal
 from PIL import Image
+from torchvision import transforms
 
 import datasets
+from engine.images import DatasetError, ReadImage, in_threads
 
 
 @pytest.mark.parametrize("dtype", [np.uint16, np.int32, np.float32])
@@ -18,10 +23,8 @@ def test_images_of_more_than_8_bits_are_refused_wherever_they_are(tmp_path, mode
         message = f"at most 8 bits a channel, got mode {image.mode} in {path}"
     for workers in (0, 1):
         assert message in refusal("folder", tmp_path, 4, workers)
-    with pytest.raises(
-        datasets.DatasetError, match="at most 8 bits"
-    ):  # one that came after the scan
-        datasets.ReadImage(mode)(path)
+    with pytest.raises(DatasetError, match="at most 8 bits"):  # one that came after the scan
+        ReadImage(mode, 8)(path)
 
 
 def test_links_are_followed_but_not_in_circles(tmp_path):
@@ -55,7 +58,8 @@ def test_images_stand_upright_as_their_exif_says(tmp_path, orientation):
     exif = Image.Exif()
     exif[0x0112] = orientation
     Image.fromarray(PIXELS).save(tmp_path / "a.png", exif=exif)
-    assert np.array_equal(datasets.ReadImage("L")(tmp_path / "a.png"), UPRIGHT[orientation])
+    upright = UPRIGHT[orientation]
+    assert np.array_equal(ReadImage("L", upright.shape)(tmp_path / "a.png")[0], upright)
 
 
 @pytest.mark.parametrize(
@@ -63,43 +67,31 @@ def test_images_stand_upright_as_their_exif_says(tmp_path, orientation):
 )
 def test_broken_exif_data_change_nothing(tmp_path, exif):
     Image.fromarray(PIXELS).save(tmp_path / "a.png", exif=exif)
-    assert np.array_equal(datasets.ReadImage("L")(tmp_path / "a.png"), PIXELS)
+    assert np.array_equal(ReadImage("L", (2, 3))(tmp_path / "a.png")[0], PIXELS)
 
 
 def test_transparency_is_blended_on_white(tmp_path):
     red = np.full((4, 1, 4), (200, 0, 0, 0), np.uint8)
     red[:, 0, 3] = alpha = [0, 51, 102, 255]
-    expected = [
-        [round(value * a / 255 + 255 * (1 - a / 255)) for value in (200, 0, 0)] for a in alpha
-    ]
     grey = np.stack([np.full((4, 1), 100, np.uint8), red[:, :, 3]], axis=2)
     palette = Image.new("P", (2, 1))
     palette.putpalette([10, 20, 30, 40, 50, 60])
     palette.putpixel((1, 0), 1)
-    for name, image, options in (
-        ("rgba", Image.fromarray(red), {}),
-        ("la", Image.fromarray(grey), {}),
-        ("p", palette, dict(transparency=0)),
-        ("l", Image.fromarray(PIXELS), dict(transparency=40)),
-        ("rgb", Image.new("RGB", (2, 2), "red"), {}),
-    ):
-        image.save(tmp_path / f"{name}.png", **options)
-    read = {
-        mode: lambda name, mode=mode: np.asarray(
-            datasets.ReadImage(mode)(tmp_path / f"{name}.png")
-        ).astype(int)
-        for mode in ("L", "RGB")
-    }
-    assert abs(read["RGB"]("rgba")[:, 0] - expected).max() <= 1
-    assert (
-        abs(
-            read["L"]("la")[:, 0] - [round(100 * a / 255 + 255 * (1 - a / 255)) for a in alpha]
-        ).max()
-        <= 1
-    )
-    assert read["RGB"]("p").tolist() == [[[255] * 3, [40, 50, 60]]]
-    assert np.array_equal(read["L"]("l"), np.where(PIXELS == 40, 255, PIXELS))
-    assert (read["RGB"]("rgb") == (255, 0, 0)).all()
+
+    def read(image, mode, **options):
+        image.save(tmp_path / "a.png", **options)
+        return ReadImage(mode, image.size[::-1])(tmp_path / "a.png").permute(1, 2, 0).int().numpy()
+
+    def blended(value):
+        return [round(value * a / 255 + 255 - a) for a in alpha]
+
+    seen = read(Image.fromarray(red), "RGB")[:, 0]
+    assert abs(seen - np.array([blended(200), blended(0), blended(0)]).T).max() <= 1
+    assert abs(read(Image.fromarray(grey), "L")[:, 0, 0] - blended(100)).max() <= 1
+    assert read(palette, "RGB", transparency=0).tolist() == [[[255] * 3, [40, 50, 60]]]
+    seen = read(Image.fromarray(PIXELS), "L", transparency=40)[:, :, 0]
+    assert np.array_equal(seen, np.where(PIXELS == 40, 255, PIXELS))
+    assert (read(Image.new("RGB", (2, 2), "red"), "RGB") == (255, 0, 0)).all()
 
 
 @pytest.mark.parametrize("damage", [b"", b"no image", None])
@@ -133,3 +125,79 @@ def test_folder_is_grey_only_where_every_image_is(tmp_path):
     assert datasets.create("folder", tmp_path, 4, image_size=8).in_channels == 1
     Image.new("RGB", (8, 8), "red").save(tmp_path / "test" / "ant" / "red.png")
     assert datasets.create("folder", tmp_path, 4, image_size=8).in_channels == 3
+
+
+@pytest.mark.parametrize("size", [(8, 8), (32, 32), (64, 96), (48, 32), (40, 400), (33, 71)])
+@pytest.mark.parametrize("mode", ["L", "RGB"])
+def test_an_image_is_resized_and_cropped_as_torchvision_would(size, mode, tmp_path):
+    """Of noise each pixel; where torchvision rounds what covers the square, a smooth image."""
+    shape = size if mode == "L" else (*size, 3)
+    pixels = np.random.default_rng(0).integers(0, 256, shape)
+    if size == (33, 71):
+        pixels = np.add.outer(2 * np.arange(33), np.arange(71))
+        pixels = np.broadcast_to(pixels.reshape(*size, *([1] * (len(shape) - 2))), shape)
+    image = Image.fromarray(pixels.astype(np.uint8))
+    image.save(tmp_path / "a.png")
+    oracle = transforms.Compose(
+        [transforms.Resize(32), transforms.CenterCrop(32), transforms.PILToTensor()]
+    )
+    difference = (ReadImage(mode, 32)(tmp_path / "a.png").int() - oracle(image).int()).abs()
+    assert difference.max() <= (2 if size == (33, 71) else 0)
+
+
+def test_a_portrait_keeps_its_aspect_ratio(tmp_path):
+    """A person of 64 x 128: a red head, a green body, blue legs."""
+    person = np.zeros((128, 64, 3), np.uint8)
+    person[:32] = 255, 0, 0
+    person[32:96] = 0, 255, 0
+    person[96:] = 0, 0, 255
+    Image.fromarray(person).save(tmp_path / "standing.png")
+    Image.fromarray(person.transpose(1, 0, 2)).save(tmp_path / "lying.png")
+    seen = ReadImage("RGB", (64, 32))(tmp_path / "standing.png")
+    assert seen.shape == (3, 64, 32)
+    assert torch.equal(seen.argmax(0)[:, 5], torch.tensor([0] * 16 + [1] * 32 + [2] * 16))
+    middle = ReadImage("RGB", 64)(tmp_path / "standing.png")
+    assert (middle.argmax(0) == 1).all()
+    lying = ReadImage("RGB", (32, 64))(tmp_path / "lying.png")
+    assert torch.equal(lying, seen.transpose(1, 2))
+
+
+def test_a_line_of_a_million_pixels_costs_no_more_than_another_image(tmp_path):
+    Image.new("RGB", (1_000_000, 1), "red").save(tmp_path / "line.png")
+    made = []
+
+    def resize(self, size, *arguments, **options):
+        made.append(size)
+        return original(self, size, *arguments, **options)
+
+    original, Image.Image.resize = Image.Image.resize, resize
+    try:
+        seen = ReadImage("RGB", 224)(tmp_path / "line.png")
+    finally:
+        Image.Image.resize = original
+    assert made == [(224, 224)] and seen.shape == (3, 224, 224)
+    assert (seen[0] == 255).all() and (seen[1:] == 0).all()
+
+
+def test_large_images_are_read_up_to_a_limit_that_is_named(tmp_path, monkeypatch):
+    """Pillow itself refuses more than 179 million pixels and warns of half of them."""
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 20)
+    Image.new("L", (10, 9)).save(tmp_path / "a.png")
+    assert ReadImage("L", 4)(tmp_path / "a.png").shape == (1, 4, 4)
+    monkeypatch.setattr("engine.images.MOST_PIXELS", 80)
+    with pytest.raises(DatasetError, match="got 10 x 9 in .*a.png"):
+        ReadImage("L", 4)(tmp_path / "a.png")
+
+
+def test_many_headers_are_read_with_a_bar_and_an_error_does_not_wait_for_the_rest():
+    read = []
+
+    def fail(number):
+        read.append(number)
+        time.sleep(0.01)
+        raise DatasetError("at once")
+
+    with pytest.raises(DatasetError):
+        in_threads(fail, range(1000), "Reading")
+    assert len(read) < 1000
+    assert in_threads(str, range(3), "Reading") == ["0", "1", "2"]

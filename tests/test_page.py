@@ -260,7 +260,9 @@ def test_compared_runs_have_the_same_axes_and_each_its_points(page, compared, di
         return far;
     })""")
     assert extents[0] == pytest.approx(10 * extents[1], rel=1e-3)
-    assert run("return panels[0].caption.textContent").startswith("large · test, epoch 3")
+    assert run("return panels[0].caption.textContent").startswith(
+        f"{directory.parent.name}/large · test"
+    )
 
 
 LABELS = """const labels = [];

@@ -1,149 +1,43 @@
-"""What is done with a trained network: the best epoch is tested, other images are predicted, features have paths."""
+"""A trained network without its data set: classes, features and comparisons of image files."""
 
 import csv
+import json
 import os
-import shutil
+import re
+import subprocess
+import sys
+import textwrap
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import make_folder, program
+from conftest import make_folder
 from PIL import Image
 
-import datasets
 import models
-import predict as prediction
-from engine import evaluation
+import predict
+import utils
+from engine.images import ReadImage
 
-FLAGS = [
-    "--dataset",
-    "folder",
-    "--image-size",
-    "8",
-    "--batch-size",
-    "10",
-    "--max-epoch",
-    "4",
-    "--eval-freq",
-    "1",
-    "--use-cpu",
-    "--lr-model",
-    "0.1",
-    "--init",
-    "xavier",
-    "--weight-cent",
-    "0.1",
-    "--feat-dim",
-    "3",
-    "--val-share",
-    "0.25",
-]
+ROOT = Path(predict.__file__).parent
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A run on colour images with --val-share and --plot; its directory and that of its images."""
+    """A checkpoint as main.py writes them, for colour images, and a directory of such images."""
     base = tmp_path_factory.mktemp("trained")
     root = make_folder(base / "images", mode="RGB", size=(9, 12))
-    assert (
-        program(
-            [*FLAGS, "--data-root", root, "--save-dir", base / "run", "--plot", "--save-features"]
-        )
-        == 0
-    )
-    return base / "run", root
-
-
-def rows(path):
-    with open(path, newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def network_of(path):
-    checkpoint = torch.load(path, weights_only=True)
-    model = models.create("cnn", 3, 3, 8, 3).eval()
-    model.load_state_dict(checkpoint["model"])
-    return model, checkpoint
-
-
-def outputs_of(model, root):
-    images, labels, _ = next(iter(datasets.create("folder", root, 99, image_size=8).test))
-    with torch.no_grad():
-        return *model(images), labels
-
-
-def test_the_best_epoch_by_validation_is_kept_and_alone_is_tested(trained):
-    run, root = trained
-    history = rows(run / "metrics.csv")
-    assert [row["test_accuracy"] == "" for row in history] == [True, True, True, False]
-    scores = [(float(row["val_accuracy"]), -float(row["val_xent"])) for row in history]
-    model, best = network_of(run / "best.pt")
-    assert best["epoch"] == 1 + scores.index(max(scores))
-    features, logits, labels = outputs_of(model, root)
-    assert float(history[-1]["test_accuracy"]) == pytest.approx(
-        100 * (logits.argmax(1) == labels).double().mean()
-    )
-    nearest = torch.cdist(features, best["centers"]).argmin(1)
-    assert float(history[-1]["nearest_center_accuracy"]) == pytest.approx(
-        100 * (nearest == labels).double().mean()
-    )
-    log = (run / "log_folder.txt").read_text()
-    assert log.count("==> Validation\n") == 4 and log.count("==> Test\n") == 1
-    assert f"Best epoch by validation: {best['epoch']}\n==> Test\n" in log
-    assert (
-        (run / "val" / "epoch_4.png").exists()
-        and (run / "val.gif").exists()
-        and not (run / "test").exists()
-    )
-    assert (
-        "validation" in (run / "report.html").read_text()
-        and (run / "val" / "features.npz").exists()
-    )
-    assert np.load(run / "val" / "images.npz")["images"].shape == (6, 3, 8, 8)
-    assert {"train_features", "val_features"} <= set(np.load(run / "features" / "epoch_4.npz"))
-
-
-@pytest.mark.parametrize(
-    "scores, expected",
-    [
-        ([], True),
-        ([(None, None)], True),
-        ([(80, 0.3)], True),
-        ([(90, 0.3)], False),
-        ([(90, 0.5)], True),
-        ([(95, 0.9), (80, 0.1)], False),
-        ([(90, 0.4)], False),
-    ],
-)
-def test_an_epoch_is_the_best_if_more_accurate_or_as_accurate_at_less_loss(
-    scores, expected, tmp_path
-):
-    validated = dict(accuracy=90, xent=0.4)
-    history = [dict(val_accuracy=accuracy, val_xent=xent) for accuracy, xent in scores]
-    assert evaluation.is_best(
-        validated, history, tmp_path
-    )  # there is no best.pt of an earlier epoch
-    (tmp_path / "best.pt").touch()
-    assert evaluation.is_best(validated, history, tmp_path) == expected
-
-
-def test_the_best_epoch_is_found_again_where_a_run_goes_on_elsewhere(
-    trained, tmp_path, monkeypatch
-):
-    run, _ = trained
-    monkeypatch.setattr(evaluation, "is_best", lambda *_: False)  # else the fifth epoch might be it
-    assert (
-        program(["--resume", run / "checkpoint.pt", "--save-dir", tmp_path, "--max-epoch", "5"])
-        == 0
-    )
-    assert (tmp_path / "best.pt").read_bytes() == (run / "best.pt").read_bytes()
-    final = {
-        name: value
-        for name, value in rows(tmp_path / "metrics.csv")[-1].items()
-        if name.startswith("test")
-    }
-    assert final == {name: rows(run / "metrics.csv")[-1][name] for name in final}
+    torch.manual_seed(3)
+    model = models.create("cnn", 3, 3, 8, 3, "xavier")
+    args = dict(recipe="zhou2018", dataset="folder", model="cnn", feat_dim=3, amp=False)
+    args |= dict(mirror=False, scaling="standard", pretrained=False)
+    data = dict(classes=["ant", "bee", "cat"], unseen=[], images=24, in_channels=3)
+    data["image_size"] = [8, 8]
+    state = dict(epoch=2, history=[], centers=torch.randn(3, 3), rng=torch.get_rng_state())
+    state |= dict(center_loss={}, scheduler={}, optimizer_model={}, model=model.state_dict())
+    torch.save(dict(args=args, data=data, **state), base / "checkpoint.pt")
+    return base / "checkpoint.pt", root
 
 
 @pytest.fixture
@@ -155,222 +49,364 @@ def pictures(tmp_path):
     for name, shape in (("b.jpg", (30, 20, 3)), ("deep/a.PNG", (8, 8)), ("c.webp", (12, 50, 3))):
         Image.fromarray(random.integers(0, 256, shape).astype(np.uint8)).save(directory / name)
     (directory / "notes.txt").write_text("no image")
+    (directory / "._b.jpg").write_bytes(b"of macOS")
+    (directory / ".trash").mkdir()
+    (directory / ".trash" / "old.png").write_bytes(b"no image")
     Image.new("CMYK", (9, 9), (10, 200, 30, 40)).save(tmp_path / "alone.tif")
     return [directory, tmp_path / "alone.tif"]
 
 
+@pytest.fixture
+def command(capsys):
+    """command(*argv): exit status, standard output and standard error of predict.py."""
+
+    def call(*argv):
+        try:
+            status = predict.main([*map(str, argv), "--use-cpu"])
+        except SystemExit as exit:
+            status = exit.code
+        return status, *capsys.readouterr()
+
+    return call
+
+
+def rows(path):
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def outputs_by_hand(checkpoint, path, views):
+    """Features and logits of one image, the means over so many views of it."""
+    saved = torch.load(checkpoint, weights_only=True)
+    model = models.create("cnn", 3, 3, 8, 3).eval()
+    model.load_state_dict(saved["model"])
+    image = ReadImage("RGB", 8)(str(path)) / 255
+    images = [(each[None] - 0.5) / 0.5 for each in (image, image.flip(-1))][:views]
+    with torch.no_grad():
+        outputs = list(zip(*map(model, images), strict=True))
+    return [sum(each) / views for each in outputs], saved["centers"]
+
+
 @pytest.mark.parametrize("flags", [[], ["--mirror"]])
-def test_predictions_are_those_of_each_image_by_itself(flags, trained, pictures, tmp_path, capsys):
-    run, _ = trained
-    status = program(
-        [
-            "--evaluate",
-            run / "best.pt",
-            "--predict",
-            *pictures,
-            "--use-cpu",
-            "--save-dir",
-            tmp_path / "out",
-            "--data-root",
-            "nowhere",
-            "--batch-size",
-            "10",
-            *flags,
-        ]
-    )
-    out, err = capsys.readouterr()
-    found = rows(tmp_path / "out" / "predictions.csv")
+def test_predictions_are_those_of_each_image_by_itself(
+    flags, trained, pictures, tmp_path, command, monkeypatch
+):
+    monkeypatch.setattr(predict, "PIXELS", 3 * 8 * 8)  # batches of three images
     directory, alone = pictures
+    out = tmp_path / "out"
+    status, told, err = command(trained[0], *pictures, "--save-dir", out, *flags)
     assert (status, err) == (0, "")
+    found = rows(out / "predictions.csv")
+    names = ("b.jpg", "c.webp", "deep/a.PNG")
     assert [row["path"] for row in found] == [
-        *(f"{directory}/{name}" for name in ("b.jpg", "c.webp", "deep/a.PNG")),
+        *(f"{directory}/{name}" for name in names),
         str(alone),
     ]
-    model, checkpoint = network_of(run / "best.pt")
+    classes = ("ant", "bee", "cat")
     for row in found:
-        image = datasets.square(8)(datasets.ReadImage("RGB")(row["path"]))
-        with torch.no_grad():
-            views = [(each[None] / 255 - 0.5) / 0.5 for each in (image, image.flip(-1))][
-                : 1 + len(flags)
-            ]
-            features, logits = (
-                sum(each) / len(views) for each in zip(*map(model, views), strict=True)
-            )
+        (features, logits), centers = outputs_by_hand(trained[0], row["path"], 1 + len(flags))
         label = logits[0].argmax().item()
-        distances = (features - checkpoint["centers"]).norm(dim=1)
-        assert row["class"] == ("ant", "bee", "cat")[label]
-        assert float(row["probability"]) == pytest.approx(
-            logits[0].softmax(0)[label].item(), abs=1e-4
-        )
-        assert row["nearest_center"] == ("ant", "bee", "cat")[distances.argmin()]
+        distances = (features - centers).norm(dim=1)
+        probability = logits[0].softmax(0)[label].item()
+        assert row["class"] == classes[label] and row["error"] == ""
+        assert float(row["probability"]) == pytest.approx(probability, abs=1e-4)
+        assert row["nearest_center"] == classes[distances.argmin()]
         assert float(row["distance"]) == pytest.approx(distances.min().item(), abs=1e-4)
-    counts = {name: [row["class"] for row in found].count(name) for name in ("ant", "bee", "cat")}
-    assert "4 images: " in out and all(
-        f"{name} {count}" in out for name, count in counts.items() if count
-    )
-    assert f"Probability below 0.5: {sum(float(row['probability']) < 0.5 for row in found)}" in out
+    counts = {name: [row["class"] for row in found].count(name) for name in classes}
+    assert "4 images: " in told
+    assert all(f"{name} {count}" in told for name, count in counts.items() if count)
+
+
+def test_files_that_cannot_be_read_have_a_row_with_the_reason(
+    trained, pictures, tmp_path, command, monkeypatch
+):
+    monkeypatch.setattr(predict, "PIXELS", 1)  # batches of one image
+    directory, _ = pictures
+    whole = (directory / "b.jpg").read_bytes()
+    (directory / "a.png").write_bytes(b"no image")
+    (directory / "d.jpg").write_bytes(whole[: len(whole) // 2])
+    status, out, err = command(trained[0], directory, "--save-dir", tmp_path)
+    assert status == 1 and out.startswith("3 images: ")
+    assert err.startswith("2 could not be read; the first: cannot read the image ")
+    assert err.count("\n") == 1
+    found = {Path(row["path"]).name: row for row in rows(tmp_path / "predictions.csv")}
+    assert sorted(found) == ["a.PNG", "a.png", "b.jpg", "c.webp", "d.jpg"]
+    for name, row in found.items():
+        assert ("cannot read the image" in row["error"]) == (name in ("a.png", "d.jpg"))
+        assert bool(row["class"]) == bool(row["probability"]) == (not row["error"])
+    status, _, _ = command(trained[0], directory, "--embed", tmp_path / "out.npz")
+    assert status == 1 and len(np.load(tmp_path / "out.npz")["paths"]) == 3
+    (tmp_path / "alone.tif").write_bytes(b"")
+    status, out, _ = command(trained[0], tmp_path / "alone.tif", "--save-dir", tmp_path)
+    assert status == 1 and out.startswith("0 images: ")
 
 
 def test_the_distance_is_exact_in_a_large_batch():
-    """Where |x|² + |c|² - 2xc, to which torch.cdist goes over at 26 rows, would lose a small distance."""
+    """Where |x|² + |c|² - 2xc, to which torch.cdist goes over at 26 rows, would lose it."""
 
     class Network:
-        centers, classes = torch.tensor([[60.0, 80.0], [-50.0, 0.0]]), ["ant", "bee"]
+        centers = torch.tensor([[60.0, 80.0], [-50.0, 0.0]])
+        classes = ["ant", "bee"]
 
-        def __call__(self, paths):
-            offsets = 0.01 * torch.tensor([[float(path)] * 2 for path in paths])
-            return self.centers[:1] + offsets, torch.zeros(len(paths), 2)
-
-    found = [
-        row["distance"] for row in prediction.predictions(Network(), list(map(str, range(64))), 64)
-    ]
+    offsets = 0.01 * torch.arange(64.0)[:, None].expand(-1, 2)
+    paths = list(map(str, range(64)))
+    features = Network.centers[:1] + offsets
+    rows = predict.predictions(Network, paths, features, torch.zeros(64, 2))
+    found = [float(row[4]) for row in rows]
     assert found == pytest.approx([0.01 * 2**0.5 * number for number in range(64)], abs=1e-4)
 
 
-def test_paths_are_written_as_they_are_in_the_file_system(trained, tmp_path):
-    odd = os.fsencode(tmp_path) + b"/\xff \xe6\x97\xa5.png"
-    with open(odd, "wb") as file:
-        Image.new("RGB", (8, 8)).save(file, "PNG")
-    flags = [
-        "--evaluate",
-        trained[0] / "best.pt",
-        "--predict",
-        tmp_path,
-        "--save-dir",
-        tmp_path / "out",
-    ]
-    assert program([*flags, "--use-cpu"]) == 0
-    assert odd in (tmp_path / "out" / "predictions.csv").read_bytes()
+def test_paths_are_written_as_they_are_and_run_in_no_spreadsheet(
+    trained, tmp_path, command, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    odd = b"\xff \xe6\x97\xa5.png"
+    for name in (odd, b"=1+1.png"):
+        with open(name, "wb") as file:
+            Image.new("RGB", (8, 8)).save(file, "PNG")
+    assert command(trained[0], os.fsdecode(odd), "=1+1.png", "--save-dir", "out")[0] == 0
+    written = Path("out/predictions.csv").read_bytes()
+    assert b"\n" + odd + b"," in written and b"\n'=1+1.png," in written
 
 
-def test_what_cannot_be_predicted_is_one_line(trained, tmp_path, capsys):
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "broken.png").write_bytes(b"no image")
-    for path, message in (
-        ("nowhere", "there is no nowhere"),
-        (tmp_path / "empty", "holds none"),
-        (tmp_path / "broken.png", "cannot read the image"),
-    ):
-        assert (
-            program(
-                [
-                    "--evaluate",
-                    trained[0] / "best.pt",
-                    "--predict",
-                    path,
-                    "--save-dir",
-                    tmp_path / "out",
-                ]
-            )
-            == 2
-        )
-        err = capsys.readouterr().err
-        assert message in err and err.count("\n") == 1 and not (tmp_path / "out").exists()
-    for flag in ("--plot", "--save-features", "--tensorboard", "--verify"):
-        assert program(["--evaluate", trained[0] / "best.pt", "--predict", tmp_path, flag]) == 2
-        assert f"{flag} needs the test, which --predict replaces" in capsys.readouterr().err
+def test_features_are_embedded_with_paths_and_the_labels_of_a_directory(
+    trained, pictures, tmp_path, command
+):
+    checkpoint, root = trained
+    target = tmp_path / "out.npz"
+    status, out, err = command(checkpoint, root / "test", "--embed", target)
+    saved = np.load(target)
+    assert (status, err) == (0, "") and out == f"12 images\nFeatures: {target}\n"
+    assert saved["features"].shape == (12, 3)
+    assert saved["classes"].tolist() == ["ant", "bee", "cat"]
+    names = [Path(path).parent.name for path in saved["paths"]]
+    assert [saved["classes"][label] for label in saved["labels"]] == names
+    for path, features in zip(saved["paths"], saved["features"], strict=True):
+        (expected, _), _ = outputs_by_hand(checkpoint, path, 1)
+        assert features == pytest.approx(expected[0].numpy(), abs=1e-4)
+    assert command(checkpoint, *pictures, "--embed", target, "--overwrite")[0] == 0
+    assert np.load(target).files == ["paths", "features"]
 
 
-def test_a_network_is_loaded_with_its_centers_and_embeds_a_batch(trained, pictures):
-    network = prediction.load(trained[0] / "checkpoint.pt")
-    features, logits = network([pictures[1], pictures[0] / "b.jpg"])
-    assert features.shape == (2, 3) and logits.shape == (2, 3) and network.centers.shape == (3, 3)
-    assert (
-        network.classes == ["ant", "bee", "cat"]
-        and not network.model.training
-        and not features.requires_grad
+def test_two_images_are_compared_by_the_thresholds_that_were_measured(
+    trained, pictures, tmp_path, command
+):
+    path = tmp_path / "checkpoint.pt"
+    path.write_bytes(trained[0].read_bytes())
+    pair = [pictures[0] / "b.jpg", pictures[1]]
+    status, out, err = command(path, *pair, "--same")
+    features = [outputs_by_hand(path, each, 1)[0][0][0] for each in pair]
+    distance = (features[0] - features[1]).norm().item()
+    cosine = torch.cosine_similarity(*features, dim=0).item()
+    assert (status, err) == (0, "")
+    assert out.splitlines()[0] == f"L2 distance: {distance:.4f}\t cosine: {cosine:.4f}"
+    assert "no thresholds in " in out
+    verification = dict(
+        l2={
+            "eer": 1.0,
+            "threshold_at_eer": distance + 0.1,
+            "threshold_at_far_1e-2": distance - 0.1,
+        },
+        cosine={"threshold_at_eer": cosine - 0.1, "threshold_at_far_1e-3": None},
     )
+    measured = dict(verification=dict(images=1), unknown=dict(verification=verification))
+    (tmp_path / "evaluation.json").write_text(json.dumps(measured | dict(mirror=False)))
+    lines = command(path, *pair, "--same")[1].splitlines()[1:]
+    assert lines == [
+        f"By the thresholds of the unknown classes in {tmp_path / 'evaluation.json'}:",
+        f"l2, threshold_at_eer {distance + 0.1:.4f}: the same",
+        f"l2, threshold_at_far_1e-2 {distance - 0.1:.4f}: different",
+        f"cosine, threshold_at_eer {cosine - 0.1:.4f}: the same",
+    ]
+    measured["pairs"] = dict(l2=verification["l2"], cosine={})
+    (tmp_path / "evaluation.json").write_text(json.dumps(measured | dict(mirror="concat")))
+    lines = command(path, *pair, "--same")[1].splitlines()
+    views = [torch.cat([predict.load(path)(each)[0], mirror_of(path, each)], 1) for each in pair]
+    assert lines[0].startswith(f"L2 distance: {(views[0] - views[1]).norm().item():.4f}\t")
+    assert lines[1].startswith("By the thresholds of the pairs in ")
+
+
+def mirror_of(checkpoint, path):
+    """The features of the mirror image alone."""
+    plain = predict.load(checkpoint)
+    return plain.net(plain.scale([plain.read(path).flip(-1)]))[0].detach()
+
+
+def test_what_is_no_use_is_one_line(trained, pictures, tmp_path, command):
+    (tmp_path / "empty").mkdir()
+    for argv, message in (
+        ([trained[0], "nowhere"], "there is no image nowhere"),
+        ([trained[0], "nowhere", pictures[1], "--same"], "there is no image nowhere"),
+        ([trained[0], tmp_path / "empty"], f"there is no image {tmp_path / 'empty'}"),
+        ([tmp_path / "none.pt", pictures[1]], "there is no checkpoint"),
+        ([trained[0], ""], "a path must not be empty"),
+        ([trained[0], pictures[1], "--save-dir", ""], "a path must not be empty"),
+        ([trained[0], pictures[1], "--same"], "--same must have two images, got 1"),
+        ([trained[0], pictures[0], pictures[1], "--same"], "--same must have two images, got 4"),
+        ([trained[0], *pictures, "--same", "--embed", "x.npz"], "not allowed with"),
+        ([trained[0]], "the following arguments are required: paths"),
+    ):
+        status, out, err = command(*argv)
+        assert (status, out) == (2, "") and message in err
+        assert err.startswith("predict.py: error: ") and err.count("\n") == 1
+    assert sorted(os.listdir(tmp_path)) == ["alone.tif", "empty", "new"]
+
+
+def test_only_what_predict_has_written_is_replaced(trained, pictures, tmp_path, command):
+    path = tmp_path / "checkpoint.pt"
+    path.write_bytes(trained[0].read_bytes())
+    table = tmp_path / "predictions.csv"
+    assert command(path, pictures[1])[0] == command(path, pictures[1])[0] == 0
+    (tmp_path / "files.txt").write_text("of somebody else\n")
+    for target, flags in ((table, []), (tmp_path / "x.npz", ["--embed", tmp_path / "x.npz"])):
+        target.write_text("mine")
+        status, out, err = command(path, pictures[1], *flags)
+        assert (status, out) == (2, "") and target.read_text() == "mine"
+        message = f"{target} is somebody else's: --overwrite replaces it"
+        assert err == f"predict.py: error: {message}\n"
+        assert command(path, pictures[1], *flags, "--overwrite")[0] == 0
+        assert target.read_bytes() != b"mine"
+    assert (tmp_path / "files.txt").read_text() == "of somebody else\n"
+
+
+def test_a_network_is_loaded_with_its_centers_and_embeds_files(trained, pictures):
+    network = predict.load(trained[0])
+    one, other = pictures[1], str(pictures[0] / "b.jpg")
+    features, logits = network([one, other])
+    assert features.shape == (2, 3) and logits.shape == (2, 3) and not features.requires_grad
+    assert network.centers.shape == (3, 3) and network.classes == ["ant", "bee", "cat"]
+    assert not network.model.training and network.size == (8, 8)
+    assert torch.allclose(network([one, one])[0], features[[0, 0]], atol=1e-6)
+    for path, expected in zip((one, other), features, strict=True):  # one file is taken as one
+        assert torch.allclose(network(path)[0], expected[None], atol=1e-6)
+    side_by_side = predict.load(trained[0], mirror="concat")
+    assert side_by_side.centers.shape == (3, 6)
+    found = side_by_side([one, other])[0]
+    assert torch.allclose(found[:, :3], features, atol=1e-6)
+    assert torch.allclose(found[:1, 3:], mirror_of(trained[0], one), atol=1e-6)
 
 
 def test_a_loaded_network_takes_mirror_images_along_if_its_run_did(trained, pictures, tmp_path):
-    plain, mirrored = trained[0] / "checkpoint.pt", tmp_path / "mirrored.pt"
-    checkpoint = torch.load(plain, weights_only=True)
+    mirrored = tmp_path / "mirrored.pt"
+    checkpoint = torch.load(trained[0], weights_only=True)
     checkpoint["args"]["mirror"] = True
     torch.save(checkpoint, mirrored)
 
     def features(path, **options):
-        return prediction.load(path, **options)([pictures[0] / "b.jpg"])[0]
+        return predict.load(path, **options)([pictures[0] / "b.jpg"])[0]
 
-    assert not torch.equal(features(plain), features(mirrored))
-    assert torch.equal(features(plain), features(mirrored, mirror=False))
-    assert torch.equal(features(plain, mirror=True), features(mirrored))
+    assert not torch.equal(features(trained[0]), features(mirrored))
+    assert torch.equal(features(trained[0]), features(mirrored, mirror=False))
+    assert torch.equal(features(trained[0], mirror=True), features(mirrored))
+    assert torch.equal(features(trained[0], mirror="mean"), features(mirrored))
 
 
-def test_evaluating_test_images_alone_gives_their_features_with_paths(trained, tmp_path):
-    run, root = trained
-    shutil.copytree(root / "test", tmp_path / "alone" / "test")
-    shutil.rmtree(tmp_path / "alone" / "test" / "ant")
-    flags = ["--evaluate", run / "checkpoint.pt", "--save-dir", tmp_path / "out", "--data-root"]
-    assert program([*flags, root]) == 0 and not (tmp_path / "out" / "features").exists()
-    assert program([*flags, tmp_path / "alone", "--save-features"]) == 0
-    saved = np.load(tmp_path / "out" / "features" / "test.npz")
-    features, logits, labels = (
-        each.numpy()[4:] for each in outputs_of(network_of(run / "checkpoint.pt")[0], root)
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda saved: saved["args"].pop("amp"),
+        lambda saved: saved["args"].pop("feat_dim"),
+        lambda saved: saved["args"].update(model="nosuch"),
+        lambda saved: saved["args"].update(dataset="evil"),
+        lambda saved: saved["args"].update(scaling=7),
+        lambda saved: saved["args"].update(mirror="sideways"),
+        lambda saved: saved["data"].update(in_channels=4),
+        lambda saved: saved["data"].update(classes=["a", "b"]),
+        lambda saved: saved["data"].update(image_size="large"),
+        lambda saved: saved["data"].pop("image_size"),
+        lambda saved: saved["model"].popitem(),
+        lambda saved: saved.pop("centers"),
+        lambda saved: saved.update(model=[]),
+    ],
+)
+def test_whatever_is_wrong_with_a_checkpoint_is_one_run_error(edit, trained, tmp_path):
+    saved = torch.load(trained[0], weights_only=True)
+    edit(saved)
+    torch.save(saved, tmp_path / "edited.pt")
+    with pytest.raises(utils.RunError) as error:
+        predict.load(tmp_path / "edited.pt")
+    assert "\n" not in str(error.value) and "edited.pt is " in str(error.value)
+
+
+def test_the_committed_checkpoint_whose_size_is_one_number_is_loaded():
+    network = predict.load(ROOT / "log" / "reference" / "fast" / "checkpoint.pt")
+    assert network.size == (28, 28) and len(network.classes) == 10
+    assert network.centers.shape == (10, 2)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # of torch.export.save
+def test_a_network_is_exported_as_the_page_says(trained, pictures, tmp_path, monkeypatch):
+    page = (ROOT / "docs" / "own-images.md").read_text(encoding="utf-8")
+    snippet = re.search(r"## Export\n.*?\n\n((?:    [^\n]+\n)+)", page, re.S)[1]
+    (tmp_path / "log").mkdir()
+    (tmp_path / "log" / "best.pt").write_bytes(trained[0].read_bytes())
+    for name in ("a.jpg", "b.jpg"):
+        (tmp_path / name).write_bytes((pictures[0] / "b.jpg").read_bytes())
+    monkeypatch.chdir(tmp_path)
+    exec(textwrap.dedent(snippet), {})
+    exported = torch.export.load("network.pt2").module()
+    network = predict.load(trained[0])
+    images = network.scale([network.read(pictures[1])] * 3)
+    for found, expected in zip(exported(images), network([pictures[1]] * 3), strict=True):
+        assert torch.allclose(found, expected, atol=1e-5)
+
+
+# What a user's program may have besides: packages, a namespace package, modules of the same names.
+SITE = ("datasets/__init__.py", "datasets/arrow.py", "utils.py", "models.py", "engine/x.py")
+PROGRAMS = {
+    "later": "",
+    "before": "import datasets, datasets.arrow, utils, models\nearlier = dict(sys.modules)",
+}
+
+
+@pytest.mark.parametrize(
+    "how, when, crowded",
+    [
+        ("append(", "later", True),
+        ("append(", "before", True),
+        ("insert(0, ", "before", True),
+        ("append(", "later", False),
+    ],
+)
+def test_load_works_beside_other_modules_of_the_same_names(
+    how, when, crowded, trained, pictures, tmp_path
+):
+    site = tmp_path / "site"
+    for name in SITE:
+        (site / name).parent.mkdir(parents=True, exist_ok=True)
+        (site / name).write_text("user = True\n")
+    program = f"""
+import sys
+{PROGRAMS[when]}
+names = {{"datasets", "datasets.arrow", "utils", "models"}} & sys.modules.keys()
+before = {{name: sys.modules[name] for name in names}}
+sys.path.{how}{str(ROOT)!r})
+from predict import load
+import predict
+assert all(sys.modules[name] is module for name, module in before.items())
+assert len(load({str(trained[0])!r})({str(pictures[1])!r})[0]) == 1
+try:
+    load("nowhere.pt")
+except predict.utils.RunError as error:
+    print(error)
+from tools import results
+print(len(results.REFERENCE) > 0)
+import datasets, utils, models
+print([getattr(each, "user", False) for each in (datasets, utils, models)])
+print(utils is predict.utils, sys.path.count({str(ROOT)!r}))
+"""
+    environment = dict(os.environ, PYTHONPATH=str(site) if crowded else "", OMP_NUM_THREADS="1")
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env=environment,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
     )
-    assert saved["test_features"] == pytest.approx(features, abs=1e-5)
-    assert saved["test_predictions"].tolist() == logits.argmax(1).tolist()
-    assert saved["test_labels"].tolist() == labels.tolist() and saved["classes"].tolist() == [
-        "ant",
-        "bee",
-        "cat",
+    assert done.stderr == ""
+    assert done.stdout.splitlines() == [
+        "there is no checkpoint nowhere.pt",
+        "True",
+        str([crowded] * 3),
+        f"{not crowded} 1",
     ]
-    names = [Path(path).parent.name for path in saved["test_paths"]]
-    assert (
-        names == [("ant", "bee", "cat")[label] for label in labels] and len(saved["centers"]) == 3
-    )
-
-
-def test_a_training_that_stays_at_chance_is_told_once_with_what_helps(folder, tmp_path, capsys):
-    flags = [
-        "--dataset",
-        "folder",
-        "--data-root",
-        folder,
-        "--image-size",
-        "8",
-        "--use-cpu",
-        "--save-dir",
-        tmp_path,
-    ]
-    notice = "The training accuracy is still about 33.3 %"
-    assert program([*flags, "--batch-size", "1", "--max-epoch", "10", "--lr-model", "1e-9"]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    (told,) = [number for number, line in enumerate(lines) if line.startswith(notice)]
-    assert "--recipe images" in lines[told] and "==> Epoch 10/10" in lines[told + 1 :]
-    assert (
-        lines[told - 1] == "==> Epoch 9/10" or "Batch" in lines[told - 1]
-    )  # 24 steps an epoch: 200 are in the ninth
-    assert (
-        program(
-            [
-                *flags,
-                "--batch-size",
-                "1",
-                "--max-epoch",
-                "9",
-                "--weight-cent",
-                "0.1",
-                "--init",
-                "xavier",
-            ]
-        )
-        == 0
-    )
-    assert notice not in capsys.readouterr().out
-
-
-def test_a_one_cycle_schedule_of_few_steps_is_named(folder, tmp_path, capsys):
-    flags = [
-        "--dataset",
-        "folder",
-        "--data-root",
-        folder,
-        "--image-size",
-        "8",
-        "--use-cpu",
-        "--save-dir",
-        tmp_path,
-    ]
-    for steps, told in ((9, True), (10, False)):
-        assert program([*flags, "--schedule", "onecycle", "--max-iter", steps]) == 0
-        assert (f"has only {steps} steps" in capsys.readouterr().out) == told

@@ -1,6 +1,5 @@
 """README and docs: their links lead somewhere, their commands parse, their Python snippets run."""
 
-import argparse
 import re
 import shlex
 from pathlib import Path
@@ -10,9 +9,14 @@ import pytest
 from PIL import Image
 
 import cli
-import plots
+import datasets
+import models
+import predict
+from plots.__main__ import build_parser as plots_build_parser
+from plots.__main__ import parse_args as plots_parse_args
 from tools import results
 from tools.bench import __main__ as bench
+from tools.bench import loss, train
 
 ROOT = Path(cli.__file__).resolve().parent
 PAGES = {
@@ -21,8 +25,10 @@ PAGES = {
 }
 MARKED = re.compile(r"<!-- tested: ([\w-]+) -->\n+```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 SNIPPETS = {name: code for text in PAGES.values() for name, code in MARKED.findall(text)}
-# Flags of torchrun, pytest and tests/kill_runs.py.
+# Flags of torchrun, pytest, Docker and tests/kill_runs.py.
 FOREIGN = {
+    "--ipc",
+    "--shm-size",
     "--standalone",
     "--nproc_per_node",
     "--nnodes",
@@ -92,24 +98,38 @@ def test_every_committed_picture_stands_on_a_page():
 
 @pytest.fixture
 def parse(monkeypatch, tmp_path):
-    """parse(command): parses it as the program would, which then does nothing; False where it is another's."""
+    """parse(command): parses it as the program would, which then does nothing.
+
+    Returns False where the command is another program's.
+    """
     monkeypatch.chdir(tmp_path)
+    for name in ("a.jpg", "b.jpg"):
+        Path(name).touch()
     saved = vars(cli.parse_args([]))
     monkeypatch.setattr(cli.utils, "load_checkpoint", lambda path: dict(args=saved))
-    for module in (bench.loss, bench.train):
+    monkeypatch.setitem(models.MODELS, "linear", None)  # those of docs/change.md
+    monkeypatch.setitem(datasets.SPECS, "bars", datasets.SPECS["digits"])
+    for module in (loss, train):
         monkeypatch.setattr(module, "run", lambda args: None)
+    parsers = {
+        "tools.bench": bench.main,
+        "tools.results": results.build_parser().parse_args,
+        "plots": plots_parse_args,
+        "predict.py": predict.parse_args,
+    }
 
     def call(command: str) -> bool:
-        program, _, rest = command.partition("main.py")
-        flags = command if command.startswith("--") and " " in command else rest
-        if re.search(r"(^|&& |\s)(python|torchrun\b.*)\s$", program) or flags == command:
-            cli.parse_args(shlex.split(flags))
-        elif command.startswith("python -m bench"):
-            bench.main(shlex.split(command)[3:])
-        elif command.startswith("python plots.py"):
-            plots.parse_args(shlex.split(command)[2:])
-        elif script := re.match(r"python ([\w/]+\.py)( |$)", command):
-            assert (ROOT / script[1]).exists()
+        words = shlex.split(command)
+        if command.startswith("--") and " " in command:  # a part of a command
+            cli.build_parser().parse_args(words)
+        elif "main.py" in words and {"python", "torchrun"} & set(words):
+            cli.parse_args(words[words.index("main.py") + 1 :])
+        elif words[:1] == ["python"]:
+            name, *flags = [word for word in words[1:] if word != "-m"]
+            if name in parsers and flags:
+                parsers[name](flags)
+            elif name.endswith(".py"):
+                assert (ROOT / name).exists(), name
         else:
             return False
         return True
@@ -122,6 +142,8 @@ def test_commands_parse(page, parse, capsys):
     for command in code(page):
         try:
             parse(command)
+        except ValueError:  # no command: an odd number of quotes
+            assert "main.py" not in command
         except SystemExit as end:
             assert end.code == 0, (command, capsys.readouterr().err)  # 0: -h
 
@@ -130,9 +152,11 @@ def test_commands_that_do_not_parse_are_found(parse, capsys):
     for command in (
         "python main.py --recipe none",
         "pip install x && python main.py --plots",
-        "python -m bench plot",
+        "python -m tools.bench plot",
         "torchrun --nnodes=2 main.py --gpu 0,1",
         "--optimizer lion --plot",
+        "python predict.py --same",
+        "python -m plots --nothing",
     ):
         with pytest.raises(SystemExit) as end:
             parse(command)
@@ -140,35 +164,32 @@ def test_commands_that_do_not_parse_are_found(parse, capsys):
     assert not parse("pip install -r requirements.txt") and not parse("--plot")
 
 
-def test_every_flag_that_is_mentioned_exists():
-    commands = argparse.ArgumentParser().add_subparsers()
-    bench.loss.add_command(commands)
-    bench.train.add_command(commands)
-    parsers = [
-        cli.build_parser(),
-        plots.build_parser(),
-        results.build_parser(),
-        *commands.choices.values(),
-    ]
-    known = FOREIGN | {
-        name for parser in parsers for action in parser._actions for name in action.option_strings
-    }
-    mentioned = {
-        flag
-        for page in PAGES
-        for each in code(page)
-        for flag in re.findall(r"(?<![\w-])--[\w-]+", each)
-    }
-    assert mentioned and not mentioned - known
+def test_every_flag_that_is_mentioned_exists(capsys):
+    helps = [cli.build_parser().format_help(), plots_build_parser().format_help()]
+    helps.append(results.build_parser().format_help())
+    for parse_help in (
+        lambda: bench.main(["loss", "-h"]),
+        lambda: bench.main(["train", "-h"]),
+        lambda: predict.parse_args(["-h"]),
+    ):
+        with pytest.raises(SystemExit):
+            parse_help()
+        helps.append(capsys.readouterr().out)
+    flag = re.compile(r"(?<![\w-])--[\w-]+")
+    known = FOREIGN.union(*map(flag.findall, helps))
+    mentioned = {name for page in PAGES for each in code(page) for name in flag.findall(each)}
+    assert mentioned and mentioned - known == set()
 
 
 def test_every_python_snippet_is_tested():
-    assert SNIPPETS and sum(text.count("```python") for text in PAGES.values()) == len(SNIPPETS)
+    """Here, or, where files are named, by tests/test_docs_change.py."""
+    text = "\n".join(PAGES.values())
+    assert SNIPPETS and text.count("```python") == len(re.findall(r"<!-- tested: \S+ -->", text))
 
 
 @pytest.mark.parametrize("name", SNIPPETS)
 def test_snippet_runs(name, run, tmp_path, capsys):
-    """Where data/train/<class>/ has images, and log/ a run of 100 epochs with its features (in fact of one)."""
+    """Where data/train/<class>/ has images, and log/ a run of 100 epochs with features."""
     for number in range(16):
         path = tmp_path / "data" / "train" / f"class{number % 2}" / f"{number}.png"
         path.parent.mkdir(parents=True, exist_ok=True)

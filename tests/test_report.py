@@ -35,9 +35,7 @@ def data_in(directory: Path) -> dict:
 
 
 def unpack(text: str) -> np.ndarray:
-    halves = np.frombuffer(zlib.decompress(base64.b64decode(text)), np.uint8)
-    low, high = halves.reshape(2, -1).astype(int)
-    return low + 256 * high
+    return np.frombuffer(zlib.decompress(base64.b64decode(text)), "<u2").astype(int)
 
 
 def test_the_page_holds_what_the_run_has_written(directory):
@@ -69,8 +67,9 @@ def test_the_page_holds_what_the_run_has_written(directory):
 
 
 def test_the_sprite_holds_the_image_of_each_test_row(directory):
-    (run,) = data_in(directory)["runs"]
-    images = run["images"]
+    data = data_in(directory)
+    (run,) = data["runs"]
+    images = data["images"]
     source = base64.b64decode(images["source"].partition(",")[2])
     sprite = np.asarray(Image.open(io.BytesIO(source)))
     assert run["splits"]["test"]["rows"] == list(range(15))
@@ -104,14 +103,6 @@ def test_unknown_classes_have_their_names_and_labels(tmp_path):
     assert unpack(test["labels"])[:10].tolist() == [2] * 5 + [3] * 5
 
 
-def test_points_that_are_not_finite_are_told_from_others():
-    points = np.array([[0.0, 1.0], [np.nan, 2.0], [4.0, 3.0], [1.0, np.inf]])
-    steps, grid = report.quantise(points)
-    assert steps.tolist() == [[0, report.NOT_FINITE, report.GRID, report.NOT_FINITE]] * 2
-    assert grid == pytest.approx([0, 4 / report.GRID, 1, 2 / report.GRID])
-    assert report.quantise(points[1:2])[0].tolist() == [[report.NOT_FINITE]] * 2
-
-
 def test_large_runs_are_sampled_and_thinned_out(directory, monkeypatch):
     monkeypatch.setattr(report, "TRAIN_POINTS", 10)
     monkeypatch.setattr(report, "TEST_POINTS", 6)
@@ -125,13 +116,11 @@ def test_large_runs_are_sampled_and_thinned_out(directory, monkeypatch):
     assert rows == report.pack_run(read_run(directory))["splits"]["test"]["rows"]
     labels = np.load(directory / "test" / "epoch_3.npz")["labels"]
     assert unpack(test["labels"]).reshape(2, 6)[1].tolist() == labels[rows].tolist()
-    assert packed["images"] is None  # the run has kept all fifteen, in other places of the sprite
 
 
-def test_colour_images_become_smaller_until_they_fit(directory, tmp_path, monkeypatch):
+def test_many_colour_images_become_jpeg(directory, tmp_path, monkeypatch):
     copy = Path(shutil.copytree(directory, tmp_path / "run"))
     noise = np.random.default_rng(0).integers(0, 256, (15, 3, 32, 32), np.uint8)
-    utils.save_arrays(copy / "test" / "images.npz", {"rows": np.arange(15), "images": noise})
+    utils.save_arrays(copy / "test" / "images.npz", {"images": noise})
     monkeypatch.setattr(report, "SPRITE_BYTES", 12_000)
-    images = report.pack_images(read_run(copy), range(15))
-    assert images["source"].startswith("data:image/jpeg") and len(images["source"]) < 16_100
+    assert report.pack_images(read_run(copy))["source"].startswith("data:image/jpeg")

@@ -4,7 +4,6 @@ import os
 from types import SimpleNamespace
 
 import numpy as np
-import pytest
 import torch
 
 import plots.run
@@ -14,23 +13,23 @@ from plots.saved import read_epoch
 from tests.epochs import Images, make_run
 
 
-@pytest.fixture
-def undrawn(monkeypatch):
-    """No picture is drawn, for tests of what is given to be drawn."""
-    monkeypatch.setattr(Plotter, "__call__", lambda plotter, path, *drawing: None)
-
-
-def test_each_epoch_has_its_points_pictures_and_the_run_its_films_and_page(tmp_path):
-    run = make_run(tmp_path / "run", epochs=2)
+def test_each_epoch_has_its_points_pictures_and_the_run_its_films_and_page_also_later(tmp_path):
+    run = make_run(tmp_path / "run", epochs=2, plotter=Plotter())
     written = {str(path.relative_to(run)) for path in run.rglob("*.*")}
     epochs = {
         f"{s}/epoch_{n}.{e}" for s in ("train", "test") for n in (1, 2) for e in ("npz", "png")
     }
     further = {"train.gif", "test.gif", "curves.png", "report.html", "test/images.npz"}
     assert written >= epochs | further and "test/features.npz" not in written
+    os.unlink(run / "train" / "epoch_1.png")  # as a killed run leaves it undrawn
+    before = (run / "test" / "epoch_1.png").stat().st_mtime_ns
+    with Plotter() as plotter:
+        assert plot_run(plotter, run, [{"epoch": 1}]) == []
+    assert (run / "train" / "epoch_1.png").exists()
+    assert (run / "test" / "epoch_1.png").stat().st_mtime_ns == before
 
 
-def test_unknown_classes_follow_the_test_in_points_and_images(tmp_path, undrawn):
+def test_unknown_classes_follow_the_test_in_points_and_images(tmp_path):
     run = make_run(tmp_path / "run", "ab", "cd", ("train", "test", "unknown"), epochs=1, dim=5)
     shown = read_epoch(run / "test" / "epoch_1.npz")
     assert shown["labels"].tolist() == np.arange(4).repeat(5).tolist()
@@ -43,27 +42,17 @@ def test_unknown_classes_follow_the_test_in_points_and_images(tmp_path, undrawn)
     assert latest["features"].shape == (20, 5) and latest["unseen"].tolist() == ["c", "d"]
 
 
-def test_with_unknown_classes_alone_the_test_has_no_accuracy(tmp_path, undrawn):
+def test_with_unknown_classes_alone_the_test_has_no_accuracy(tmp_path):
     run = make_run(tmp_path / "run", "ab", "cd", ("train", "unknown"), epochs=1)
     shown = read_epoch(run / "test" / "epoch_1.npz")
     assert shown["labels"].tolist() == [2] * 5 + [3] * 5 and shown["title"] == "test, epoch 1"
     assert (np.load(run / "test" / "images.npz")["images"] == Images(10, 2).images).all()
 
 
-def test_validation_images_have_pictures_of_their_own(tmp_path, undrawn):
+def test_validation_images_have_pictures_of_their_own(tmp_path):
     run = make_run(tmp_path / "run", "ab", "cd", ("train", "val", "unknown"), epochs=1)
     assert read_epoch(run / "val" / "epoch_1.npz")["unseen"].tolist() == []
     assert read_epoch(run / "test" / "epoch_1.npz")["labels"].min() == 2
-
-
-def test_what_a_killed_run_left_undrawn_is_drawn_at_the_end(tmp_path):
-    run = make_run(tmp_path / "run", epochs=2)
-    os.unlink(run / "train" / "epoch_1.png")
-    before = (run / "test" / "epoch_1.png").stat().st_mtime_ns
-    with Plotter() as plotter:
-        assert plot_run(plotter, run, [{"epoch": 1}]) == []
-    assert (run / "train" / "epoch_1.png").exists()
-    assert (run / "test" / "epoch_1.png").stat().st_mtime_ns == before
 
 
 def test_points_that_cannot_be_written_do_not_end_the_run(tmp_path):

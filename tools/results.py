@@ -51,13 +51,8 @@ VERIFICATION = {
     "by softmax": ("unknown/auroc_softmax", 3),
     "EER among them, %": ("unknown/verification/l2/eer", 1),
 }
-# The panels of --curve, by their y label: columns of --verification.
-PANELS = {
-    "accuracy (%)": "accuracy, %",
-    "EER (%)": "EER, %",
-    "AUROC of the unknown": "unknown: AUROC by distance",
-    "EER among the unknown (%)": "EER among them, %",
-}
+# The panels of --curve.
+PANELS = ("accuracy, %", "EER, %", "unknown: AUROC by distance", "EER among them, %")
 
 
 def flags(args: dict) -> str:
@@ -67,6 +62,8 @@ def flags(args: dict) -> str:
     """
     parser = cli.build_parser()
     args = {**vars(parser.parse_args([])), **args}  # flags that are newer than the run
+    if args["mirror"] is True:  # before there was concat
+        args["mirror"] = "mean"
     parser.set_defaults(**RECIPES[args["recipe"]])
     silent = parser.free | {"recipe", "seed"}
     if not args["max_iter"]:
@@ -99,8 +96,7 @@ def read(directory: Path) -> dict:
     try:
         return read_files(directory)
     except (AttributeError, LookupError, TypeError, ValueError) as error:  # cut or edited by hand
-        reason = f"{type(error).__name__}: {error}"
-        raise RunError(f"cannot read the run in {directory}: {reason}") from error
+        raise RunError(f"cannot read the run in {directory}: {error!r}") from error
 
 
 def read_files(directory: Path) -> dict:
@@ -115,25 +111,18 @@ def read_files(directory: Path) -> dict:
     if "\nFinished. " not in log:
         raise RunError(f"the run in {directory} must be finished")
     accuracies = {int(row["epoch"]): float(row["test_accuracy"] or 0) for row in rows}
+    path = directory / "evaluation.json"
+    evaluation = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     return dict(
         args=args,
         flags=given,
         title=directory.name.partition("-d")[0],
         device="GPU" if "Currently using GPU" in log else "CPU",
         epochs=len(rows),
-        metrics=[float(rows[-1][name]) for name in METRICS],
+        metrics=[float(rows[-1][name] or "nan") for name in METRICS],
         passed=next((epoch for epoch, value in accuracies.items() if value >= 98), None),
-        evaluation=read_evaluation(directory, epoch=max(accuracies)),
+        evaluation=evaluation if evaluation.get("epoch") == max(accuracies) else {},
     )
-
-
-def read_evaluation(directory: Path, epoch: int) -> dict:
-    """evaluation.json, if it is of this epoch."""
-    path = directory / "evaluation.json"
-    if not path.exists():
-        return {}
-    evaluation = json.loads(path.read_text(encoding="utf-8"))
-    return evaluation if evaluation.get("epoch") == epoch else {}
 
 
 def measured(run: dict, column: str) -> float:
@@ -225,62 +214,58 @@ def series_of(directories: list[Path]) -> dict[str, list[dict]]:
 def draw_curve(directories: list[Path], path: Path) -> None:
     """Draws what --verify has measured over λ · D: a row a title, a color a D."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator
 
     series = series_of(directories)
     dims = sorted({run["args"]["feat_dim"] for runs in series.values() for run in runs})
     figure = Figure(figsize=(12, 0.6 + 2.6 * len(series)), dpi=110, layout="constrained")
     grid = figure.subplots(len(series), len(PANELS), squeeze=False, sharex=True)
     for (title, runs), row in zip(series.items(), grid, strict=True):
-        for axes, (label, column) in zip(row, PANELS.items(), strict=True):
-            draw_panel(axes, column, runs, dims)
-            axes.set_ylabel(label)
+        for axes, column in zip(row, PANELS, strict=True):
+            for number, dim in enumerate(dims):
+                if by_weight := values_of(column, runs, dim):
+                    draw_line(axes, by_weight, f"D = {dim}", f"C{number}")
+            axes.set(xscale="log", ylabel=column)
+            axes.xaxis.set_major_formatter("{x:g}")
+            axes.grid(color="0.92")
         row[0].set_title(title, loc="left", fontsize=11)
+        row[1].set_yscale("log")  # EER
+        row[1].yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5, 7)))
+        row[1].yaxis.set_major_formatter("{x:g}")
+        row[1].yaxis.set_minor_formatter("")
     for axes in grid[-1]:
         axes.set_xlabel("λ · D")
     marks = {}
-    for axes in grid.flat:
-        for mark, label in zip(*axes.get_legend_handles_labels(), strict=True):
-            marks[label] = mark
-    place = dict(loc="outside lower center", ncols=6, fontsize=9, frameon=False)
+    for axes in grid[:, 0]:
+        handles, labels = axes.get_legend_handles_labels()
+        marks.update(zip(labels, handles, strict=True))
+    place = dict(loc="outside lower center", ncols=len(marks), frameon=False)
     figure.legend(marks.values(), marks.keys(), **place)
     figure.savefig(path)
 
 
-def draw_panel(axes, column: str, runs: list[dict], dims: list[int]) -> None:
-    from matplotlib.ticker import LogLocator
-
-    for number, dim in enumerate(dims):
-        by_weight = {}
-        for run in runs:
-            value = measured(run, column)
-            if run["args"]["feat_dim"] == dim and math.isfinite(value):
-                by_weight.setdefault(run["args"]["weight_cent"] * dim, []).append(value)
-        draw_line(axes, by_weight, f"D = {dim}", f"C{number}", "os^v"[number % 4])
-    axes.set_xscale("log")
-    axes.xaxis.set_major_formatter("{x:g}")
-    axes.grid(color="0.92")
-    if column == "EER, %":
-        axes.set_yscale("log")
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5, 7)))
-        axes.yaxis.set_major_formatter("{x:g}")
-        axes.yaxis.set_minor_formatter("")
+def values_of(column: str, runs: list[dict], dim: int) -> dict[float, list[float]]:
+    """What the runs of one D have measured, by λ · D."""
+    by_weight = {}
+    for run in runs:
+        value = measured(run, column)
+        if run["args"]["feat_dim"] == dim and math.isfinite(value):
+            by_weight.setdefault(run["args"]["weight_cent"] * dim, []).append(value)
+    return by_weight
 
 
-def draw_line(axes, by_weight: dict[float, list[float]], label: str, color: str, marker: str):
+def draw_line(axes, by_weight: dict[float, list[float]], label: str, color: str) -> None:
     """Draws means and deviations over λ · D; softmax alone (0) as a horizontal line."""
-    if alone := by_weight.pop(0.0, []):
-        mean, width = statistics.mean(alone), deviation(alone)
+    weights = sorted(by_weight.keys() - {0.0})
+    means = [statistics.mean(by_weight[weight]) for weight in weights]
+    widths = [deviation(by_weight[weight]) for weight in weights]
+    style = dict(color=color, capsize=3, marker="o", markersize=4)
+    axes.errorbar(weights, means, widths, label=f"{label}, with center loss", **style)
+    if alone := by_weight.get(0.0):
+        mean = statistics.mean(alone)
+        width = deviation(alone)
         axes.axhspan(mean - width, mean + width, color=color, alpha=0.1, linewidth=0)
-        style = dict(color=color, linestyle="--", linewidth=1)
-        axes.axhline(mean, label=f"{label}, softmax alone", **style)
-    if weights := sorted(by_weight):
-        means = [statistics.mean(by_weight[weight]) for weight in weights]
-        widths = [deviation(by_weight[weight]) for weight in weights]
-        low = [mean - width for mean, width in zip(means, widths, strict=True)]
-        high = [mean + width for mean, width in zip(means, widths, strict=True)]
-        axes.fill_between(weights, low, high, color=color, alpha=0.2, linewidth=0)
-        style = dict(color=color, marker=marker, markersize=4)
-        axes.plot(weights, means, label=f"{label}, with center loss", **style)
+        axes.axhline(mean, color=color, linestyle="--", label=f"{label}, softmax alone")
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -112,7 +112,7 @@ function imageButton(run, i, label, predicted) {
   const row = run.splits[run.tested].rows[i];
   const text = `${SPLITS[run.tested]} image ${row}: class ${data.names[label]}, predicted ${data.names[predicted]}`;
   const options = { type: "button", title: text, attributes: { "aria-label": text } };
-  const button = element("button", options, run.images ? picture(run, i) : String(row));
+  const button = element("button", options, data.images ? picture(i) : String(row));
   button.addEventListener("click", () => {
     const panel = panels.find((each) => each.run === run && each.tested);
     panel.canvas.scrollIntoView({ block: "center" });

@@ -1,17 +1,12 @@
 // ---------------------------------------------------------------------------------------------------------------- data
 
-const NOT_FINITE = 65535; // in place of a coordinate
-
-/** The integers that report.pack has written: all low bytes, then all high bytes, deflated, in base 64. */
+/** Integers of 16 bits that are deflated, in base 64. */
 async function unpack(text) {
   const binary = atob(text);
   const bytes = new Uint8Array(binary.length);
   for (let i = 0; i < bytes.length; i++) bytes[i] = binary.charCodeAt(i);
   const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("deflate"));
-  const planes = new Uint8Array(await new Response(stream).arrayBuffer());
-  const values = new Uint16Array(planes.length / 2);
-  for (let i = 0; i < values.length; i++) values[i] = planes[i] | (planes[i + values.length] << 8);
-  return values;
+  return new Uint16Array(await new Response(stream).arrayBuffer());
 }
 
 async function unpackRun(run) {
@@ -22,14 +17,13 @@ async function unpackRun(run) {
     split.order = Uint32Array.from({ length: split.count }, (_, i) => i);
     if (split.rows.length) split.order.sort((a, b) => split.labels[a] - split.labels[b]);
   }
-  if (run.images === "as the first run") {
-    run.images = data.runs[0].images;
-    run.sprite = data.runs[0].sprite;
-  } else if (run.images) {
-    run.sprite = new Image();
-    run.sprite.src = run.images.source;
-    await run.sprite.decode();
-  }
+}
+
+const sprite = new Image(); // all test images
+async function unpackImages() {
+  if (!data.images) return;
+  sprite.src = data.images.source;
+  await sprite.decode();
 }
 
 /** The index of the latest epoch of a split that is not after the epoch shown. */
@@ -59,10 +53,9 @@ function eachPoint(split, visit) {
     const label = labels[count * index + i];
     if (state.hidden.has(label)) continue;
     if (state.mistakes && !isMistake(label, predictions[count * index + i])) continue;
-    if (points[from + i] === NOT_FINITE) continue;
     let x = grid[0] + grid[1] * points[from + i];
     let y = grid[2] + grid[3] * points[from + count + i];
-    if (next && points[to + i] !== NOT_FINITE) {
+    if (next) {
       x += share * (next[0] + next[1] * points[to + i] - x);
       y += share * (next[2] + next[3] * points[to + count + i] - y);
     }
@@ -70,16 +63,15 @@ function eachPoint(split, visit) {
   }
 }
 
-/** The centers at the epoch shown: [x, y] or null. */
+/** The centers at the epoch shown: [x, y]. */
 function centersOf(split) {
   const index = at(split);
   const share = progress(split);
   if (!share) return split.centers[index];
   const next = split.centers[index + 1];
-  return split.centers[index].map((center, label) => {
-    if (!center || !next[label]) return center;
-    return center.map((value, axis) => value + share * (next[label][axis] - value));
-  });
+  return split.centers[index].map((center, label) =>
+    center.map((value, axis) => value + share * (next[label][axis] - value)),
+  );
 }
 
 const prediction = (split, i) => split.predictions[split.count * at(split) + i];

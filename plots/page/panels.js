@@ -88,11 +88,11 @@ function place(panel, index) {
 }
 
 /** A test image on a canvas of its own. */
-function picture(run, i) {
-  const { columns, width, height } = run.images;
+function picture(i) {
+  const { columns, width, height } = data.images;
   const canvas = element("canvas", { width, height });
   const from = [(i % columns) * width, Math.floor(i / columns) * height, width, height];
-  canvas.getContext("2d").drawImage(run.sprite, ...from, 0, 0, width, height);
+  canvas.getContext("2d").drawImage(sprite, ...from, 0, 0, width, height);
   return canvas;
 }
 
@@ -104,7 +104,7 @@ function pointAt(panel, index) {
   box.hidden = !found;
   redraw();
   if (!found) return;
-  const { split, run } = panel;
+  const { split } = panel;
   const label = labelOf(split, index);
   const predicted = prediction(split, index);
   const lines = [
@@ -113,7 +113,7 @@ function pointAt(panel, index) {
     element("p", {}, `epoch ${split.epochs[at(split)]}: (${number(found[0])}, ${number(found[1])})`),
   ];
   if (split.rows.length) lines.push(element("p", {}, `${SPLITS[panel.name]} image ${split.rows[index]}`));
-  const image = split.rows.length && run.images ? [picture(run, index)] : [];
+  const image = split.rows.length && data.images ? [picture(index)] : [];
   box.replaceChildren(...image, element("div", {}, ...lines));
   moveBeside(box, panel, found);
 }

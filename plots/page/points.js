@@ -108,21 +108,20 @@ function ringOf(panel, i) {
 
 /** A cross at each center and, away from the others, its mark. Where no class shown was trained, crosses alone. */
 function drawCenters(panel, context) {
-  const centers = centersOf(panel.split).map((center) => center && toPixel(panel, ...center));
-  const found = centers.filter(Boolean);
-  const middle = [0, 1].map((axis) => found.reduce((sum, center) => sum + center[axis], 0) / found.length);
+  const centers = centersOf(panel.split).map((center) => toPixel(panel, ...center));
+  const middle = [0, 1].map((axis) => centers.reduce((sum, center) => sum + center[axis], 0) / centers.length);
   context.textAlign = "center";
   context.textBaseline = "middle";
   context.font = font(data.known <= 40 ? 12 : 9);
   context.lineJoin = "round";
   centers.forEach((center, label) => {
-    if (!center || state.hidden.has(label)) return;
+    if (state.hidden.has(label)) return;
     const [x, y] = center;
     const cross = new Path2D(`M${x - 4} ${y}h8M${x} ${y - 4}v8`);
     context.strokeStyle = color("--ground");
     context.lineWidth = 3.5;
     context.stroke(cross);
-    context.strokeStyle = color("--ink");
+    context.strokeStyle = color(panel.split.isKnown ? "--ink" : "--soft");
     context.lineWidth = 1.3;
     context.stroke(cross);
     if (!panel.split.isKnown) return;

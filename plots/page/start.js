@@ -4,6 +4,7 @@ async function start() {
   createFacts();
   if (typeof DecompressionStream === "undefined") throw new Error("this page needs a browser of 2023 or later");
   for (const run of data.runs) await unpackRun(run);
+  await unpackImages();
   for (const tested of [several, !several])
     for (const run of data.runs) createPanel(run, tested ? run.tested : "train");
   if (several) $("panels").style.setProperty("--least", `${Math.max(72 / data.runs.length - 2, 15)}rem`);

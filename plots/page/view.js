@@ -8,7 +8,7 @@ function fit(all) {
     for (const split of Object.values(run.splits)) {
       split.grids.forEach(([x, stepX, y, stepY], index) => {
         if (!all && index !== at(split)) return;
-        const corners = [[x, y], [x + 65534 * stepX, y + 65534 * stepY], ...split.centers[index].filter(Boolean)];
+        const corners = [[x, y], [x + 65535 * stepX, y + 65535 * stepY], ...split.centers[index]];
         xs.push(...corners.map((corner) => corner[0]));
         ys.push(...corners.map((corner) => corner[1]));
       });

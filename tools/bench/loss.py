@@ -21,31 +21,18 @@ import torch
 from torch import Tensor, nn
 
 from center_loss import CENTER_UPDATES, CenterLoss
-from tools.bench.common import hardware, indexing_loss, matrix_loss, positive, seconds_of
+from tools.bench import hardware, matrix_loss, positive, seconds_of
 
 FORMS = ("matrix", "indexing", "dense", "sparse")
-WEIGHT = 0.01  # λ and α do not matter for the cost
-ALPHA = 0.5
+WEIGHT = 0.01  # λ, which does not matter for the cost
 
 
-def add_command(commands: argparse._SubParsersAction) -> None:
-    parser = commands.add_parser(
-        "loss",
-        help="time and memory of a step as the number of classes grows",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    default = "(default: %(default)s)"
-    powers = [10**power for power in range(1, 7)]
-    updates = sorted(CENTER_UPDATES)
+def add_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--classes", type=positive, nargs="+", metavar="C", default=powers, help=default)
-    add("--batch-size", type=positive, default=128, metavar="B", help=default)
-    add("--feat-dim", type=positive, default=128, metavar="D", help=default)
-    add("--center-update", choices=updates, default="gradient", help=f"of dense, sparse {default}")
-    add("--device", choices=("cpu", "cuda"), default="cpu", help=default)
-    add("--quick", action="store_true", help="a check, not a measurement")
-    parser.set_defaults(run=run)
+    add("--classes", type=positive, nargs="+", default=[10**power for power in range(1, 7)])
+    add("--batch-size", type=positive, default=128)
+    add("--feat-dim", type=positive, default=128)
+    add("--center-update", choices=sorted(CENTER_UPDATES), default="gradient")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -61,19 +48,30 @@ def run(args: argparse.Namespace) -> None:
         steps = [LossStep(form, num_classes, args) for form in FORMS]
         times = median_ms(steps, args)
         matrix, indexing, dense, sparse = times
-        cells = [f"{milliseconds:,.4g}" for milliseconds in times]
+        cells = [f"{milliseconds:,.3f}" for milliseconds in times]
         cells += [f"{ratio:,.2f}" for ratio in (matrix / dense, matrix / sparse, indexing / dense)]
         cells += [f"{step.memory() / 2**20:,.2f}" for step in steps]
         print(f"| {num_classes:,} | " + " | ".join(cells) + " |", flush=True)
 
 
 def median_ms(steps: list[Callable], args: argparse.Namespace) -> list[float]:
-    """Milliseconds of each step, over the turns that fit into some seconds."""
+    """Milliseconds of each step, over the turns that fit into some seconds.
+
+    A call before finds the caches as the other forms have left them, and is not counted.
+    """
     turns = []
     end = time.perf_counter() + (0.1 if args.quick else 10.0)
     while len(turns) < 3 or (time.perf_counter() < end and len(turns) < 5000):
-        turns.append([1000 * seconds_of(step, device=args.device) for step in steps])
+        times = []
+        for step in steps:
+            step()
+            times.append(1000 * seconds_of(step, args.device))
+        turns.append(times)
     return [statistics.median(times) for times in zip(*turns, strict=True)]
+
+
+def indexing_loss(features: Tensor, labels: Tensor, centers: Tensor) -> Tensor:
+    return (features - centers[labels]).pow(2).sum() / len(features)
 
 
 class LossStep:
@@ -93,7 +91,7 @@ class LossStep:
             self.centers = nn.Parameter(torch.randn(num_classes, args.feat_dim, device=args.device))
             function = matrix_loss if form == "matrix" else indexing_loss
             self.criterion = functools.partial(function, centers=self.centers)
-        self.optimizer = torch.optim.SGD([self.centers], lr=ALPHA)
+        self.optimizer = torch.optim.SGD([self.centers], lr=0.5)
 
     def __call__(self) -> None:
         (WEIGHT * self.criterion(self.features, self.labels)).backward()
@@ -106,7 +104,7 @@ class LossStep:
         self.features.grad = None
 
     def memory(self) -> int:
-        """Bytes that the loss keeps for its backward pass, and of the centers' gradient."""
+        """In bytes."""
         kept = {}
 
         def note(tensor: Tensor) -> Tensor:

@@ -1,12 +1,11 @@
 """Training and test of zhou2018's recipe on random images in MNIST's files, beside a plain script.
 
-plain is a straightforward script: four workers that transform image by image, float32, nn.PReLU,
-the matrix form of the loss, three .item() a batch. The other forms are main.py's settings, through
-the Step, epoch and test that it uses; --recipe fast has a network and a batch size of its own.
+plain is a straightforward script: four workers that transform image by image, the textbook form of
+the loss, .item() after each batch. The other forms are main.py's settings; --recipe fast has a
+network and a batch size of its own.
 
 The forms take turns, each with all images once; the first turn, in which libraries choose their
-kernels and --compile compiles, is not counted. An epoch is that of MNIST's 60,000 and 10,000
-images, in proportion. Each ratio is the median of the turns' ratios.
+kernels, is not counted. An epoch is that of MNIST's 60,000 and 10,000 images, in proportion.
 """
 
 import argparse
@@ -20,95 +19,73 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.data import DataLoader
 
 import cli
 import datasets
 import models
-from center_loss import CenterLoss
 from engine import epoch
-from engine.cuda_graph import captured
 from engine.device import multiplies_bfloat16
-from engine.step import Step
-from recipes import SCHEDULES, create_optimizers
-from tools.bench.common import hardware, matrix_loss, positive, seconds_of
+from recipes import create_center_loss, create_optimizers, create_scheduler, create_step
+from tools.bench import hardware, matrix_loss, positive, seconds_of
 
-# main.py's flags; more on CUDA.
-FORMS = {
-    "default": [],
-    "--amp": ["--amp"],
-    "--amp --compile": ["--amp", "--compile"],
-    "--recipe fast": ["--recipe", "fast"],
-}
-CUDA_FORMS = {
-    "--no-cuda-graph": ["--no-cuda-graph"],
-    "--amp --no-cuda-graph": ["--amp", "--no-cuda-graph"],
-}
+FORMS = (
+    "--recipe zhou2018",
+    "--no-cuda-graph",
+    "--amp",
+    "--amp --no-cuda-graph",
+    "--amp --compile",
+    "--recipe fast",
+)
 MNIST = 60_000  # training images; a sixth as many for the test
 
-# Trains and tests once: seconds of each.
-Pass = Callable[[], tuple[float, float]]
 
-
-def add_command(commands: argparse._SubParsersAction) -> None:
-    parser = commands.add_parser(
-        "train",
-        help="training and test, beside a plain script",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    add = parser.add_argument
-    add("--device", choices=("cpu", "cuda"), default=device, help="(default: %(default)s)")
-    add("--images", type=positive, help="of a turn (default: 2,560, on CUDA 60,000)")
-    add("--turns", type=positive, default=5, help="(default: %(default)s)")
-    add("--quick", action="store_true", help="a check, not a measurement; compiles nothing")
-    parser.set_defaults(run=run)
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--images", type=positive, help="default: 2,560, on CUDA 60,000")
+    parser.add_argument("--turns", type=positive, default=5)
 
 
 def run(args: argparse.Namespace) -> None:
     if args.quick:
         args.images = 60
         args.turns = 1
-    args.images = args.images or (MNIST if args.device == "cuda" else 2560)
+    images = args.images or (MNIST if args.device == "cuda" else 2560)
     print(hardware())
-    print(f"zhou2018's recipe, B = 128, {args.images:,} images, {args.device}", flush=True)
+    print(
+        f"{images:,} images, {args.device}\n\n| form | training, ms/image | test, ms/image ", end=""
+    )
+    print("| epoch with test, s | plain / form |\n| --- " + "| ---: " * 4 + "|", flush=True)
     with tempfile.TemporaryDirectory() as root:
-        write_mnist(Path(root), args.images)
-        passes = {"plain": plain_pass(root, args.device)}
-        for name, flags in chosen_forms(args).items():
-            passes[name] = form_pass(root, flags, args.device)
+        write_mnist(Path(root), images)
+        forms = {"plain": plain(root, args.device)}
+        for flags in FORMS:
+            if reason := why_not(flags, args):
+                print(f"| {flags} | {reason} | | | |")
+            else:
+                forms[flags] = form(root, flags.split(), args.device)
         turns = []
         for _ in range(1 + args.turns):
-            turns.append({name: train_and_test() for name, train_and_test in passes.items()})
-    print_table(turns[1:], args.images)
+            turns.append({name: take_turn(*each, args.device) for name, each in forms.items()})
+    for name in forms:
+        train, test = (statistics.median(turn[name][part] for turn in turns[1:]) for part in (0, 1))
+        ratio = statistics.median(sum(turn["plain"]) / sum(turn[name]) for turn in turns[1:])
+        cells = f"{1e3 * train / images:.4f} | {1e3 * test / (images // 6):.4f}"
+        print(f"| {name} | {cells} | {(train + test) * MNIST / images:,.2f} | {ratio:.2f} |")
 
 
-def chosen_forms(args: argparse.Namespace) -> dict[str, list[str]]:
-    """The forms that this machine can do; prints which are left out."""
-    forms = FORMS | CUDA_FORMS if args.device == "cuda" else FORMS
-    bfloat16 = multiplies_bfloat16(0 if args.device == "cuda" else None)
-    chosen = {}
-    for name, flags in forms.items():
-        if "--amp" in flags and not bfloat16:
-            print(f"left out: {name}, as the hardware has no bfloat16 multiplication")
-        elif "--compile" in flags and args.quick:
-            print(f"left out: {name}, as --quick compiles nothing")
-        else:
-            chosen[name] = flags
-    return chosen
+def why_not(flags: str, args: argparse.Namespace) -> str:
+    """Why a form is left out, if it is."""
+    if "--amp" in flags and not multiplies_bfloat16(0 if args.device == "cuda" else None):
+        return "the hardware does not multiply bfloat16"
+    if "--no-cuda-graph" in flags and args.device == "cpu":
+        return "no GPU"
+    if "--compile" in flags and args.quick:
+        return "--quick compiles nothing"
+    return ""
 
 
-def print_table(turns: list[dict[str, tuple[float, float]]], images: int) -> None:
-    """`turns`: by form, the seconds of training and test."""
-    print("\n| form | training, ms/image | test, ms/image | epoch with test, s | plain / form |")
-    print("| --- " + "| ---: " * 4 + "|")
-    for name in turns[0]:
-        train = statistics.median(turn[name][0] for turn in turns)
-        test = statistics.median(turn[name][1] for turn in turns)
-        ratio = statistics.median(sum(turn["plain"]) / sum(turn[name]) for turn in turns)
-        per_image = f"{1e3 * train / images:.4f} | {1e3 * test / (images // 6):.4f}"
-        both = (train + test) * MNIST / images
-        print(f"| {name} | {per_image} | {both:,.2f} | {ratio:.2f} |")
+def take_turn(train: Callable, test: Callable, device: str) -> tuple[float, float]:
+    return seconds_of(train, device), seconds_of(test, device)
 
 
 def write_mnist(root: Path, images: int) -> None:
@@ -125,85 +102,60 @@ def write_mnist(root: Path, images: int) -> None:
         (raw / f"{split}-labels-idx1-ubyte").write_bytes(header + labels.tobytes())
 
 
-def plain_network() -> nn.Sequential:
-    layers = []
-    for inside, outside in ((1, 32), (32, 64), (64, 128)):
-        layers += [nn.Conv2d(inside, outside, 5, padding=2), nn.PReLU()]
-        layers += [nn.Conv2d(outside, outside, 5, padding=2), nn.PReLU(), nn.MaxPool2d(2)]
-    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(1152, 2), nn.PReLU())
+def plain(root: str, device: str) -> tuple[Callable, Callable]:
+    """Its training and test."""
+    from torchvision import datasets, transforms
 
+    steps = [transforms.ToTensor(), transforms.Normalize((0.1307,), (0.3081,))]
 
-def plain_loader(root: str, train: bool, device: str) -> torch.utils.data.DataLoader:
-    from torchvision.datasets import MNIST as Digits
-    from torchvision.transforms import Compose, Normalize, ToTensor
+    def loader(train: bool) -> DataLoader:
+        images = datasets.MNIST(root, train, transform=transforms.Compose(steps))
+        options = dict(num_workers=4, persistent_workers=True, pin_memory=device == "cuda")
+        return DataLoader(images, 128, shuffle=train, **options)
 
-    transform = Compose([ToTensor(), Normalize((0.1307,), (0.3081,))])
-    return torch.utils.data.DataLoader(
-        Digits(root, train=train, transform=transform),
-        batch_size=128,
-        shuffle=train,
-        num_workers=4,
-        pin_memory=device == "cuda",
-        persistent_workers=True,  # their start is not a turn's time
-    )
-
-
-def plain_pass(root: str, device: str) -> Pass:
-    body = plain_network().to(device)
-    classifier = nn.Linear(2, 10).to(device)
+    batches = loader(train=True)
+    test_batches = loader(train=False)
+    model = models.create("cnn").to(device)
     centers = nn.Parameter(torch.randn(10, 2, device=device))
-    weights = [*body.parameters(), *classifier.parameters()]
-    sgd = torch.optim.SGD(weights, 0.001, momentum=0.9, weight_decay=5e-4)
-    sgd_centers = torch.optim.SGD([centers], 0.5)
-    train_batches = plain_loader(root, True, device)
-    test_batches = plain_loader(root, False, device)
+    groups = [dict(params=model.parameters()), dict(params=[centers], lr=0.5, momentum=0.0)]
+    optimizer = torch.optim.SGD(groups, lr=0.001, momentum=0.9)
 
     def train() -> None:
-        sums = [0.0, 0.0, 0.0]
-        for images, labels in train_batches:
-            images = images.to(device)
+        for images, labels in batches:
             labels = labels.to(device)
-            features = body(images)
-            xent = F.cross_entropy(classifier(features), labels)
-            center = matrix_loss(features, labels, centers)
-            loss = xent + center
-            sgd.zero_grad()
-            sgd_centers.zero_grad()
+            features, logits = model(images.to(device))
+            loss = F.cross_entropy(logits, labels) + matrix_loss(features, labels, centers)
+            optimizer.zero_grad()
             loss.backward()
-            sgd.step()
-            sgd_centers.step()
-            for index, value in enumerate((loss, xent, center)):
-                sums[index] += value.item()
+            optimizer.step()
+            loss.item()
 
     @torch.no_grad()
     def test() -> None:
-        correct = 0
         for images, labels in test_batches:
-            logits = classifier(body(images.to(device)))
-            correct += (logits.argmax(1) == labels.to(device)).sum().item()
+            _, logits = model(images.to(device))
+            (logits.argmax(1) == labels.to(device)).sum().item()
 
-    return lambda: (seconds_of(train, device=device), seconds_of(test, device=device))
+    return train, test
 
 
-def form_pass(root: str, flags: list[str], device: str) -> Pass:
-    """By main.py with these flags."""
-    cpu = ["--use-cpu"] if device == "cpu" else []
-    args = cli.parse_args(["--data-root", root, *flags, *cpu])
+def form(root: str, flags: list[str], device: str) -> tuple[Callable, Callable]:
+    """Training and test by main.py with these flags."""
+    machine = ["--use-cpu"] if device == "cpu" else []
+    args = cli.parse_args(["--data-root", root, "--save-dir", f"{root}/log", *flags, *machine])
     data = datasets.create("mnist", root, args.batch_size, device=device)
     model = models.create(args.model).to(device, memory_format=torch.channels_last)
-    center_loss = CenterLoss(use_gpu=False).to(device)
+    center_loss = create_center_loss(10, 2, args).to(device)
     net = models.Compiled(model, args.batch_size) if args.compile else model
     optimizers = create_optimizers(model, center_loss, args)
-    schedule = SCHEDULES[args.schedule]
-    scheduler = schedule.create(optimizers["optimizer_model"], args, 10**6, 10**6)
-    step = Step(net, center_loss, optimizers, weight=args.weight_cent, amp=args.amp)
-    if args.cuda_graph:
-        step = captured(step, args.batch_size)
+    step = create_step(net, center_loss, optimizers, args)
+    scheduler = create_scheduler(optimizers, args, 10**6, 10**6)
 
     def train() -> None:
-        epoch.train_epoch(step, data.train, scheduler).results()
+        epoch.train_epoch(step, data.train, scheduler)
 
     def test() -> None:
-        epoch.test(model, data.test, args.amp)
+        outputs = epoch.predict(model, data.test, args.amp)
+        epoch.measure(outputs, center_loss.centers.detach())
 
-    return lambda: (seconds_of(train, device=device), seconds_of(test, device=device))
+    return train, test
