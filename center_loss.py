@@ -35,16 +35,16 @@ def _unit(vectors: Tensor) -> Tensor:
 # From offsets x - c (..., D) to distances (...).
 DISTANCES = {"squared": _squared, "euclidean": _euclidean}
 
-# What a center's sum of offsets is divided by, as a function of the class's count in the batch;
-# None: the centers receive the gradient of the loss.
+# From the count of a class in the batch to what divides its sum of offsets; None: the gradient.
 CENTER_UPDATES = {
     "gradient": None,
     "paper": lambda counts: 1 + counts,
     "mean": lambda counts: counts,
 }
 
+Device = torch.device | str | int | None
 Mask = Tensor | None  # (B,), or None where all samples are kept
-MANY = 4096  # from so many classes on, counting makes no array over all of them
+MANY = 4096  # so many classes are counted without an array over all of them
 
 
 class CenterLoss(nn.Module):
@@ -63,39 +63,36 @@ class CenterLoss(nn.Module):
         >>> optimizer.step(); optimizer_cent.step()
 
     Args:
-        num_classes, feat_dim: C and D, at least 1. The one parameter, ``centers``, is (C, D).
+        num_classes, feat_dim: C and D. The one parameter, ``centers``, is (C, D).
         use_gpu: put the centers on the current CUDA device if there is one; or a device for them.
         distance: "squared" or "euclidean" (with gradient 0 where a feature is its center).
-        normalize: take x / |x| and c / |c| for x and c; with scale=0.5, d is then 1 - cos(x, c).
-        radius: features this close to their center are not pulled. Finite and >= 0.
-        scale: factor of the loss, finite and > 0. The paper's loss has 0.5.
-        class_average: divide each term by the number of samples of its class in the batch.
-        center_update: what the centers follow, "gradient", "paper" or "mean": see below.
-        sparse: give the centers a sparse gradient: a step then costs the same for any C.
-            For optimizers that accept one: SGD without weight decay, SparseAdam, Adagrad.
+        normalize: x / |x| and c / |c| for x and c; with scale=0.5, d is then 1 - cos(x, c).
+        radius: features this close to their center are not pulled.
+        scale: factor of the loss; the paper's loss has 0.5.
+        class_average: divide each term by n_{y_i}.
+        center_update: what the centers follow: see below.
+        sparse: a sparse center gradient, so that a step costs the same for any C. For SGD without
+            weight decay, SparseAdam and Adagrad.
         ignore_index: label of samples that count for nothing, as in ``cross_entropy``.
-        device, dtype: of the centers, as in torch's modules. Half precision is for storage only.
+        device, dtype: of the centers. Half precision is for storage only.
 
-    The features always receive g * dL/dx, where g is the gradient that reaches the loss, so the
-    weight λ in ``cross_entropy + λ * L``. What the centers receive depends on center_update:
+    The features receive g * dL/dx, where g is the gradient that reaches the loss: λ in
+    ``cross_entropy + λ * L``. The centers receive, by center_update:
 
         "gradient":  centers.grad = g * dL/dc
         "paper":     centers.grad = g * Delta, Delta_j = sum_{i: y_i = j} (c_j - x_i) / (1 + n_j)
         "mean":      the same, divided by n_j in place of 1 + n_j
 
-    Delta is Eq. 4 of the paper. It is no gradient of L: each side sees the other as a constant, in
-    double backward too. A radius shortens each c_j - x_i; with normalize, Delta goes on through
-    c / |c|. Centers without requires_grad cost nothing.
+    Delta is Eq. 4 of the paper and no gradient of L: each side sees the other as a constant, in
+    double backward too. A radius shortens each c_j - x_i; normalize takes Delta through c / |c|.
 
-    features (B, D) may have any float type, labels (B,) any integer type. The scalar loss is
-    computed in float32, also under autocast, or in float64 if features or centers are float64.
-    B = 0 gives 0. A wrong type is a TypeError, any other mistake a ValueError. Labels are
-    range-checked on the CPU only, since a check would stall a GPU.
+    features (B, D) may be any floats, labels (B,) any integers; B = 0 gives 0. The loss is computed
+    in float32, also under autocast, or in float64 if features or centers are. A wrong type is a
+    TypeError, any other mistake a ValueError. On a GPU, a check of the labels' range would stall.
 
-    With torch.distributed initialised, the loss is that of one process over the batches of all
-    ranks, which may differ in size: every rank must call it, and value, centers.grad and
-    update_centers are the same on all. DistributedDataParallel averages the network's gradients
-    over W ranks: weight this loss with λ * W and call ``rescale_center_grad(λ * W)``.
+    With torch.distributed, every rank must call the loss: its value and centers.grad are those of
+    the joined batch, whose parts may differ in size. As DistributedDataParallel averages over W
+    ranks, weight it with λ * W and rescale by λ * W.
     """
 
     def __init__(
@@ -112,19 +109,19 @@ class CenterLoss(nn.Module):
         center_update: str = "gradient",
         sparse: bool = False,
         ignore_index: int | None = None,
-        device: torch.device | str | int | None = None,
+        device: Device = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        for name, size in (("num_classes", num_classes), ("feat_dim", feat_dim)):
+            _check(name, size, Integral, "an integer of at least 1", lambda size: size >= 1)
         updates = tuple(CENTER_UPDATES)
-        _check("num_classes", num_classes, Integral, "an integer of at least 1", lambda n: n >= 1)
-        _check("feat_dim", feat_dim, Integral, "an integer of at least 1", lambda n: n >= 1)
         _check("distance", distance, str, f"one of {tuple(DISTANCES)}", DISTANCES.__contains__)
         _check("radius", radius, Real, "a finite number >= 0", lambda r: 0 <= r < math.inf)
         _check("scale", scale, Real, "a finite number > 0", lambda s: 0 < s < math.inf)
         _check("center_update", center_update, str, f"one of {updates}", updates.__contains__)
         if ignore_index is not None:
-            _check("ignore_index", ignore_index, Integral, "an integer or None")
+            _check("ignore_index", ignore_index, Integral, "an integer or None", lambda _: True)
         if dtype is not None:
             rule = "a floating-point dtype"
             _check("dtype", dtype, torch.dtype, rule, lambda dtype: dtype.is_floating_point)
@@ -144,20 +141,20 @@ class CenterLoss(nn.Module):
 
     @torch.no_grad()
     def update_centers(self, features: Tensor, labels: Tensor, alpha: float = 0.5) -> None:
-        """Move the centers by center_update as an SGD of their own with learning rate alpha would.
+        """Move the centers as an SGD of their own with learning rate alpha >= 0 would, without λ.
 
         For centers in no optimizer: once a batch, before or after backward(), on every rank.
-        alpha >= 0; λ has no part in it.
         """
         _check("alpha", alpha, Real, "a finite number >= 0", lambda alpha: 0 <= alpha < math.inf)
         features, labels, kept = self._prepare(features, labels)
         centers = self._look_up(labels, features.dtype)
         divisor = CENTER_UPDATES[self.center_update]
         if divisor and not self.normalize:
-            grad = self._offsets(centers, features, kept) / divisor(self._count(labels, kept))
+            counts = self._count(labels, kept)
+            grad = self._offsets(centers, features, kept) / divisor(counts)[:, None]
         else:
             with torch.inference_mode(False), torch.enable_grad():
-                features = features.clone() if features.is_inference() else features.detach()
+                features = features.detach().clone()  # those of inference mode have no graph
                 centers = centers.clone().requires_grad_()
                 loss = self._loss(features, centers, labels, kept)
                 (grad,) = torch.autograd.grad(loss, centers)
@@ -167,8 +164,8 @@ class CenterLoss(nn.Module):
     def start_from(self, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
         """Set each center to the mean of its class in batches of (features, labels).
 
-        Classes without features stay; batches are drawn without gradients. Every rank must call
-        it, with any number of batches of its own. With normalize: the mean of the directions.
+        Classes without features stay; no gradients. Every rank must call it, with any number of
+        batches of its own. With normalize: the direction of the mean direction.
 
             >>> center_loss = CenterLoss(3, 2, use_gpu=False)
             >>> center_loss.start_from([(torch.randn(4, 2), torch.tensor([0, 1, 1, 2]))])
@@ -182,8 +179,7 @@ class CenterLoss(nn.Module):
             if self.ignore_index is not None:
                 kept = labels != self.ignore_index
                 features, labels = features[kept], labels[kept]
-            if labels.is_cpu:
-                self._check_range(labels)
+            self._look_up(labels, dtype)  # refuses labels out of range
             if self.normalize:
                 features = _unit(features)
             rows = F.pad(features, (0, 1), value=1)  # a last column of ones counts the samples
@@ -195,10 +191,7 @@ class CenterLoss(nn.Module):
         centers.copy_(means.to(centers.dtype).where(counts > 0, centers))
 
     def distances(self, features: Tensor) -> Tensor:
-        """Return the distances (B, C) of features (B, D) from all centers, whatever the radius.
-
-        Their argmin(1) are the nearest centers. Gradients reach features and centers.
-        """
+        """Return the distances (B, C) of features (B, D) from all centers, whatever the radius."""
         features = self._check_features(features)
         centers = self.centers.to(features.dtype)
         if self.normalize:
@@ -210,14 +203,14 @@ class CenterLoss(nn.Module):
     ) -> None:
         """Multiply centers.grad, dense or sparse, by lr_ratio / weight, between backward and step.
 
-        weight > 0 is this loss's λ in the total (alpha: its old name). With one optimizer for all,
-        lr_ratio >= 0 is the centers' learning rate over its own. Without a gradient, RuntimeError.
+        weight > 0 is λ (alpha: its old name). With one optimizer for all, lr_ratio >= 0 is the
+        centers' learning rate over its own. Without a gradient, RuntimeError.
         """
         weight = alpha if weight is None else weight
         if weight is None:
             raise TypeError("rescale_center_grad needs the weight λ of this loss")
         if not 0 < weight < math.inf:
-            why = "the center gradient carries λ; at λ = 0 it is 0, so leave the centers alone"
+            why = "at λ = 0 there is no gradient, so leave the centers alone"
             raise ValueError(f"weight (λ) must be finite and > 0, got {weight!r}: {why}")
         if not 0 <= lr_ratio < math.inf:
             raise ValueError(f"lr_ratio must be finite and >= 0, got {lr_ratio!r}")
@@ -231,13 +224,11 @@ class CenterLoss(nn.Module):
     def _parameter(self) -> Tensor:
         """Return the centers, to be changed in place."""
         if "centers" not in self._parameters:
-            raise RuntimeError(
-                "centers are parametrized: change their original (or its grad) yourself"
-            )
+            raise RuntimeError("centers are parametrized: change their original yourself")
         return self.centers
 
     def _prepare(self, features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Mask]:
-        """Return the checked batch of all ranks and which samples are kept; the others become 0."""
+        """Return the checked batch of all ranks and what is kept of it; the others become 0."""
         features = self._check_features(features)
         labels = self._check_labels(labels, features)
         if _world_size() > 1:
@@ -256,26 +247,25 @@ class CenterLoss(nn.Module):
             distances = offsets * offsets  # (B, D): one sum in place of two
         else:
             distances = DISTANCES[self.distance](offsets)
-        if self.class_average:
-            distances = distances / counts[:, 0]
+            distances = distances / counts if self.class_average else distances
         size = max(labels.shape[0], 1) if kept is None else kept.sum().clamp(min=1)
         loss = distances.sum() / (size / self.scale)
         if divisor:  # half of pull has the gradient Delta; its value must not count
             offsets = self._offsets(features.detach(), centers, kept)
-            pull = (offsets * offsets / divisor(counts)).sum()
+            pull = (offsets * offsets / divisor(counts)[:, None]).sum()
             loss = loss.add(pull - pull.detach(), alpha=0.5)
         return loss
 
     def _count(self, labels: Tensor, kept: Mask) -> Tensor:
-        """Return how many samples of the batch have the class of each (B, 1)."""
+        """Return how many samples of the batch have the class of each (B,)."""
         classes = labels if kept is None else labels.where(kept, self.num_classes)
         if self.num_classes < MANY:
             counts = classes.new_zeros(self.num_classes + 1)
             counts = counts.index_add(0, classes, torch.ones_like(classes))
-            return counts.index_select(0, classes)[:, None]
+            return counts.index_select(0, classes)
         ordered, classes = classes.sort().values, classes.contiguous()
         after = torch.searchsorted(ordered, classes, right=True)
-        return (after - torch.searchsorted(ordered, classes))[:, None]
+        return after - torch.searchsorted(ordered, classes)
 
     def _offsets(self, features: Tensor, centers: Tensor, kept: Mask) -> Tensor:
         """Return the part of x - c (B, D) beyond the radius; 0 for samples that are not kept."""
@@ -292,53 +282,42 @@ class CenterLoss(nn.Module):
 
     def _check_features(self, features: Tensor) -> Tensor:
         """Return them in the type that the loss is computed in."""
-        if not isinstance(features, Tensor):
-            raise TypeError(f"features must be a tensor, got {type(features).__name__}")
-        dtype, shape, size, centers = features.dtype, features.shape, self.feat_dim, self.centers
-        if not dtype.is_floating_point:
-            raise TypeError(f"features must be floats, got {dtype}")
-        if len(shape) != 2 or shape[1] != size:
-            hint = ": feat_dim is 2 (the default)" if size == 2 else ""
+        centers = self.centers
+        _check_tensor("features", features, centers.device)
+        if not features.is_floating_point():
+            raise TypeError(f"features must be floats, got {features.dtype}")
+        shape = features.shape
+        if len(shape) != 2 or shape[1] != self.feat_dim:
+            hint = ": feat_dim is 2 (the default)" if self.feat_dim == 2 else ""
             hint = ": flatten(0, 1) features and labels" if len(shape) == 3 else hint
-            raise ValueError(f"features must have shape (B, {size}), got {tuple(shape)}{hint}")
-        if features.device != centers.device:
-            rule = f"must be on {centers.device} like centers"
-            raise ValueError(f"features {rule}, got {features.device}")
-        wide = torch.float64 in (dtype, centers.dtype)
+            rule = f"must have shape (B, {self.feat_dim})"
+            raise ValueError(f"features {rule}, got {tuple(shape)}{hint}")
+        wide = torch.float64 in (features.dtype, centers.dtype)
         return features.double() if wide else features.float()
 
     def _check_labels(self, labels: Tensor, features: Tensor) -> Tensor:
         """Return them as int64."""
-        if not isinstance(labels, Tensor):
-            raise TypeError(f"labels must be a tensor, got {type(labels).__name__}")
+        _check_tensor("labels", labels, features.device)
         dtype = labels.dtype
         if dtype.is_floating_point or dtype.is_complex or dtype == torch.bool:
             raise TypeError(f"labels must be integers, got {dtype}")
-        size, shape = len(features), tuple(labels.shape)
+        size, shape = features.shape[0], tuple(labels.shape)
         if shape != (size,):
             hint = ": squeeze(1) them" if shape == (size, 1) else ""
             raise ValueError(f"labels must have shape ({size},), got {shape}{hint}")
-        if labels.device != features.device:
-            rule = f"must be on {features.device} like centers"
-            raise ValueError(f"labels {rule}, got {labels.device}")
         return labels.long()
 
     def _look_up(self, labels: Tensor, dtype: torch.dtype) -> Tensor:
         """Return the centers (B, D) of labels (B,)."""
         try:
             return F.embedding(labels, self.centers, sparse=self.sparse).to(dtype)
-        except IndexError:
-            self._check_range(labels)
-            raise
-
-    def _check_range(self, labels: Tensor) -> None:
-        try:
-            low, high = map(int, labels.aminmax())
-        except RuntimeError:  # there are none, or vmap hides their values
-            return
-        if low < 0 or high >= self.num_classes:
-            wrong = low if low < 0 else high
-            raise ValueError(f"labels must be in [0, {self.num_classes}), got {wrong}")
+        except IndexError as error:
+            try:
+                wrong = labels[(labels < 0) | (labels >= self.num_classes)].min().item()
+            except RuntimeError:  # vmap hides them
+                raise error from None
+            rule = f"labels must be in [0, {self.num_classes})"
+            raise ValueError(f"{rule}, got {wrong}") from error
 
 
 def pairwise(
@@ -348,7 +327,6 @@ def pairwise(
     from torch.utils.checkpoint import checkpoint  # torch 2.5 takes a third of a second to load it
 
     def distances(features: Tensor, centers: Tensor) -> Tensor:
-        # A difference is exact also far from the origin.
         return DISTANCES[distance](features[:, None] - centers)
 
     parts = centers.split(max(1, block // max(1, features.numel())))
@@ -359,22 +337,25 @@ def pairwise(
     return torch.cat(done, 1)
 
 
-def _check(
-    name: str, value: object, kind: type, rule: str, holds: Callable[..., bool] = lambda _: True
-) -> None:
+def _check(name: str, value: object, kind: type, rule: str, holds: Callable[..., bool]) -> None:
     if not isinstance(value, kind) or isinstance(value, bool):
         raise TypeError(f"{name} must be {rule}, got {value!r}")
     if not holds(value):
         raise ValueError(f"{name} must be {rule}, got {value!r}")
 
 
-def _choose_device(
-    use_gpu: bool | str | torch.device, device: torch.device | str | int | None
-) -> torch.device | None:
+def _check_tensor(name: str, value: Tensor, device: torch.device) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+    if value.device != device:
+        raise ValueError(f"{name} must be on {device} like centers, got {value.device}")
+
+
+def _choose_device(use_gpu: bool | str | torch.device, device: Device) -> torch.device | None:
     if isinstance(use_gpu, str | torch.device):
         if device is not None:
-            rule = "device must be left out where use_gpu is a device"
-            raise ValueError(f"{rule}, got {device!r} and {use_gpu!r}")
+            both = f"{device!r} and {use_gpu!r}"
+            raise ValueError(f"device must be left out where use_gpu is a device, got {both}")
         device = use_gpu
     elif device is None:
         return torch.device("cuda") if use_gpu and torch.cuda.is_available() else None
@@ -390,18 +371,18 @@ def _world_size() -> int:
 
 def _join_ranks(features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Join the batches of all ranks in rank order; only this rank's features carry gradients."""
-    ranks = range(_world_size())
-    own_size = torch.tensor([labels.shape[0]], device=labels.device)
-    all_sizes = [torch.empty_like(own_size) for _ in ranks]
-    dist.all_gather(all_sizes, own_size)
-    sizes = torch.cat(all_sizes).tolist()
+
+    def share(own: Tensor) -> list[Tensor]:
+        parts = [torch.empty_like(own) for _ in range(_world_size())]
+        dist.all_gather(parts, own)
+        return parts
+
+    sizes = torch.cat(share(torch.tensor([labels.shape[0]], device=labels.device))).tolist()
 
     def gather(rows: Tensor) -> list[Tensor]:
         padded = rows.new_zeros(max(sizes), *rows.shape[1:])  # all_gather wants equal shapes
         padded[: rows.shape[0]] = rows
-        parts = [torch.empty_like(padded) for _ in ranks]
-        dist.all_gather(parts, padded)
-        return [part[:size] for part, size in zip(parts, sizes, strict=True)]
+        return [part[:size] for part, size in zip(share(padded), sizes, strict=True)]
 
     parts = gather(features.detach())
     parts[dist.get_rank()] = features

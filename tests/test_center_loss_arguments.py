@@ -216,8 +216,10 @@ def test_update_centers_refuses_wrong_rates_and_inputs_and_moves_nothing(alpha, 
     loss = build(c)
     with pytest.raises(error, match=f"alpha must be a finite number >= 0, got {alpha!r}"):
         loss.update_centers(x, y, alpha)
-    with pytest.raises(ValueError, match=r"labels must be in \[0, 5\), got 5"):
-        loss.update_centers(x, y + 1)
+    for wrong, label in ((y + 1, 5), (y - 1, -1)):
+        for change in (loss.update_centers, lambda *batch: loss.start_from([batch])):
+            with pytest.raises(ValueError, match=rf"labels must be in \[0, 5\), got {label}"):
+                change(x, wrong)
     assert torch.equal(loss.centers, c)
 
 
