@@ -1,8 +1,7 @@
 """Data sets: `create(...)` returns the batches of each split, the class names and the image shape.
 
 With `workers=0` a whole data set is kept on the device as uint8, and a batch is an index into it;
-with `workers=N` N processes read it. Either way a batch is normalised on the device when it is
-drawn, and both give the same batches for the same seed, bit for bit.
+with `workers=N` N processes read image files. Both give the same batches, bit for bit.
 """
 
 import contextlib
@@ -43,9 +42,8 @@ class Spec:
     """How a data set is opened, and the mean and std of its pixels in [0, 1].
 
     `open` takes the root and an image size, for data sets that have none of their own, and returns
-    the training and the test split, as in engine/splits.py. Classes that only the test has are
-    unknown ones. `flip`: a mirrored image is of the same class. `open_test` also takes a trained
-    network's channels, and returns the test split alone.
+    the training and the test split, as in engine/splits.py; `open_test`, the test split alone, for
+    a network of so many channels. `flip`: a mirrored image is of the same class.
     """
 
     open: Callable[[Path, Size], tuple[Dataset, Dataset]]
@@ -117,18 +115,12 @@ def from_torchvision(
 
     def open_split(root: Path, options: dict) -> TensorDataset:
         split = download(name, root, **options)
-        images = torch.as_tensor(split.data)  # (N, H, W), (N, H, W, C) or (N, C, H, W)
+        images = torch.as_tensor(split.data)
+        if images.shape[-1] == shape[0]:  # (N, H, W, C)
+            images = images.movedim(-1, 1)
         labels = torch.as_tensor(split.targets if hasattr(split, "targets") else split.labels)
-        fits = len(labels) == len(images) and images[0].numel() == math.prod(shape)
-        if not fits or labels.max() >= num_classes:
-            raise DatasetError(
-                f"{name} in {root} is broken: images of shape {tuple(images.shape)}, "
-                f"{len(labels)} labels up to {labels.max()}"
-            )
-        if images.shape[-1] == shape[0]:
-            images = images.movedim(-1, 1).contiguous()
         classes = getattr(split, "classes", map(str, range(num_classes)))
-        return in_memory(images.view(-1, *shape), labels, classes)
+        return in_memory(images.reshape(-1, *shape), labels, classes)
 
     def open_splits(root: Path, image_size: Size) -> tuple[TensorDataset, TensorDataset]:
         return tuple(open_split(root, options) for options in splits)
@@ -236,10 +228,10 @@ def create(
     """Opens data set `name` below `root`, downloading it where torchvision can.
 
     `image_size`, a number or (H, W), is for data sets without a size of their own; `scaling` is in
-    SCALINGS, or the mean and std. `unseen` are names or numbers of classes that are not trained;
-    their test images are `unknown`, as are those of classes that `train` lacks. `augment` (shifts
-    and flips) and `erase` are Augment's. `val_share` of each class's training images, drawn by
-    `seed`, become `val`. `trained` are the facts() of a network to be tested: no training images.
+    SCALINGS, or the mean and std. Classes that `unseen` names or numbers are not trained; their
+    test images are `unknown`, as are those of classes that `train` lacks. `augment` (shifts and
+    flips) and `erase` are Augment's. `val_share` of each class's training images, drawn by `seed`,
+    become `val`. `trained`: facts() of a network to be tested, without training images.
     Raises DatasetError if the data are missing, broken or too large for the device.
     """
     spec = SPECS[name]
@@ -259,11 +251,13 @@ def create(
         size = batch_size
         if key != "train" and device.type == "cuda":  # which tests some 32 MiB at a time
             size = max(batch_size, min(2000, 2**23 // math.prod(shape)))
-        if workers:
+        where = "cpu" if workers else device
+        if workers and not isinstance(split, TensorDataset):
             source = FromWorkers(split, shape, workers, pin=device.type == "cuda")
+            where = None
         else:
-            source = OnDevice(split, shape, device)
-        rows = BatchRows(len(split), size, key == "train", "cpu" if workers else device, ranks)
+            source = OnDevice(split, shape, where)
+        rows = BatchRows(len(split), size, key == "train", where, ranks)
         batches[key] = Batches(rows, source, normalise, getattr(split, "paths", []))
     if batches["train"] and (augment or erase):
         flip = augment and spec.flip

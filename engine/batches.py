@@ -25,9 +25,7 @@ class Batch(NamedTuple):
 class Normalise:
     """uint8 (..., C, H, W) to float32: p / 255, less the mean, divided by the std of a channel."""
 
-    def __init__(
-        self, mean: tuple[float, ...], std: tuple[float, ...], device: str | torch.device = "cpu"
-    ):
+    def __init__(self, mean: Sequence[float], std: Sequence[float], device="cpu"):
         self.mean = torch.tensor(mean, device=device).view(-1, 1, 1)
         self.std = torch.tensor(std, device=device).view(-1, 1, 1)
 
@@ -38,15 +36,13 @@ class Normalise:
 class Augment:
     """Changes each image of a batch at random: uint8 (B, C, H, W) to the same, channels last.
 
-    The numbers are drawn for the whole batch from a CPU generator of their own: the same on any
-    device, over ranks, and after a resume.
+    The numbers come from a CPU generator of their own: the same on any device and over ranks.
 
     Args:
         shift: move it by up to an eighth of its shorter side, mirrored at the border.
         flip: mirror it, or not.
-        erase: side of a grey square as a share of the shorter side, rounded to an odd number of
-            pixels. Its center is anywhere in the image, so that a part may be outside (DeVries and
-            Taylor's cutout, arXiv:1708.04552).
+        erase: side of a grey square as a share of the shorter side. Its center is anywhere in the
+            image, so that a part may be outside (DeVries and Taylor's cutout, arXiv:1708.04552).
     """
 
     def __init__(
@@ -108,14 +104,17 @@ def _mirrored(positions: torch.Tensor, side: int) -> torch.Tensor:
 
 
 class BatchRows:
-    """This rank's row numbers of each batch; shuffled ones are in a DataLoader's order."""
+    """This rank's row numbers of each batch; shuffled ones are in a DataLoader's order.
+
+    They are tensors on the device, or lists where there is none: for worker processes.
+    """
 
     def __init__(
         self,
         size: int,
         batch_size: int,
         shuffle: bool,
-        device: str | torch.device = "cpu",
+        device: str | torch.device | None = None,
         ranks: Ranks = ALONE,
     ):
         self.size = size
@@ -127,20 +126,20 @@ class BatchRows:
     def __len__(self) -> int:
         return math.ceil(self.size / self.batch_size)
 
-    def __iter__(self) -> Iterator[torch.Tensor]:
+    def __iter__(self) -> Iterator[torch.Tensor | list[int]]:
+        """Draws nothing before its first batch: for its first pass a DataLoader makes two."""
         rows = torch.arange(self.size)
         if self.shuffle:  # tests draw nothing, so that --eval-freq does not change the training
             torch.empty((), dtype=torch.int64).random_()  # a DataLoader's seed for its workers
             seed = torch.empty((), dtype=torch.int64).random_().item()
             rows = torch.randperm(self.size, generator=torch.Generator().manual_seed(seed))
-        return map(self.ranks.share, rows.to(self.device).split(self.batch_size))
+        for batch in rows.to(self.device).split(self.batch_size):
+            share = self.ranks.share(batch)
+            yield share if self.device else share.tolist()
 
 
 class Batches:
-    """All batches of a split, to be iterated over once an epoch.
-
-    `augment` may be set to change their images; `paths` are those of the images' files, if any.
-    """
+    """All batches of a split; `augment` may be set, and `paths` are of the files, if any."""
 
     def __init__(
         self,
