@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -33,6 +34,7 @@ class Normalise:
         return images.float().div_(255).sub_(self.mean).div_(self.std)
 
 
+@dataclass
 class Augment:
     """Changes each image of a batch at random: uint8 (B, C, H, W) to the same, channels last.
 
@@ -45,20 +47,14 @@ class Augment:
             image, so that a part may be outside (DeVries and Taylor's cutout, arXiv:1708.04552).
     """
 
-    def __init__(
-        self,
-        seed: int,
-        *,
-        shift: bool = False,
-        flip: bool = False,
-        erase: float = 0.0,
-        ranks: Ranks = ALONE,
-    ):
-        self.shift = shift
-        self.flip = flip
-        self.erase = erase
-        self.ranks = ranks
-        self.generator = torch.Generator().manual_seed(seed)
+    seed: int
+    shift: bool = False
+    flip: bool = False
+    erase: float = 0.0
+    ranks: Ranks = ALONE
+
+    def __post_init__(self):
+        self.generator = torch.Generator().manual_seed(self.seed)
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         return dict(rng=self.generator.get_state())
@@ -103,25 +99,18 @@ def _mirrored(positions: torch.Tensor, side: int) -> torch.Tensor:
     return side - 1 - (side - 1 - positions.abs()).abs()
 
 
+@dataclass
 class BatchRows:
     """This rank's row numbers of each batch; shuffled ones are in a DataLoader's order.
 
     They are tensors on the device, or lists where there is none: for worker processes.
     """
 
-    def __init__(
-        self,
-        size: int,
-        batch_size: int,
-        shuffle: bool,
-        device: str | torch.device | None = None,
-        ranks: Ranks = ALONE,
-    ):
-        self.size = size
-        self.batch_size = batch_size
-        self.shuffle = shuffle
-        self.device = device
-        self.ranks = ranks
+    size: int
+    batch_size: int
+    shuffle: bool
+    device: str | torch.device | None = None
+    ranks: Ranks = ALONE
 
     def __len__(self) -> int:
         return math.ceil(self.size / self.batch_size)
@@ -138,21 +127,15 @@ class BatchRows:
             yield share if self.device else share.tolist()
 
 
+@dataclass
 class Batches:
     """All batches of a split; `augment` may be set, and `paths` are of the files, if any."""
 
-    def __init__(
-        self,
-        rows: BatchRows,
-        source: OnDevice | FromWorkers,
-        normalise: Normalise,
-        paths: Sequence[str] = (),
-    ):
-        self.rows = rows
-        self.source = source
-        self.normalise = normalise
-        self.paths = list(paths)
-        self.augment: Augment | None = None
+    rows: BatchRows
+    source: OnDevice | FromWorkers
+    normalise: Normalise
+    paths: Sequence[str] = ()
+    augment: Augment | None = None
 
     def __len__(self) -> int:
         return len(self.rows)

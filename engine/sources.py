@@ -9,6 +9,7 @@ import sys
 import threading
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from multiprocessing import forkserver, resource_tracker
 from pathlib import Path
 from types import ModuleType
@@ -27,10 +28,18 @@ class WorkerError(RuntimeError):
     """A worker of -j has died; the message is one line for the user."""
 
 
+def open_source(split: Dataset, shape: Shape, workers: int, device: torch.device):
+    """Images in memory need no workers; whose batches are for `device`."""
+    if workers and not isinstance(split, TensorDataset):
+        return FromWorkers(split, shape, workers, pin=device.type == "cuda")
+    return OnDevice(split, shape, "cpu" if workers else device)
+
+
 class OnDevice:
     """A split that is kept on the device as uint8."""
 
     def __init__(self, split: Dataset, shape: Shape, device: str | torch.device):
+        self.device = device
         if isinstance(split, TensorDataset):
             images = split.tensors[0]
         else:
@@ -71,6 +80,7 @@ class FromWorkers:
         self.shape = shape
         self.workers = workers
         self.pin = pin
+        self.device = None  # of row numbers
         self.loader: DataLoader | None = None
         if SERVED:
             try:
@@ -121,12 +131,12 @@ class FromWorkers:
         return batches
 
 
-class WholeBatches(Dataset):
+@dataclass
+class WholeBatches:
     """A split of which a worker reads a batch at once: into shared memory, or a line of error."""
 
-    def __init__(self, split: Dataset, shape: Shape):
-        self.split = split
-        self.shape = shape
+    split: Dataset
+    shape: Shape
 
     def __getitems__(self, rows: list[int]) -> list[torch.Tensor] | str:
         images = torch.empty(len(rows), *self.shape, dtype=torch.uint8)
