@@ -1,8 +1,7 @@
 """Data sets: `create(...)` returns the batches of each split, the class names and the image shape.
 
 With `workers=0` a whole data set is kept on the device as uint8, and a batch is an index into it;
-with `workers=N` N processes read it. Either way a batch is normalised on the device when it is
-drawn, and both give the same batches for the same seed, bit for bit.
+with `workers=N` N processes read image files. Both give the same batches, bit for bit.
 """
 
 import contextlib
@@ -32,7 +31,7 @@ from engine.images import (
 from engine.pair_lists import Pairs as Pairs
 from engine.pair_lists import read_pairs as read_pairs
 from engine.ranks import Ranks
-from engine.sources import FromWorkers, OnDevice, check_memory
+from engine.sources import check_memory, open_source
 from engine.splits import Folder, in_memory, of_classes, split_off
 
 Size = tuple[int, int]  # (H, W)
@@ -43,9 +42,8 @@ class Spec:
     """How a data set is opened, and the mean and std of its pixels in [0, 1].
 
     `open` takes the root and an image size, for data sets that have none of their own, and returns
-    the training and the test split, as in engine/splits.py. Classes that only the test has are
-    unknown ones. `flip`: a mirrored image is of the same class. `open_test` also takes a trained
-    network's channels, and returns the test split alone.
+    the training and the test split, as in engine/splits.py; `open_test`, the test split alone, for
+    a network of so many channels. `flip`: a mirrored image is of the same class.
     """
 
     open: Callable[[Path, Size], tuple[Dataset, Dataset]]
@@ -117,18 +115,12 @@ def from_torchvision(
 
     def open_split(root: Path, options: dict) -> TensorDataset:
         split = download(name, root, **options)
-        images = torch.as_tensor(split.data)  # (N, H, W), (N, H, W, C) or (N, C, H, W)
+        images = torch.as_tensor(split.data)
+        if images.shape[-1] == shape[0]:  # (N, H, W, C)
+            images = images.movedim(-1, 1)
         labels = torch.as_tensor(split.targets if hasattr(split, "targets") else split.labels)
-        fits = len(labels) == len(images) and images[0].numel() == math.prod(shape)
-        if not fits or labels.max() >= num_classes:
-            raise DatasetError(
-                f"{name} in {root} is broken: images of shape {tuple(images.shape)}, "
-                f"{len(labels)} labels up to {labels.max()}"
-            )
-        if images.shape[-1] == shape[0]:
-            images = images.movedim(-1, 1).contiguous()
         classes = getattr(split, "classes", map(str, range(num_classes)))
-        return in_memory(images.view(-1, *shape), labels, classes)
+        return in_memory(images.reshape(-1, *shape), labels, classes)
 
     def open_splits(root: Path, image_size: Size) -> tuple[TensorDataset, TensorDataset]:
         return tuple(open_split(root, options) for options in splits)
@@ -236,38 +228,33 @@ def create(
     """Opens data set `name` below `root`, downloading it where torchvision can.
 
     `image_size`, a number or (H, W), is for data sets without a size of their own; `scaling` is in
-    SCALINGS, or the mean and std. `unseen` are names or numbers of classes that are not trained;
-    their test images are `unknown`, as are those of classes that `train` lacks. `augment` (shifts
-    and flips) and `erase` are Augment's. `val_share` of each class's training images, drawn by
-    `seed`, become `val`. `trained` are the facts() of a network to be tested: no training images.
+    SCALINGS, or the mean and std. Classes that `unseen` names or numbers are not trained; their
+    test images are `unknown`, as are those of classes that `train` lacks. `augment` (shifts and
+    flips) and `erase` are Augment's. `val_share` of each class's training images, drawn by `seed`,
+    become `val`. `trained`: facts() of a network to be tested, without training images.
     Raises DatasetError if the data are missing, broken or too large for the device.
     """
     spec = SPECS[name]
     device = torch.device(device)
-    train, test = _open(spec, Path(root), height_and_width(image_size), trained)
-    classes = trained["classes"] if trained else _trained_classes(train, test, unseen)
-    splits, unseen = _parts(train, test, classes)
-    lines = describe(splits, [*classes, *unseen], dict(train=train, test=test))
+    size = height_and_width(image_size)
+    parts, classes, unseen, lines = _open_parts(spec, Path(root), size, unseen, trained)
     if val_share and not trained:
-        splits["train"], splits["val"] = split_off(splits["train"], classes, val_share, seed)
-    shape = tuple(next(iter(splits.values()))[0][0].shape)
+        parts["train"], parts["val"] = split_off(parts["train"], classes, val_share, seed)
+    shape = tuple(next(iter(parts.values()))[0][0].shape)
     if not workers:
-        check_memory(sum(map(len, splits.values())) * math.prod(shape), device)
+        check_memory(sum(map(len, parts.values())) * math.prod(shape), device)
     normalise = Normalise(*moments(spec, scaling, shape[0]), device)
     batches = dict.fromkeys(("train", "test", "unknown", "val"))
-    for key, split in splits.items():
+    for key, part in parts.items():
         size = batch_size
         if key != "train" and device.type == "cuda":  # which tests some 32 MiB at a time
             size = max(batch_size, min(2000, 2**23 // math.prod(shape)))
-        if workers:
-            source = FromWorkers(split, shape, workers, pin=device.type == "cuda")
-        else:
-            source = OnDevice(split, shape, device)
-        rows = BatchRows(len(split), size, key == "train", "cpu" if workers else device, ranks)
-        batches[key] = Batches(rows, source, normalise, getattr(split, "paths", []))
+        source = open_source(part, shape, workers, device)
+        rows = BatchRows(len(part), size, key == "train", source.device, ranks)
+        batches[key] = Batches(rows, source, normalise, getattr(part, "paths", []))
     if batches["train"] and (augment or erase):
         flip = augment and spec.flip
-        batches["train"].augment = Augment(seed, shift=augment, flip=flip, erase=erase, ranks=ranks)
+        batches["train"].augment = Augment(seed, augment, flip, erase, ranks)
     return Data(
         **batches,
         classes=classes,
@@ -278,48 +265,43 @@ def create(
     )
 
 
-def _open(
-    spec: Spec, root: Path, image_size: Size, trained: dict | None
-) -> tuple[Dataset | None, Dataset]:
-    """The training split, None for a trained network, and the test split."""
+def _open_parts(
+    spec: Spec, root: Path, image_size: Size, unseen: Sequence[str], trained: dict | None
+) -> tuple[dict[str, Dataset], list[str], list[str], list[str]]:
+    """Those of "train", "test" and "unknown" with images; trained and other classes; the log."""
+    train = None
     if trained and spec.open_test:
-        return None, spec.open_test(root, image_size, trained["in_channels"])
-    train, test = spec.open(root, image_size)
-    return (None if trained else train), test
-
-
-def _parts(
-    train: Dataset | None, test: Dataset, classes: Sequence[str]
-) -> tuple[dict[str, Dataset], list[str]]:
-    """Those of "train", "test" and "unknown" that have images; the classes of "unknown"."""
+        test = spec.open_test(root, image_size, trained["in_channels"])
+    else:
+        train, test = spec.open(root, image_size)
+    classes = trained["classes"] if trained else _trained_classes(train, test, unseen)
     known = set(classes)
-    unseen = [name for name in test.classes if name not in known]
-    parts = dict(test=of_classes(test, classes), unknown=of_classes(test, unseen, len(classes)))
-    if train:
-        parts = dict(train=of_classes(train, classes)) | parts
+    others = [name for name in test.classes if name not in known]
+    parts = {} if trained else dict(train=of_classes(train, classes))
+    parts["test"] = of_classes(test, classes)
+    parts["unknown"] = of_classes(test, others, len(classes))
     parts = {key: part for key, part in parts.items() if len(part)}
     if "test" not in parts and parts["unknown"].targets.bincount().max() < 2:
         raise DatasetError(
             "the test must have images of trained classes or two images of another one, got one of "
-            f"each of {some(unseen)}"
+            f"each of {some(others)}"
         )
-    return parts, unseen
+    lines = describe(parts, [*classes, *others], dict(train=train, test=test))
+    return parts, classes, others, lines
 
 
 def _trained_classes(train: Dataset, test: Dataset, unseen: Sequence[str]) -> list[str]:
     """Those of `train` without the ones to leave out, which are given by name or else by number."""
-    names = [*train.classes, *test.classes]
-    left_out = set()
-    for name in unseen:
-        if name not in names and name.isdecimal() and int(name) < len(train.classes):
-            name = train.classes[int(name)]
-        if name not in names:
-            raise DatasetError(
-                f"--unseen must be names or numbers of classes, got {name}; the classes are "
-                f"{some(train.classes)}"
-            )
-        left_out.add(name)
+    names = {*train.classes, *test.classes}
+    numbers = {str(number): name for number, name in enumerate(train.classes)}
+    left_out = [name if name in names else numbers.get(name, name) for name in unseen]
     classes = [name for name in train.classes if name not in left_out]
+    strangers = [name for name in left_out if name not in names]
+    if strangers:
+        raise DatasetError(
+            f"--unseen must be names or numbers of classes, got {some(strangers)}; the classes are "
+            f"{some(train.classes)}"
+        )
     if len(classes) < 2:
         raise DatasetError(
             f"--unseen must leave at least two classes, got {len(classes)} of {len(train.classes)}"

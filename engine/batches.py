@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -25,9 +26,7 @@ class Batch(NamedTuple):
 class Normalise:
     """uint8 (..., C, H, W) to float32: p / 255, less the mean, divided by the std of a channel."""
 
-    def __init__(
-        self, mean: tuple[float, ...], std: tuple[float, ...], device: str | torch.device = "cpu"
-    ):
+    def __init__(self, mean: Sequence[float], std: Sequence[float], device="cpu"):
         self.mean = torch.tensor(mean, device=device).view(-1, 1, 1)
         self.std = torch.tensor(std, device=device).view(-1, 1, 1)
 
@@ -35,34 +34,27 @@ class Normalise:
         return images.float().div_(255).sub_(self.mean).div_(self.std)
 
 
+@dataclass
 class Augment:
     """Changes each image of a batch at random: uint8 (B, C, H, W) to the same, channels last.
 
-    The numbers are drawn for the whole batch from a CPU generator of their own: the same on any
-    device, over ranks, and after a resume.
+    The numbers come from a CPU generator of their own: the same on any device and over ranks.
 
     Args:
         shift: move it by up to an eighth of its shorter side, mirrored at the border.
         flip: mirror it, or not.
-        erase: side of a grey square as a share of the shorter side, rounded to an odd number of
-            pixels. Its center is anywhere in the image, so that a part may be outside (DeVries and
-            Taylor's cutout, arXiv:1708.04552).
+        erase: side of a grey square as a share of the shorter side. Its center is anywhere in the
+            image, so that a part may be outside (DeVries and Taylor's cutout, arXiv:1708.04552).
     """
 
-    def __init__(
-        self,
-        seed: int,
-        *,
-        shift: bool = False,
-        flip: bool = False,
-        erase: float = 0.0,
-        ranks: Ranks = ALONE,
-    ):
-        self.shift = shift
-        self.flip = flip
-        self.erase = erase
-        self.ranks = ranks
-        self.generator = torch.Generator().manual_seed(seed)
+    seed: int
+    shift: bool = False
+    flip: bool = False
+    erase: float = 0.0
+    ranks: Ranks = ALONE
+
+    def __post_init__(self):
+        self.generator = torch.Generator().manual_seed(self.seed)
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         return dict(rng=self.generator.get_state())
@@ -107,53 +99,43 @@ def _mirrored(positions: torch.Tensor, side: int) -> torch.Tensor:
     return side - 1 - (side - 1 - positions.abs()).abs()
 
 
+@dataclass
 class BatchRows:
-    """This rank's row numbers of each batch; shuffled ones are in a DataLoader's order."""
+    """This rank's row numbers of each batch; shuffled ones are in a DataLoader's order.
 
-    def __init__(
-        self,
-        size: int,
-        batch_size: int,
-        shuffle: bool,
-        device: str | torch.device = "cpu",
-        ranks: Ranks = ALONE,
-    ):
-        self.size = size
-        self.batch_size = batch_size
-        self.shuffle = shuffle
-        self.device = device
-        self.ranks = ranks
+    They are tensors on the device, or lists where there is none: for worker processes.
+    """
+
+    size: int
+    batch_size: int
+    shuffle: bool
+    device: str | torch.device | None = None
+    ranks: Ranks = ALONE
 
     def __len__(self) -> int:
         return math.ceil(self.size / self.batch_size)
 
-    def __iter__(self) -> Iterator[torch.Tensor]:
+    def __iter__(self) -> Iterator[torch.Tensor | list[int]]:
+        """Draws nothing before its first batch: for its first pass a DataLoader makes two."""
         rows = torch.arange(self.size)
         if self.shuffle:  # tests draw nothing, so that --eval-freq does not change the training
             torch.empty((), dtype=torch.int64).random_()  # a DataLoader's seed for its workers
             seed = torch.empty((), dtype=torch.int64).random_().item()
             rows = torch.randperm(self.size, generator=torch.Generator().manual_seed(seed))
-        return map(self.ranks.share, rows.to(self.device).split(self.batch_size))
+        for batch in rows.to(self.device).split(self.batch_size):
+            share = self.ranks.share(batch)
+            yield share if self.device else share.tolist()
 
 
+@dataclass
 class Batches:
-    """All batches of a split, to be iterated over once an epoch.
+    """All batches of a split; `augment` may be set, and `paths` are of the files, if any."""
 
-    `augment` may be set to change their images; `paths` are those of the images' files, if any.
-    """
-
-    def __init__(
-        self,
-        rows: BatchRows,
-        source: OnDevice | FromWorkers,
-        normalise: Normalise,
-        paths: Sequence[str] = (),
-    ):
-        self.rows = rows
-        self.source = source
-        self.normalise = normalise
-        self.paths = list(paths)
-        self.augment: Augment | None = None
+    rows: BatchRows
+    source: OnDevice | FromWorkers
+    normalise: Normalise
+    paths: Sequence[str] = ()
+    augment: Augment | None = None
 
     def __len__(self) -> int:
         return len(self.rows)

@@ -48,10 +48,8 @@ def in_threads(function: Callable, items: Sequence, what: str) -> list:
 class ReadImage:
     """Reads an image file as a viewer shows it, in `mode`, "L" or "RGB": uint8 (C, H, W).
 
-    Turned as its EXIF orientation says, transparency blended on white, of an animation the first
-    frame, other colour models converted by Pillow, without colour profiles. Then resized to cover
-    `image_size`, an int or (H, W), and the middle cut out. Grey of more than 8 bits is refused,
-    since Pillow would clip it; of 16-bit colours it takes the upper 8 bits.
+    Turned as EXIF says, transparency on white, of an animation the first frame, without colour
+    profiles; then resized to cover `image_size`, an int or (H, W), and the middle cut out.
     Raises DatasetError, with the path, where the file cannot be decoded or is refused.
     """
 
@@ -86,7 +84,7 @@ def _opened(path: str | Path) -> Iterator:
     try:
         with Image.open(path) as image:
             if image.mode.startswith(("I", "F")):
-                raise DatasetError(
+                raise DatasetError(  # Pillow would clip them
                     f"images must have at most 8 bits a channel, got mode {image.mode} in {path}"
                 )
             if image.width * image.height > MOST_PIXELS:

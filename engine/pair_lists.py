@@ -24,8 +24,7 @@ def read_pairs(path: str | Path, root: str | Path) -> Pairs:
     """Reads LFW's pairs.txt, of images root/name/name_0001.*, or lines `path path 0|1` below root.
 
     LFW's first line says how many folds there are and how many pairs of each kind in each. Without
-    it there are ten, each with the next tenth of either kind.
-    Raises DatasetError for a line of another form, missing images, and a fold with one kind alone.
+    it there are ten, each with the next tenth of either kind. Raises DatasetError.
     """
     try:
         lines = Path(path).read_text("utf-8-sig").splitlines()
@@ -35,15 +34,14 @@ def read_pairs(path: str | Path, root: str | Path) -> Pairs:
     is_lfw = len(head) in (1, 2) and "".join(head).isdecimal()
     form = "name i j or name i name j" if is_lfw else "path path 0|1"
     pairs = []
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(lines[is_lfw:], 1 + is_lfw):
         words = line.split("\t" if "\t" in line else None)
-        if words and not (is_lfw and number == 1):
-            try:
-                pairs.append(_lfw_pair(*words) if is_lfw else _pair(*words))
-            except (TypeError, ValueError):
-                raise DatasetError(
-                    f"--pairs: line {number} of {path} must be {form}, got {line!r}"
-                ) from None
+        try:
+            pairs += [(_lfw_pair if is_lfw else _pair)(*words)] if words else []
+        except (TypeError, ValueError):
+            raise DatasetError(
+                f"--pairs: line {number} of {path} must be {form}, got {line!r}"
+            ) from None
     files = {name: _file(Path(root, name)) for *names, _ in pairs for name in names}
     missing = [name for name, file in files.items() if file is None]
     if missing:
@@ -51,7 +49,7 @@ def read_pairs(path: str | Path, root: str | Path) -> Pairs:
     places = {name: place for place, name in enumerate(files)}
     first = np.array([places[name] for name, _, _ in pairs])
     second = np.array([places[name] for _, name, _ in pairs])
-    same = np.array([kind for _, _, kind in pairs], bool)
+    same = np.array([is_same for _, _, is_same in pairs], bool)
     folds = _folds(same, head if is_lfw else [], path)
     return Pairs(list(files.values()), first, second, same, folds)
 
@@ -68,7 +66,7 @@ def _lfw_pair(name: str, number: str, *other: str) -> tuple[str, str, bool]:
 
 
 def _file(path: Path) -> str | None:
-    """The file of that path, or of that path and the ending of an image."""
+    """The file, whose ending may be left out."""
     files = (f"{path}{ending}" for ending in ("", *ENDINGS))
     return next((file for file in files if os.path.isfile(file)), None)
 

@@ -4,12 +4,12 @@ import contextlib
 import math
 import multiprocessing
 import os
-import pickle
 import signal
 import sys
 import threading
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from multiprocessing import forkserver, resource_tracker
 from pathlib import Path
 from types import ModuleType
@@ -28,10 +28,18 @@ class WorkerError(RuntimeError):
     """A worker of -j has died; the message is one line for the user."""
 
 
+def open_source(split: Dataset, shape: Shape, workers: int, device: torch.device):
+    """Images in memory need no workers; whose batches are for `device`."""
+    if workers and not isinstance(split, TensorDataset):
+        return FromWorkers(split, shape, workers, pin=device.type == "cuda")
+    return OnDevice(split, shape, "cpu" if workers else device)
+
+
 class OnDevice:
     """A split that is kept on the device as uint8."""
 
     def __init__(self, split: Dataset, shape: Shape, device: str | torch.device):
+        self.device = device
         if isinstance(split, TensorDataset):
             images = split.tensors[0]
         else:
@@ -39,7 +47,7 @@ class OnDevice:
         self.everything = images.to(device)
         self.labels = split.targets.to(device)
 
-    def batches(self, rows: Sequence[torch.Tensor]) -> Loaded:
+    def batches(self, rows: Iterable[torch.Tensor]) -> Loaded:
         return ((self.everything[some], self.labels[some]) for some in rows)
 
     def images(self, rows: torch.Tensor) -> torch.Tensor:
@@ -61,10 +69,10 @@ def _read(split: Dataset, rows: Sequence[int], shape: Shape) -> torch.Tensor:
 
 
 class FromWorkers:
-    """A split that is read by worker processes, which live as long as the run.
+    """A split that is read by processes that live as long as the run.
 
-    They are forked from a server, a process without threads that has loaded what they need, or, on
-    Windows and macOS, start from nothing. Raises DatasetError if the server cannot start.
+    They are forked from a server without threads or, on Windows and macOS, start from nothing.
+    Raises DatasetError if the server cannot start.
     """
 
     def __init__(self, split: Dataset, shape: Shape, workers: int, pin: bool):
@@ -72,6 +80,7 @@ class FromWorkers:
         self.shape = shape
         self.workers = workers
         self.pin = pin
+        self.device = None  # of row numbers
         self.loader: DataLoader | None = None
         if SERVED:
             try:
@@ -79,10 +88,10 @@ class FromWorkers:
             except OSError as error:  # such as a socket whose path is too long
                 raise DatasetError(
                     f"-j {workers}: no worker can start ({error}); -j 0 needs none, and a shorter "
-                    f"TMPDIR may help, now {multiprocessing.util.get_temp_dir()}"
+                    "TMPDIR may help"
                 ) from error
 
-    def batches(self, rows: Sequence[torch.Tensor]) -> Loaded:
+    def batches(self, rows: Iterable[list[int]]) -> Loaded:
         """One pass. Raises DatasetError for an image that cannot be read, WorkerError."""
         try:
             for batch in self._iterate(rows):
@@ -97,13 +106,13 @@ class FromWorkers:
     def images(self, rows: torch.Tensor) -> torch.Tensor:
         return _read(self.split, rows.tolist(), self.shape)
 
-    def _iterate(self, rows: Sequence[torch.Tensor]) -> Iterator:
+    def _iterate(self, rows: Iterable[list[int]]) -> Iterator:
         """Starts the workers for the first pass, without the running script, which takes long."""
         if self.loader is not None:
             return iter(self.loader)
         self.loader = DataLoader(
             WholeBatches(self.split, self.shape),
-            batch_sampler=Lists(rows),
+            batch_sampler=rows,
             num_workers=self.workers,
             persistent_workers=True,
             pin_memory=self.pin,
@@ -122,26 +131,12 @@ class FromWorkers:
         return batches
 
 
-class Lists:
-    """Row numbers as lists, since tensors would go to a worker through shared memory.
-
-    An iterator draws nothing before its first batch: for its first pass a DataLoader makes two.
-    """
-
-    def __init__(self, rows: Sequence[torch.Tensor]):
-        self.rows = rows
-
-    def __iter__(self) -> Iterator[list[int]]:
-        for some in self.rows:
-            yield some.tolist()
-
-
-class WholeBatches(Dataset):
+@dataclass
+class WholeBatches:
     """A split of which a worker reads a batch at once: into shared memory, or a line of error."""
 
-    def __init__(self, split: Dataset, shape: Shape):
-        self.split = split
-        self.shape = shape
+    split: Dataset
+    shape: Shape
 
     def __getitems__(self, rows: list[int]) -> list[torch.Tensor] | str:
         images = torch.empty(len(rows), *self.shape, dtype=torch.uint8)
@@ -153,17 +148,9 @@ class WholeBatches(Dataset):
             return str(error)
         except RuntimeError as error:
             return (
-                "the workers of -j need more shared memory (/dev/shm): a smaller -j or "
-                "--batch-size needs less, docker run --shm-size=2g or --ipc=host gives more, -j 0 "
-                f"needs none ({one_line(error)})"
+                f"-j needs more shared memory (/dev/shm): {one_line(error)}; docker run "
+                "--shm-size=2g or --ipc=host gives more, and -j 0 needs none"
             )
-
-    def __reduce__(self):  # plainly, since tensors would else go through shared memory
-        return _unpickled, (pickle.dumps((self.split, self.shape)),)
-
-
-def _unpickled(data: bytes) -> WholeBatches:
-    return WholeBatches(*pickle.loads(data))
 
 
 def _start_worker(worker: int) -> None:
@@ -209,7 +196,7 @@ def check_memory(needed: int, device: torch.device) -> None:
         if needed > free:
             raise DatasetError(
                 f"the data set takes {needed / 2**30:.1f} GiB on the device {where}, which has "
-                f"{free / 2**30:.1f} free; -j 4 reads it from disk with 4 workers instead"
+                f"{free / 2**30:.1f} free; -j 4 reads it from disk"
             )
 
 
@@ -220,14 +207,14 @@ def _free_memory(device: torch.device, groups: Path = Path("/sys/fs/cgroup")) ->
     free = [math.inf]
     with contextlib.suppress(OSError, KeyError):
         free.append(1024 * _numbers(Path("/proc/meminfo"))["MemAvailable:"])
-    version_1 = groups / "memory"
     for limit, used in (
-        (groups / "memory.max", groups / "memory.current"),
-        (version_1 / "memory.limit_in_bytes", version_1 / "memory.usage_in_bytes"),
+        ("memory.max", "memory.current"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),  # version 1
     ):
         with contextlib.suppress(OSError, ValueError, KeyError):  # no such file, or no limit
-            cache = _numbers(used.with_name("memory.stat"))["inactive_file"]
-            free.append(int(limit.read_text()) - int(used.read_text()) + cache)
+            cache = _numbers((groups / used).with_name("memory.stat"))["inactive_file"]
+            used_up = int((groups / used).read_text()) - cache
+            free.append(int((groups / limit).read_text()) - used_up)
     return min(free)
 
 

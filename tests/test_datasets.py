@@ -166,14 +166,6 @@ def test_broken_or_missing_files_are_refused(tmp_path, monkeypatch):
     assert (raw / "train-labels-idx1-ubyte").exists()
 
 
-def test_files_that_do_not_fit_together_are_refused(tmp_path):
-    raw = write_mnist(tmp_path) / "MNIST" / "raw"
-    (raw / "t10k-labels-idx1-ubyte").write_bytes(struct.pack(">II", 0x801, 3) + bytes(3))
-    assert "16, 28, 28), 3 labels" in refusal("mnist", tmp_path, 4)
-    (raw / "t10k-labels-idx1-ubyte").write_bytes(struct.pack(">II", 0x801, 16) + bytes([77] * 16))
-    assert "labels up to 77" in refusal("mnist", tmp_path, 4)
-
-
 @pytest.mark.mnist
 def test_real_mnist():
     data = datasets.create("mnist", SHARED_DATA, 1000)
