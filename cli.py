@@ -242,6 +242,8 @@ def parse(argv: list[str] | None, description: str = "") -> tuple[argparse.Names
             path = given.evaluate or given.resume
             if path is True:
                 path = os.path.join(given.save_dir, "checkpoint.pt")
+            if os.path.isdir(path):
+                path = os.path.join(path, "checkpoint.pt")
             saved = utils.load_checkpoint(path)
             with utils.reading(path):
                 args = _with_checkpoint(parser, argv, path, saved["args"], given.evaluate)
@@ -281,6 +283,7 @@ def _with_checkpoint(
     if evaluate:
         parser.set_defaults(plot=False, save_features=False, tensorboard=False, verify=False)
     args = parser.parse_args(argv)
+    args.evaluate = path if evaluate else None
     args.resume = None if evaluate else path
     fixed = saved.keys() - parser.free
     if evaluate:

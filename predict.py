@@ -193,8 +193,8 @@ def compare(args: argparse.Namespace, paths: Sequence[str]) -> None:
     cosine = F.cosine_similarity(first, second, dim=0).item()
     print(f"L2 distance: {l2:.4f}\t cosine: {cosine:.4f}")
     places = {  # the first that was measured counts
-        "pairs": measured.get("pairs", {}),
         "unknown classes": measured.get("unknown", {}).get("verification", {}),
+        "pairs": measured.get("pairs", {}),
         "trained classes": measured.get("verification", {}),
     }
     place = next((name for name, values in places.items() if "l2" in values), None)

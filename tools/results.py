@@ -17,6 +17,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import cli
+import datasets
 import utils
 from plots.saved import read_history
 from recipes import RECIPES
@@ -72,7 +73,9 @@ def words(flag: str, value) -> list[str]:
 def read(directory: Path) -> dict:
     """What the tables show of a finished run; RunError if its files cannot be read."""
     path = directory / "args.json"
-    args = cli._known_args(str(path), utils.read_json(path))
+    args = cli.upgrade(utils.read_json(path))
+    if args["dataset"] not in datasets.SPECS:  # before it becomes part of a path
+        raise utils.RunError(f"{path} is not as main.py wrote it")
     log = (directory / f"log_{args['dataset']}.txt").read_text(encoding="utf-8", errors="replace")
     if "\nFinished. " not in log:
         raise utils.RunError(f"the run in {directory} must be finished")
