@@ -85,9 +85,6 @@ class Data(NamedTuple):
         return sum(split.rows.size for split in (self.test, self.unknown) if split)
 
 
-# --------------------------------------------------------------------------------------- opening
-
-
 def download(name: str, root: Path, **split) -> Dataset:
     """A split of that class in torchvision.datasets, downloaded where its files are missing."""
     import torchvision
@@ -97,7 +94,7 @@ def download(name: str, root: Path, **split) -> Dataset:
             return getattr(torchvision.datasets, name)(root, **split, download=True)
     except Exception as error:  # whatever a missing network or a broken file raises
         raise DatasetError(
-            f"{name} could be neither read from {root} nor downloaded to it ({one_line(error)}); "
+            f"{name} could be neither read from {root} nor downloaded ({one_line(error)}); "
             "--dataset digits needs no download"
         ) from error
 
@@ -108,10 +105,7 @@ def from_torchvision(
     shape: tuple[int, int, int],
     splits: tuple[dict, dict] = (dict(train=True), dict(train=False)),
 ):
-    """Opens the class of that name in torchvision.datasets, whose images are of `shape` (C, H, W).
-
-    `splits` are the arguments that choose the training and the test split.
-    """
+    """Opens the class of that name in torchvision.datasets, of images (C, H, W), by `splits`."""
 
     def open_split(root: Path, options: dict) -> TensorDataset:
         split = download(name, root, **options)
@@ -149,8 +143,7 @@ def open_folder(root: Path, image_size: Size) -> tuple[Folder, Folder]:
     if train.empty or len(train.classes) < 2:
         got = f"none of {some(train.empty)}" if train.empty else some(train.classes)
         raise DatasetError(
-            f"{root / 'train'} must hold at least two classes and images of each, got {got}"
-            f"{train.left_out}"
+            f"{root / 'train'} must hold two classes and images of each, got {got}{train.left_out}"
         )
     grey = in_threads(is_grey, train.paths + test.paths, "Reading headers")
     train.read = ReadImage("L" if all(grey) else "RGB", image_size)
@@ -164,10 +157,7 @@ def open_test_folder(root: Path, image_size: Size, in_channels: int) -> Folder:
 
 
 def open_omniglot(root: Path, image_size: Size) -> tuple[Folder, Folder]:
-    """Characters of 30 alphabets for the training and of 20 others for the test.
-
-    A class is a character, with its alphabet in the name: "Greek/character01".
-    """
+    """Characters of 30 alphabets for the training, as "Greek/character01", of 20 for the test."""
     read = ReadImage("L", image_size)
     splits = [download("Omniglot", root, background=background) for background in (True, False)]
     return tuple(Folder(Path(split.target_folder), read, levels=2) for split in splits)
@@ -255,14 +245,7 @@ def create(
     if batches["train"] and (augment or erase):
         flip = augment and spec.flip
         batches["train"].augment = Augment(seed, augment, flip, erase, ranks)
-    return Data(
-        **batches,
-        classes=classes,
-        unseen=unseen,
-        in_channels=shape[0],
-        image_size=shape[1:],
-        read=lines,
-    )
+    return Data(*batches.values(), classes, unseen, shape[0], shape[1:], lines)
 
 
 def _open_parts(
@@ -283,8 +266,8 @@ def _open_parts(
     parts = {key: part for key, part in parts.items() if len(part)}
     if "test" not in parts and parts["unknown"].targets.bincount().max() < 2:
         raise DatasetError(
-            "the test must have images of trained classes or two images of another one, got one of "
-            f"each of {some(others)}"
+            "the test must have images of trained classes or two images of another one, got one "
+            f"of {some(others)}"
         )
     lines = describe(parts, [*classes, *others], dict(train=train, test=test))
     return parts, classes, others, lines
@@ -299,8 +282,8 @@ def _trained_classes(train: Dataset, test: Dataset, unseen: Sequence[str]) -> li
     strangers = [name for name in left_out if name not in names]
     if strangers:
         raise DatasetError(
-            f"--unseen must be names or numbers of classes, got {some(strangers)}; the classes are "
-            f"{some(train.classes)}"
+            f"--unseen must be of the classes {some(train.classes)} or their numbers, got "
+            f"{some(strangers)}"
         )
     if len(classes) < 2:
         raise DatasetError(

@@ -101,9 +101,9 @@ def _mirrored(positions: torch.Tensor, side: int) -> torch.Tensor:
 
 @dataclass
 class BatchRows:
-    """This rank's row numbers of each batch; shuffled ones are in a DataLoader's order.
+    """This rank's row numbers of each batch: tensors on the device, or lists for workers (None).
 
-    They are tensors on the device, or lists where there is none: for worker processes.
+    Shuffled ones are in a DataLoader's order.
     """
 
     size: int

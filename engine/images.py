@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image, ImageOps
 from tqdm.contrib.concurrent import thread_map
 
 ENDINGS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
@@ -58,8 +59,6 @@ class ReadImage:
         self.image_size = height_and_width(image_size)
 
     def __call__(self, path: str | Path) -> torch.Tensor:
-        from PIL import Image, ImageOps
-
         height, width = self.image_size
         with _opened(path) as image:
             image.load()
@@ -77,10 +76,8 @@ class ReadImage:
 
 @contextlib.contextmanager
 def _opened(path: str | Path) -> Iterator:
-    """The image; DatasetError if opening it or what is done with it in the context fails."""
-    from PIL import Image
-
-    Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit refuses panoramas, without a remedy
+    """The image; DatasetError if it cannot be opened, or read in the context."""
+    Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit refuses panoramas
     try:
         with Image.open(path) as image:
             if image.mode.startswith(("I", "F")):
@@ -88,10 +85,8 @@ def _opened(path: str | Path) -> Iterator:
                     f"images must have at most 8 bits a channel, got mode {image.mode} in {path}"
                 )
             if image.width * image.height > MOST_PIXELS:
-                raise DatasetError(
-                    f"images must have at most {MOST_PIXELS // 10**6} million pixels, got "
-                    f"{image.width} x {image.height} in {path}"
-                )
+                size = f"{image.width} x {image.height}"
+                raise DatasetError(f"images must have at most {MOST_PIXELS:,} pixels, got {size} in {path}")
             yield image
     except (DatasetError, MemoryError):
         raise
@@ -100,7 +95,7 @@ def _opened(path: str | Path) -> Iterator:
 
 
 def is_grey(path: str) -> bool:
-    """Whether an image is stored as grey. Reads its header, and refuses what ReadImage refuses."""
+    """Whether an image is stored as grey, by its header."""
     with _opened(path) as image:
         return image.mode in ("1", "L")
 
@@ -114,17 +109,13 @@ HIDDEN = (".", "@eaDir", "__MACOSX")  # how names begin that systems and editors
 def find_images(split: Path, levels: int = 1) -> tuple[dict[str, list[str]], Counter]:
     """The paths below each class directory of a split, all in order, and how many of what else.
 
-    Hidden names are neither classes nor images. Symbolic links are followed. With two `levels` a
-    class is a directory within a directory, named "outer/inner".
-    Raises DatasetError if links form a circle.
+    With two `levels` a class is a directory within a directory, named "outer/inner".
     """
     classes = {}
     left_out = Counter()
     for base, _, files in os.walk(split, followlinks=True):
         if any(os.path.samefile(base, above) for above in Path(os.path.abspath(base)).parents):
-            raise DatasetError(
-                f"symbolic links must not form a circle: {base} links to a directory above it"
-            )
+            raise DatasetError(f"symbolic links must not form a circle, got {base}")
         parts = Path(base).relative_to(split).parts
         if any(part.startswith(HIDDEN) for part in parts):
             left_out["hidden"] += len(files)

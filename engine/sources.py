@@ -29,7 +29,7 @@ class WorkerError(RuntimeError):
 
 
 def open_source(split: Dataset, shape: Shape, workers: int, device: torch.device):
-    """Images in memory need no workers; whose batches are for `device`."""
+    """The batches of a split for `device`; images in memory need no workers."""
     if workers and not isinstance(split, TensorDataset):
         return FromWorkers(split, shape, workers, pin=device.type == "cuda")
     return OnDevice(split, shape, "cpu" if workers else device)
@@ -87,8 +87,7 @@ class FromWorkers:
                 _start_server()
             except OSError as error:  # such as a socket whose path is too long
                 raise DatasetError(
-                    f"-j {workers}: no worker can start ({error}); -j 0 needs none, and a shorter "
-                    "TMPDIR may help"
+                    f"-j {workers}: no worker can start ({error}); a shorter TMPDIR may help"
                 ) from error
 
     def batches(self, rows: Iterable[list[int]]) -> Loaded:
@@ -99,9 +98,8 @@ class FromWorkers:
                     raise DatasetError(batch)
                 yield batch
         except (EOFError, OSError, RuntimeError) as error:
-            raise WorkerError(
-                f"a worker of -j {self.workers} died ({one_line(error)}); fewer need less memory"
-            ) from error
+            line = f"a worker of -j {self.workers} died ({one_line(error)}); fewer need less memory"
+            raise WorkerError(line) from error
 
     def images(self, rows: torch.Tensor) -> torch.Tensor:
         return _read(self.split, rows.tolist(), self.shape)
@@ -169,14 +167,14 @@ def _die_with_main() -> None:
 
 
 def _end_workers(batches: Iterator) -> None:
-    """At the latest before Python ends them by SIGTERM, which they ignore, and waits for ever."""
+    """Before Python ends them by SIGTERM, which they ignore, and waits for ever."""
     batches._shutdown_workers()
     for worker in batches._workers:
         worker.kill()
 
 
 def _start_server() -> None:
-    """Starts the process that workers are forked from; signals are blocked in it and in them."""
+    """Starts the process that workers are forked from, without signals."""
     multiprocessing.set_forkserver_preload(["torch.utils.data", "PIL.Image"])
     resource_tracker.ensure_running()  # the server's start would start it, and unblock the signals
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
@@ -213,11 +211,10 @@ def _free_memory(device: torch.device, groups: Path = Path("/sys/fs/cgroup")) ->
     ):
         with contextlib.suppress(OSError, ValueError, KeyError):  # no such file, or no limit
             cache = _numbers((groups / used).with_name("memory.stat"))["inactive_file"]
-            used_up = int((groups / used).read_text()) - cache
-            free.append(int((groups / limit).read_text()) - used_up)
+            numbers = [int((groups / file).read_text()) for file in (limit, used)]
+            free.append(numbers[0] - numbers[1] + cache)
     return min(free)
 
 
 def _numbers(path: Path) -> dict[str, int]:
-    """The lines of a file of names and numbers."""
     return {words[0]: int(words[1]) for words in map(str.split, path.read_text().splitlines())}

@@ -10,11 +10,7 @@ from engine.images import DatasetError, ReadImage, find_images, some
 
 
 class Folder(Dataset):
-    """The images below each class directory of a directory, in which `read` has to be set.
-
-    `empty` are classes without images, which are left out; `left_out` says what else is. Raises
-    DatasetError where there are no images at all.
-    """
+    """The images below class directories, and what was left out; without any, DatasetError."""
 
     def __init__(self, directory: Path, read: ReadImage | None = None, levels: int = 1):
         self.read = read
@@ -28,8 +24,8 @@ class Folder(Dataset):
         self.targets = [label for label, name in enumerate(self.classes) for _ in found[name]]
         if not self.paths:
             raise DatasetError(
-                f"{directory} must hold a directory of images for each class, but there are no "
-                f"images{self.left_out}"
+                f"{directory} must hold a directory of images for each class, got no images"
+                f"{self.left_out}"
             )
 
     def __len__(self) -> int:
@@ -39,9 +35,7 @@ class Folder(Dataset):
         return self.read(self.paths[row]), self.targets[row]
 
 
-def in_memory(
-    images: torch.Tensor, labels: torch.Tensor, classes: Sequence[str] = ()
-) -> TensorDataset:
+def in_memory(images: torch.Tensor, labels: torch.Tensor, classes=()) -> TensorDataset:
     """A split of uint8 images (N, C, H, W)."""
     split = TensorDataset(images, labels)
     split.targets = labels
@@ -50,7 +44,7 @@ def in_memory(
 
 
 def of_rows(split: Dataset, rows: torch.Tensor, targets: torch.Tensor) -> Dataset:
-    """Some rows of a split, with targets of their own, and the paths of their files, if any."""
+    """Some rows of a split, with targets of their own."""
     if isinstance(split, TensorDataset):
         return in_memory(split.tensors[0][rows], targets)
     part = Subset(split, rows.tolist())

@@ -136,10 +136,10 @@ def test_folders_that_cannot_be_used_are_refused(tmp_path):
     assert "train must hold a directory of images" in refusal("folder", tmp_path, 4)
     for split in ("train", "test"):
         (tmp_path / split / "ant").mkdir(parents=True)
-    assert "there are no images" in refusal("folder", tmp_path, 4)
+    assert "got no images" in refusal("folder", tmp_path, 4)
     for split in ("train", "test"):
         Image.new("L", (8, 8)).save(tmp_path / split / "ant" / "a.png")
-    assert "at least two classes" in refusal("folder", tmp_path, 4)
+    assert "must hold two classes" in refusal("folder", tmp_path, 4)
     (tmp_path / "train" / "bee").mkdir()
     Image.new("L", (8, 8)).save(tmp_path / "train" / "bee" / "b.png")
     (tmp_path / "test" / "cow").mkdir()
@@ -262,7 +262,7 @@ def test_classes_that_only_the_test_has_are_unknown(tmp_path):
         data = datasets.create("folder", tmp_path, 99, image_size=8, unseen=unseen)
         assert (data.classes, data.unseen) == (["ant", "bee"], ["cat", "dog"])
         assert labels_of(data.unknown) == [2] * 4 + [3] * 4 and data.train.rows.size == 16
-    assert "got eel; the classes are ant, bee, cat" in refusal(
+    assert "of the classes ant, bee, cat or their numbers, got eel" in refusal(
         "folder", tmp_path, 9, unseen=["eel"]
     )
     assert "at least two classes, got 1 of 3" in refusal("folder", tmp_path, 9, unseen=["0", "1"])
