@@ -137,7 +137,9 @@ def image_paths(roots: Sequence[str]) -> list[str]:
     """The files among `roots`, and the images below the directories."""
     paths = []
     for root in roots:
-        found = find_images(Path(root), levels=0).paths() if os.path.isdir(root) else [root]
+        found = [root]
+        if os.path.isdir(root):
+            found = find_images(Path(root), levels=0)[0].get("", [])
         if not found or not os.path.exists(root):
             raise utils.RunError(f"there is no image {root}")
         paths += found
@@ -193,8 +195,8 @@ def compare(args: argparse.Namespace, paths: Sequence[str]) -> None:
     cosine = F.cosine_similarity(first, second, dim=0).item()
     print(f"L2 distance: {l2:.4f}\t cosine: {cosine:.4f}")
     places = {  # the first that was measured counts
-        "unknown classes": measured.get("unknown", {}).get("verification", {}),
         "pairs": measured.get("pairs", {}),
+        "unknown classes": measured.get("unknown", {}).get("verification", {}),
         "trained classes": measured.get("verification", {}),
     }
     place = next((name for name, values in places.items() if "l2" in values), None)

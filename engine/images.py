@@ -86,7 +86,9 @@ def _opened(path: str | Path) -> Iterator:
                 )
             if image.width * image.height > MOST_PIXELS:
                 size = f"{image.width} x {image.height}"
-                raise DatasetError(f"images must have at most {MOST_PIXELS:,} pixels, got {size} in {path}")
+                raise DatasetError(
+                    f"images must have at most {MOST_PIXELS:,} pixels, got {size} in {path}"
+                )
             yield image
     except (DatasetError, MemoryError):
         raise

@@ -336,4 +336,4 @@ print(*({"torch._dynamo", "torch._inductor", "torch.onnx"} & (set(sys.modules) -
     loss, program, of_torch = (set(line.split()) for line in done.stdout.splitlines())
     assert loss == {"center_loss"} and not of_torch
     own = {path.stem for path in MAIN.parent.glob("*.py")} | {"engine", "plots", "tools"}
-    assert program <= own | {"torch", "tqdm", "numpy"}
+    assert program <= own | {"torch", "tqdm", "numpy", "PIL"}

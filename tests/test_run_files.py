@@ -110,7 +110,9 @@ def test_links_to_directories_are_not_followed_when_files_are_removed(run):
     assert run("--max-epoch", "1", "--save-features")[0] == 0
     shutil.move("log/features", "elsewhere")
     Path("log/features").symlink_to("../elsewhere")
-    assert run("--max-epoch", "1")[0] == 0
+    status, _, err = run("--max-epoch", "1")
+    assert status == 2 and "no links to directories of others" in err
+    assert run("--max-epoch", "1", "--overwrite")[0] == 0
     assert os.listdir("elsewhere") == ["epoch_1.npz"]
 
 

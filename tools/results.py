@@ -70,12 +70,26 @@ def words(flag: str, value) -> list[str]:
     return [f"--{flag}", *(f"{v:.10g}" if isinstance(v, float) else str(v) for v in values)]
 
 
+def read_args(directory: Path) -> dict:
+    """The flags of a run, with none that main.py would refuse: they become paths and commands."""
+    path = directory / "args.json"
+
+    def refuse(message: str):
+        raise utils.RunError(f"{path} is not as main.py wrote it: {message}")
+
+    args = utils.read_args(directory)
+    if args.get("dataset") not in datasets.SPECS or args.get("recipe") not in RECIPES:
+        refuse("no data set or recipe that is known")
+    args = cli.upgrade(args)
+    parser = cli.build_parser()
+    parser.error = refuse
+    parser.parse_args(shlex.split(flags(args)))
+    return args
+
+
 def read(directory: Path) -> dict:
     """What the tables show of a finished run; RunError if its files cannot be read."""
-    path = directory / "args.json"
-    args = cli.upgrade(utils.read_json(path))
-    if args["dataset"] not in datasets.SPECS:  # before it becomes part of a path
-        raise utils.RunError(f"{path} is not as main.py wrote it")
+    args = read_args(directory)
     log = (directory / f"log_{args['dataset']}.txt").read_text(encoding="utf-8", errors="replace")
     if "\nFinished. " not in log:
         raise utils.RunError(f"the run in {directory} must be finished")
