@@ -1,7 +1,7 @@
 """Trains a small network with softmax and center loss and plots its features (Wen et al., 2016).
 
 python main.py --gpu 0 --plot                 MNIST, on the GPU where there is one
-python main.py --recipe digits --plot         no download, no GPU, half a minute
+python main.py --recipe digits --plot         no download, no GPU, 15 seconds
 python main.py --resume                       continue the run in --save-dir
 python main.py --evaluate log/checkpoint.pt   test metrics of a trained network
 
