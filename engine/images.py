@@ -124,6 +124,8 @@ def find_images(split: Path, levels: int = 1) -> tuple[dict[str, list[str]], Cou
         elif len(parts) >= levels:
             paths = classes.setdefault("/".join(parts[:levels]), [])
             paths += [os.path.join(base, file) for file in files if _is_image(file, left_out)]
+        else:
+            left_out["images in no class"] += sum(_is_image(file, left_out) for file in files)
     return {name: sorted(paths) for name, paths in sorted(classes.items())}, left_out
 
 

@@ -11,7 +11,7 @@ from PIL import Image
 from torchvision import transforms
 
 import datasets
-from engine.images import DatasetError, ReadImage, in_threads
+from engine.images import DatasetError, ReadImage, find_images, in_threads
 
 
 @pytest.mark.parametrize("dtype", [np.uint16, np.int32, np.float32])
@@ -201,3 +201,12 @@ def test_many_headers_are_read_with_a_bar_and_an_error_does_not_wait_for_the_res
         in_threads(fail, range(1000), "Reading")
     assert len(read) < 1000
     assert in_threads(str, range(3), "Reading") == ["0", "1", "2"]
+
+
+def test_images_beside_the_class_directories_are_counted(tmp_path):
+    (tmp_path / "ant").mkdir()
+    for name in ("loose.png", "ant/one.png", "notes.txt"):
+        (tmp_path / name).write_bytes(b"")
+    classes, left_out = find_images(tmp_path)
+    assert classes == {"ant": [str(tmp_path / "ant" / "one.png")]}
+    assert left_out == {"images in no class": 1, "files .txt": 1}
