@@ -20,12 +20,13 @@ from engine import sources, splits
 def test_a_truncated_image_ends_workers_with_its_name(tmp_path):
     bad = make_folder(tmp_path, size=(64, 64)) / "train" / "bee" / "3.png"
     bad.write_bytes(bad.read_bytes()[:2000])
-    others = multiprocessing.active_children()
+    others = set(multiprocessing.active_children())
     loader = datasets.create("folder", tmp_path, 4, workers=1, image_size=8)
     with pytest.raises(datasets.DatasetError, match=r"^cannot read the image .*bee/3.png"):
         list(loader.train)
     del loader
-    assert multiprocessing.active_children() == others
+    # Processes of earlier tests may end meanwhile; of this one none may be left.
+    assert set(multiprocessing.active_children()) <= others
 
 
 # A run whose second batch comes when a line is sent to it.
