@@ -160,7 +160,7 @@ def test_too_little_shared_memory_is_a_line(folder, monkeypatch):
 
 
 def test_data_in_memory_need_no_worker(tmp_path):
-    others = multiprocessing.active_children()
+    others = set(multiprocessing.active_children())
     train = datasets.create("digits", tmp_path, 500, workers=2).train
     assert sum(len(labels) for _, labels, _ in train) == 1437
-    assert multiprocessing.active_children() == others
+    assert set(multiprocessing.active_children()) <= others
